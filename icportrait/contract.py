@@ -1,0 +1,257 @@
+"""What every tensor that crosses a boundary is: its name, type and axes.
+
+ONNX axes and dummy inputs, TensorRT optimization profiles, Triton's ``config.pbtxt`` and the runtime checks are all
+derived from the specifications here; nothing else states a shape. The engines, with b for the batch, S the picture's
+side, s the latent's side, C_k and s_k the channels and side of residual k:
+
+    vae_encoder      pixels [b, S, S, 3]  ->  latent [b, 4, s, s]
+    warping_network  profile_latent, reference_latent [b, 4, s, s], visibility [b, 1, s, s]
+                     ->  f_ref_NN [b, C_k, s_k, 2 s_k],  flow_L [b, s_L, s_L],  match_confidence [b]
+    unet             canvas_latent [b, 4, s, 2 s], timestep [b], f_ref_NN  ->  noise_pred [b, 4, s, 2 s]
+    vae_decoder      portrait_latent [b, 4, s, s]  ->  portrait_pixels [b, S, S, 3]
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import numpy as np
+
+from icportrait.errors import ContractError
+from icportrait.presets import Preset
+
+ENGINES = ("vae_encoder", "warping_network", "unet", "vae_decoder")
+PRECISIONS = ("fp32", "fp16")
+
+
+class DType(Enum):
+    """An element type under its numpy name and its Triton name (``TYPE_`` and the value, in ``config.pbtxt``)."""
+
+    FLOAT32 = ("float32", "FP32")
+    FLOAT16 = ("float16", "FP16")
+    UINT8 = ("uint8", "UINT8")
+    INT32 = ("int32", "INT32")
+    INT64 = ("int64", "INT64")
+    BYTES = ("object", "BYTES")
+
+    @property
+    def numpy(self) -> str:
+        return self.value[0]
+
+    @property
+    def triton(self) -> str:
+        return self.value[1]
+
+
+@dataclass(frozen=True)
+class Axis:
+    """One dimension: its name binds across the tensors of a model, its bounds are an optimization profile's."""
+
+    name: str
+    min: int
+    opt: int
+    max: int
+
+    @classmethod
+    def fixed(cls, name: str, size: int) -> Axis:
+        return cls(name, size, size, size)
+
+    @property
+    def is_dynamic(self) -> bool:
+        return self.min != self.max
+
+    def __str__(self) -> str:
+        return f"{self.min}..{self.max}" if self.is_dynamic else str(self.min)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor's name, type and axes; ``max_value`` bounds what dummy inputs draw."""
+
+    name: str
+    dtype: DType
+    axes: tuple[Axis, ...]
+    max_value: float = 1.0
+
+    def shape(self, **sizes: int) -> tuple[int, ...]:
+        """The concrete shape, dynamic axes taken from ``sizes`` by axis name."""
+        return tuple(sizes[axis.name] if axis.is_dynamic else axis.min for axis in self.axes)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The inputs and outputs of one engine."""
+
+    name: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    @property
+    def batch(self) -> Axis:
+        """The leading axis, which every tensor of the model shares."""
+        return self.inputs[0].axes[0]
+
+    def check_inputs(self, tensors: Mapping[str, Any]) -> dict[str, int]:
+        """Check named arrays (anything with ``shape`` and ``dtype``) and return the size of every axis.
+
+        Raises:
+            ContractError: a name is missing or unknown, or a type, rank or size isn't what the specification says,
+                or two tensors disagree on an axis they share.
+        """
+        expected = {spec.name: spec for spec in self.inputs}
+        if unknown := sorted(set(tensors) - set(expected)):
+            raise ContractError(f"{self.name}: no input is called {unknown[0]!r}, expected {', '.join(expected)}")
+        bound: dict[str, tuple[int, str]] = {}
+        for name, spec in expected.items():
+            if name not in tensors:
+                raise ContractError(f"{self.name}: input {name} is missing, expected {', '.join(expected)}")
+            _bind(self.name, spec, tensors[name], bound)
+        return {axis: size for axis, (size, _) in bound.items()}
+
+    def dummy_inputs(self, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+        """Random inputs of the right types and shapes, each drawn from 0..``max_value`` or a unit normal."""
+        generator = np.random.default_rng(seed)
+        dummies: dict[str, np.ndarray] = {}
+        for spec in self.inputs:
+            shape = spec.shape(batch=batch)
+            if spec.dtype is DType.UINT8:
+                dummies[spec.name] = generator.integers(0, 256, shape, dtype=np.uint8)
+            elif spec.max_value != 1.0:
+                dummies[spec.name] = generator.integers(0, int(spec.max_value), shape).astype(spec.dtype.numpy)
+            else:
+                dummies[spec.name] = generator.standard_normal(shape).astype(spec.dtype.numpy)
+        return dummies
+
+    @property
+    def dynamic_axes(self) -> dict[str, dict[int, str]]:
+        """``{tensor: {axis index: axis name}}`` of every dynamic axis, as ``torch.onnx.export`` takes it."""
+        return {
+            spec.name: {index: axis.name for index, axis in enumerate(spec.axes) if axis.is_dynamic}
+            for spec in (*self.inputs, *self.outputs)
+        }
+
+    @property
+    def optimization_profile(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
+        """``{input: (min, opt, max) shape}``, as TensorRT and Polygraphy take it."""
+        return {
+            spec.name: (
+                tuple(axis.min for axis in spec.axes),
+                tuple(axis.opt for axis in spec.axes),
+                tuple(axis.max for axis in spec.axes),
+            )
+            for spec in self.inputs
+        }
+
+
+def _bind(model: str, spec: TensorSpec, tensor: Any, bound: dict[str, tuple[int, str]]) -> None:
+    dtype, shape = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+    if dtype != spec.dtype.numpy:
+        raise ContractError(f"{model}: {spec.name} is {dtype}, expected {spec.dtype.numpy}")
+    if len(shape) != len(spec.axes):
+        axes = ", ".join(axis.name for axis in spec.axes)
+        raise ContractError(
+            f"{model}: {spec.name} has {len(shape)} axes {list(shape)}, expected {len(spec.axes)}: [{axes}]"
+        )
+    for index, (axis, size) in enumerate(zip(spec.axes, shape, strict=True)):
+        if not axis.min <= size <= axis.max:
+            raise ContractError(f"{model}: {spec.name}: axis {index} ({axis.name}) is {size}, expected {axis}")
+        known, first = bound.setdefault(axis.name, (size, spec.name))
+        if known != size:
+            raise ContractError(
+                f"{model}: axis {axis.name} is {known} in {first} but {size} in {spec.name}; they must be equal"
+            )
+
+
+def batch_axis(maximum: int) -> Axis:
+    return Axis("batch", 1, min(4, maximum), maximum)
+
+
+def latent_spec(preset: Preset, name: str, batch: Axis) -> TensorSpec:
+    """One picture's latent, scaled by the VAE factor: ``[batch, latent_channels, s, s]`` float32."""
+    return TensorSpec(name, DType.FLOAT32, (batch, *_grid(preset.latent_channels, preset.latent_size)))
+
+
+def pixels_spec(preset: Preset, name: str, batch: Axis) -> TensorSpec:
+    """RGB pictures: ``[batch, S, S, 3]`` uint8, 0..255."""
+    side = preset.image_size
+    axes = (batch, Axis.fixed("height", side), Axis.fixed("width", side), Axis.fixed("rgb", 3))
+    return TensorSpec(name, DType.UINT8, axes)
+
+
+def visibility_spec(preset: Preset, batch: Axis) -> TensorSpec:
+    """1 where the reference may be seen and 0 where it is hidden, per latent cell: ``[batch, 1, s, s]`` float32."""
+    return TensorSpec("visibility", DType.FLOAT32, (batch, *_grid(1, preset.latent_size)))
+
+
+def residual_specs(preset: Preset, batch: Axis, precision: str) -> tuple[TensorSpec, ...]:
+    """``F_ref``, in the order in which the UNet takes it: ``[batch, C_k, s_k, 2 s_k]``, in the engine's precision."""
+    dtype = DType.FLOAT16 if precision == "fp16" else DType.FLOAT32
+    return tuple(
+        TensorSpec(
+            f"f_ref_{index:02d}",
+            dtype,
+            (batch, *_grid(residual.channels, preset.level_size(residual.level), canvas=True)),
+        )
+        for index, residual in enumerate(preset.residuals)
+    )
+
+
+def engine_specs(preset: Preset, precision: str = "fp32") -> dict[str, ModelSpec]:
+    """The four engines of a preset by name. Only ``F_ref`` changes type with the precision."""
+    vae, warping, unet = (
+        batch_axis(size) for size in (preset.max_vae_batch, preset.max_warping_batch, preset.max_unet_batch)
+    )
+    canvas_axes = (unet, *_grid(preset.latent_channels, preset.latent_size, canvas=True))
+    flows = tuple(
+        TensorSpec(f"flow_{level}", DType.INT32, (warping, *_grid(None, preset.level_size(level))))
+        for level in range(preset.levels)
+    )
+    specs = (
+        ModelSpec("vae_encoder", (pixels_spec(preset, "pixels", vae),), (latent_spec(preset, "latent", vae),)),
+        ModelSpec(
+            "warping_network",
+            (
+                latent_spec(preset, "profile_latent", warping),
+                latent_spec(preset, "reference_latent", warping),
+                visibility_spec(preset, warping),
+            ),
+            (
+                *residual_specs(preset, warping, precision),
+                *flows,
+                TensorSpec("match_confidence", DType.FLOAT32, (warping,)),
+            ),
+        ),
+        ModelSpec(
+            "unet",
+            (
+                TensorSpec("canvas_latent", DType.FLOAT32, canvas_axes),
+                TensorSpec("timestep", DType.FLOAT32, (unet,), max_value=1000),
+                *residual_specs(preset, unet, precision),
+            ),
+            (TensorSpec("noise_pred", DType.FLOAT32, canvas_axes),),
+        ),
+        ModelSpec(
+            "vae_decoder",
+            (latent_spec(preset, "portrait_latent", vae),),
+            (pixels_spec(preset, "portrait_pixels", vae),),
+        ),
+    )
+    return {spec.name: spec for spec in specs}
+
+
+def contract_hash(preset: Preset, precision: str) -> str:
+    """A hash of everything the engines' specifications say; engines and servers with different hashes don't fit."""
+    text = json.dumps([str(spec) for spec in engine_specs(preset, precision).values()])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _grid(channels: int | None, side: int, canvas: bool = False) -> tuple[Axis, ...]:
+    """Axes of a feature map; sizes that differ between levels and kinds get different axis names."""
+    width = Axis.fixed(f"canvas_width_{2 * side}", 2 * side) if canvas else Axis.fixed(f"width_{side}", side)
+    grid = (Axis.fixed(f"height_{side}", side), width)
+    return grid if channels is None else (Axis.fixed(f"channels_{channels}", channels), *grid)

@@ -1,0 +1,78 @@
+"""Exceptions and their way across processes.
+
+    IcPortraitError
+      InvalidRequest        the caller's mistake                      INVALID_ARG
+        ContractError       a tensor breaks its specification         INVALID_ARG
+      Unavailable           the server can't take the request now     UNAVAILABLE
+      Cancelled             the caller went away                      CANCELLED
+      CheckpointError       a checkpoint can't be read or adapted     INTERNAL
+      VerificationError     an exported graph differs from torch      INTERNAL
+      RuntimeNotAvailable   an engine runtime isn't installed         INTERNAL
+
+Triton turns every error code into INTERNAL when it crosses an ensemble or a BLS call. ``to_wire`` therefore puts the
+code into the message and ``from_wire`` finds it again behind whatever Triton wrote before it.
+"""
+
+from __future__ import annotations
+
+import re
+
+
+class IcPortraitError(Exception):
+    """Base of all errors this package raises on purpose; its text is fit for a caller's eyes."""
+
+    code = "INTERNAL"
+
+
+class InvalidRequest(IcPortraitError):
+    """The caller sent something that can't be served; the text says what came and what was expected."""
+
+    code = "INVALID_ARG"
+
+
+class ContractError(InvalidRequest):
+    """A tensor's name, type, rank or size breaks its specification."""
+
+
+class Unavailable(IcPortraitError):
+    """The server can't take the request now; trying again later may work."""
+
+    code = "UNAVAILABLE"
+
+
+class Cancelled(IcPortraitError):
+    """The caller cancelled."""
+
+    code = "CANCELLED"
+
+
+class CheckpointError(IcPortraitError):
+    """A checkpoint directory is incomplete, unsafe or of another geometry."""
+
+
+class VerificationError(IcPortraitError):
+    """An exported graph doesn't do what the torch module does."""
+
+
+class RuntimeNotAvailable(IcPortraitError):
+    """The asked-for engine runtime isn't installed on this machine."""
+
+
+_BY_CODE: dict[str, type[IcPortraitError]] = {
+    "INVALID_ARG": InvalidRequest,
+    "UNAVAILABLE": Unavailable,
+    "CANCELLED": Cancelled,
+    "INTERNAL": IcPortraitError,
+}
+_WIRE = re.compile(r"\[(INVALID_ARG|UNAVAILABLE|CANCELLED|INTERNAL)\] (.*)", re.DOTALL)
+
+
+def to_wire(error: IcPortraitError) -> str:
+    """Text that keeps the error's code through Triton: ``[CODE] message``."""
+    return f"[{error.code}] {error}"
+
+
+def from_wire(text: str) -> IcPortraitError | None:
+    """The error that ``to_wire`` wrote, found in ``text`` behind any prefix; None where there is none."""
+    match = _WIRE.search(text)
+    return _BY_CODE[match[1]](match[2]) if match else None
