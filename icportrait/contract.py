@@ -71,12 +71,13 @@ class Axis:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """A tensor's name, type and axes; ``max_value`` bounds what dummy inputs draw."""
+    """A tensor's name, type and axes."""
 
     name: str
     dtype: DType
     axes: tuple[Axis, ...]
-    max_value: float = 1.0
+    below: int | None = None
+    """Dummy inputs are whole numbers in 0..below - 1; unit normal where None."""
 
     def shape(self, **sizes: int) -> tuple[int, ...]:
         """The concrete shape, dynamic axes taken from ``sizes`` by axis name."""
@@ -114,17 +115,13 @@ class ModelSpec:
         return {axis: size for axis, (size, _) in bound.items()}
 
     def dummy_inputs(self, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
-        """Random inputs of the right types and shapes, each drawn from 0..``max_value`` or a unit normal."""
+        """Random inputs of the right types and shapes; see ``TensorSpec.below``."""
         generator = np.random.default_rng(seed)
         dummies: dict[str, np.ndarray] = {}
         for spec in self.inputs:
             shape = spec.shape(batch=batch)
-            if spec.dtype is DType.UINT8:
-                dummies[spec.name] = generator.integers(0, 256, shape, dtype=np.uint8)
-            elif spec.max_value != 1.0:
-                dummies[spec.name] = generator.integers(0, int(spec.max_value), shape).astype(spec.dtype.numpy)
-            else:
-                dummies[spec.name] = generator.standard_normal(shape).astype(spec.dtype.numpy)
+            drawn = generator.standard_normal(shape) if spec.below is None else generator.integers(0, spec.below, shape)
+            dummies[spec.name] = drawn.astype(spec.dtype.numpy)
         return dummies
 
     @property
@@ -180,12 +177,12 @@ def pixels_spec(preset: Preset, name: str, batch: Axis) -> TensorSpec:
     """RGB pictures: ``[batch, S, S, 3]`` uint8, 0..255."""
     side = preset.image_size
     axes = (batch, Axis.fixed("height", side), Axis.fixed("width", side), Axis.fixed("rgb", 3))
-    return TensorSpec(name, DType.UINT8, axes)
+    return TensorSpec(name, DType.UINT8, axes, below=256)
 
 
 def visibility_spec(preset: Preset, batch: Axis) -> TensorSpec:
     """1 where the reference may be seen and 0 where it is hidden, per latent cell: ``[batch, 1, s, s]`` float32."""
-    return TensorSpec("visibility", DType.FLOAT32, (batch, *_grid(1, preset.latent_size)))
+    return TensorSpec("visibility", DType.FLOAT32, (batch, *_grid(1, preset.latent_size)), below=2)
 
 
 def residual_specs(preset: Preset, batch: Axis, precision: str) -> tuple[TensorSpec, ...]:
@@ -230,7 +227,7 @@ def engine_specs(preset: Preset, precision: str = "fp32") -> dict[str, ModelSpec
             "unet",
             (
                 TensorSpec("canvas_latent", DType.FLOAT32, canvas_axes),
-                TensorSpec("timestep", DType.FLOAT32, (unet,), max_value=1000),
+                TensorSpec("timestep", DType.FLOAT32, (unet,), below=1000),
                 *residual_specs(preset, unet, precision),
             ),
             (TensorSpec("noise_pred", DType.FLOAT32, canvas_axes),),
@@ -239,6 +236,47 @@ def engine_specs(preset: Preset, precision: str = "fp32") -> dict[str, ModelSpec
             "vae_decoder",
             (latent_spec(preset, "portrait_latent", vae),),
             (pixels_spec(preset, "portrait_pixels", vae),),
+        ),
+    )
+    return {spec.name: spec for spec in specs}
+
+
+def stage_specs(preset: Preset) -> dict[str, ModelSpec]:
+    """The Python stages of the ensemble by name; their tensors are the ensemble's, so the maps need no renaming.
+
+    Triton joins what a decoupled step gives with nothing that went past it: all that ``postprocess`` needs goes through
+    ``denoise``. Each report therefore holds the one before it, the first one the request.
+    """
+    one, portraits = Axis.fixed("request", 1), Axis("portraits", 1, 1, preset.max_vae_batch)
+    request, preprocess_report, denoise_report = (
+        TensorSpec(name, DType.BYTES, (one,)) for name in ("request", "preprocess_report", "denoise_report")
+    )
+    visibility = visibility_spec(preset, one)
+    specs = (
+        ModelSpec(
+            "preprocess",
+            (TensorSpec("profile", DType.BYTES, (one,)), TensorSpec("reference", DType.BYTES, (one,)), request),
+            (
+                pixels_spec(preset, "profile_pixels", one),
+                pixels_spec(preset, "reference_pixels", one),
+                visibility,
+                preprocess_report,
+            ),
+        ),
+        ModelSpec(
+            "denoise",
+            (
+                latent_spec(preset, "profile_latent", one),
+                latent_spec(preset, "reference_latent", one),
+                visibility,
+                preprocess_report,
+            ),
+            (latent_spec(preset, "portrait_latent", portraits), denoise_report),
+        ),
+        ModelSpec(
+            "postprocess",
+            (pixels_spec(preset, "portrait_pixels", portraits), denoise_report),
+            (TensorSpec("image", DType.BYTES, (portraits,)), TensorSpec("metadata", DType.BYTES, (one,))),
         ),
     )
     return {spec.name: spec for spec in specs}

@@ -1,0 +1,143 @@
+"""The command ``icportrait``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from icportrait_client import DEFAULT_TIMEOUT_S, DEFAULT_URL, __version__
+from icportrait_client.contract import InputSpec, load_contract
+from icportrait_client.errors import InvalidRequest, PortraitError
+
+if TYPE_CHECKING:
+    from icportrait_client.portraits import Portraits
+
+# Flag, the contract's name, what it is. Types, ranges, choices and defaults come from the contract.
+_OPTIONS = (
+    ("--seed", "seed", "same seed, same portraits"),
+    ("--num-portraits", "num_portraits", "how many portraits to draw"),
+    ("--steps", "num_inference_steps", "denoising steps"),
+    ("--guidance-scale", "guidance_scale", "how strongly the pictures guide the result"),
+    ("--mask-ratio", "mask_ratio", "share of the reference that is hidden from the model"),
+    ("--scheduler", "scheduler", "the sampler"),
+    ("--profile-box", "profile_box", "the profile's crop, as shares of its width and height"),
+    ("--reference-box", "reference_box", "the reference's crop, likewise"),
+    ("--format", "output_format", "how the portraits are encoded"),
+)
+_SUFFIX_FORMATS = {"jpg": "jpeg"}
+_INTERRUPTED = 130
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f'error: {message}; see "{self.prog} --help"\n')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        0, or 1 after an error. A wrong command line ends the process with 2, as argparse does.
+    """
+    parser = _parser()
+    args = parser.parse_args(argv)
+    try:
+        if args.output_format is None:
+            args.output_format = _format_of(args.output)
+    except InvalidRequest as error:
+        parser.error(str(error))
+    try:
+        _generate(args)
+    except (PortraitError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="icportrait", description="Personalised portraits from an IC-Portrait Server.")
+    parser.add_argument("--version", action="version", version=f"icportrait {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    generate = commands.add_parser("generate", help="two pictures in, portraits out")
+    generate.add_argument("--profile", required=True, metavar="PICTURE", help="who it is: JPEG, PNG or WebP")
+    generate.add_argument("--reference", required=True, metavar="PICTURE", help="the view and the light")
+    generate.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=Path,
+        metavar="OUT",
+        help="file to write; several portraits get -1, -2 and so on before the suffix",
+    )
+    generate.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
+    generate.add_argument(
+        "--timeout",
+        default=DEFAULT_TIMEOUT_S,
+        type=float,
+        metavar="SECONDS",
+        help="how long to wait for the answer (default: %(default)g)",
+    )
+    for flag, name, meaning in _OPTIONS:
+        generate.add_argument(flag, dest=name, **_argument(load_contract().inputs[name], meaning))
+    generate.add_argument("--json", action="store_true", help="print the metadata as JSON instead of a table")
+    return parser
+
+
+def _argument(spec: InputSpec, meaning: str) -> dict[str, Any]:
+    """The keywords of ``add_argument`` for one input."""
+    default = "chosen by the server" if spec.default is None else spec.default
+    if spec.name == "output_format":
+        default = f"by OUT's suffix, else {spec.default}"
+    if spec.choices:
+        return {"choices": spec.choices, "help": f"{meaning} (default: {default})"}
+    keywords: dict[str, Any] = {
+        "type": int if spec.dtype.startswith("INT") else float,
+        "help": f"{meaning}, {spec.expected} (default: {default})",
+        "metavar": "N",
+    }
+    if spec.size == 4:
+        keywords |= {"nargs": 4, "metavar": ("X0", "Y0", "X1", "Y1")}
+    return keywords
+
+
+def _format_of(output: Path) -> str | None:
+    suffix = output.suffix.lower().removeprefix(".")
+    if not suffix:
+        return None
+    spec = load_contract().inputs["output_format"]
+    name = _SUFFIX_FORMATS.get(suffix, suffix)
+    if name not in spec.choices:
+        raise InvalidRequest(f"--output: suffix is .{suffix}, expected {spec.expected}, or the format with --format")
+    return name
+
+
+def _generate(args: argparse.Namespace) -> None:
+    # Found before the portrait is paid for, not after.
+    if args.output.is_dir() or not args.output.parent.is_dir():
+        raise InvalidRequest(f"--output: '{args.output}', expected a file's path in a directory that exists")
+    from icportrait_client.client import PortraitClient
+
+    options = {name: getattr(args, name) for _, name, _ in _OPTIONS}
+    with PortraitClient(args.url, timeout_s=args.timeout) as client:
+        portraits = client.generate(profile=args.profile, reference=args.reference, **options)
+    paths = portraits.save(args.output)
+    if args.json:
+        print(json.dumps({"files": [str(path) for path in paths], **portraits.metadata}, indent=2))
+    else:
+        print(_table(paths, portraits))
+
+
+def _table(paths: Sequence[Path], portraits: Portraits) -> str:
+    rows = [(str(path), f"{len(image) / 1000:.1f}", "kB") for path, image in zip(paths, portraits.images)]
+    stage_ms = portraits.metadata.get("stage_ms", {})
+    for stage, duration_ms in [*stage_ms.items(), ("total", sum(stage_ms.values()))]:
+        rows.append((stage, f"{duration_ms:.1f}", "ms"))
+    names, figures = (max(len(row[column]) for row in rows) for column in (0, 1))
+    return "\n".join(f"{name:<{names}}  {figure:>{figures}} {unit}" for name, figure, unit in rows)

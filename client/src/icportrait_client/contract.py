@@ -1,0 +1,105 @@
+"""The server's public contract, read from the packaged ``contract.json``, and the checks made before sending.
+
+``contract.json`` is generated from the server's own definition; no name, type, range or choice is written here again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from importlib import resources
+from numbers import Integral, Real
+from typing import Any
+
+from icportrait_client.errors import InvalidRequest
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of the served model."""
+
+    name: str
+    dtype: str
+    """Triton's name of the type: BYTES, FP32, INT32 or INT64."""
+    size: int
+    required: bool
+    default: Any
+    """None where the server chooses."""
+    minimum: float | None
+    maximum: float | None
+    choices: tuple[str, ...]
+
+    @property
+    def expected(self) -> str:
+        """What the server accepts, in words: ``1..150`` or ``one of png, jpeg, webp``; empty where it's free."""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.minimum is None or self.maximum is None:
+            return ""
+        return f"{_short(self.minimum)}..{_short(self.maximum)}"
+
+    def elements(self, value: Any) -> list[Any]:
+        """The tensor's elements for a Python value.
+
+        Args:
+            value: a number, a text, bytes, or for a box a sequence of numbers.
+
+        Returns:
+            ``size`` Python numbers or bytes.
+
+        Raises:
+            InvalidRequest: the type, the number of values, the range or the choice isn't what the server accepts.
+        """
+        if self.size == 1:
+            return [self._element(value)]
+        try:
+            values = list(value)
+        except TypeError:
+            raise InvalidRequest(f"{self.name}: {_cut(value)}, expected {self.size} numbers") from None
+        if len(values) != self.size:
+            raise InvalidRequest(f"{self.name}: {len(values)} values, expected {self.size} numbers")
+        return [self._element(each) for each in values]
+
+    def _element(self, value: Any) -> Any:
+        if self.dtype == "BYTES":
+            if self.choices and value not in self.choices:
+                raise InvalidRequest(f"{self.name}: {_cut(value)}, expected {self.expected}")
+            return value.encode() if isinstance(value, str) else value
+        whole = self.dtype.startswith("INT")
+        # bool is an int in Python, but True portraits are a slip.
+        if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
+            kind = "a whole number" if whole else "a number"
+            raise InvalidRequest(f"{self.name}: {_cut(value)}, expected {kind} of {self.expected}")
+        number = int(value) if whole else float(value)
+        # Written so that NaN, which compares false with everything, is refused.
+        within = (self.minimum is None or number >= self.minimum) and (self.maximum is None or number <= self.maximum)
+        if not within:
+            raise InvalidRequest(f"{self.name}: {_short(number)}, expected {self.expected}")
+        return number
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The served model's name and its inputs by name."""
+
+    model: str
+    inputs: Mapping[str, InputSpec]
+
+
+@cache
+def load_contract() -> Contract:
+    """The contract this client was built for."""
+    data = json.loads(resources.files("icportrait_client").joinpath("contract.json").read_text("utf-8"))
+    specs = [InputSpec(**{**fields, "choices": tuple(fields["choices"])}) for fields in data["inputs"]]
+    return Contract(data["models"]["unary"], {spec.name: spec for spec in specs})
+
+
+def _short(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def _cut(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."

@@ -1,0 +1,35 @@
+"""Exceptions of the client.
+
+PortraitError
+  InvalidRequest      the caller's mistake, found here or by the server   INVALID_ARGUMENT
+  ServerUnavailable   no server answers, or it can't take a request now   UNAVAILABLE
+  RequestCancelled    the call was cancelled before its answer            CANCELLED
+  DeadlineExceeded    no answer within the client's ``timeout_s``         DEADLINE_EXCEEDED
+  ServerError         the server failed, or answered what it should not   every other code
+"""
+
+from __future__ import annotations
+
+
+class PortraitError(Exception):
+    """Base of all errors this package raises on purpose; its text is fit for a user's eyes."""
+
+
+class InvalidRequest(PortraitError):
+    """The request can't be served as it is; the text says what came and what was expected."""
+
+
+class ServerUnavailable(PortraitError):
+    """No server answers at the url, or the one there can't take the request now; trying again later may work."""
+
+
+class RequestCancelled(PortraitError):
+    """The call was cancelled before its answer came."""
+
+
+class DeadlineExceeded(PortraitError):
+    """The answer didn't come in time."""
+
+
+class ServerError(PortraitError):
+    """The server failed; the request may be right."""

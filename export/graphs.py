@@ -1,0 +1,62 @@
+"""Torch modules to ONNX files, with the contract's names and axes."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from pathlib import Path
+
+import torch
+
+from icportrait.contract import ModelSpec
+
+EXTERNAL_DATA_BYTES = 2**30
+"""Graphs with more weights than this keep them in a file of their own: a protobuf message ends at 2 GiB, and parsers
+hold a message in memory twice."""
+
+
+def export_graph(module: torch.nn.Module, spec: ModelSpec, directory: Path, opset: int) -> list[Path]:
+    """Write ``<directory>/<spec.name>.onnx``.
+
+    Args:
+        module: takes and gives the specification's tensors in its order, with weights already in the wanted precision.
+        spec: names, types and axes of the graph's inputs and outputs.
+        directory: receives the graph and, where its weights are large, ``<spec.name>.onnx.data``.
+        opset: the ONNX operator set.
+
+    Returns:
+        The files written, the graph first.
+    """
+    # A batch of 2 for tracing: torch.export takes an axis of size 1 for a constant.
+    inputs = tuple(torch.from_numpy(array) for array in spec.dummy_inputs(batch=2).values())
+    path = directory / f"{spec.name}.onnx"
+    weights_bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            inputs,
+            input_names=[tensor.name for tensor in spec.inputs],
+            output_names=[tensor.name for tensor in spec.outputs],
+            dynamic_shapes=_dynamic_shapes(module, spec),
+            opset_version=opset,
+            dynamo=True,
+            verbose=False,
+        )
+    assert program is not None
+    program.save(path, external_data=weights_bytes > EXTERNAL_DATA_BYTES)
+    data = path.with_name(f"{path.name}.data")
+    return [path, data] if data.exists() else [path]
+
+
+def _dynamic_shapes(module: torch.nn.Module, spec: ModelSpec) -> tuple[object, ...]:
+    """The batch axis of every input, nested as ``forward``'s arguments are: what a ``*args`` takes is one entry."""
+    batch = torch.export.Dim(spec.batch.name, min=1, max=spec.batch.max)
+    shapes: tuple[object, ...] = tuple({0: batch} for _ in spec.inputs)
+    kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
+    if inspect.Parameter.VAR_POSITIONAL in kinds:
+        named = kinds.index(inspect.Parameter.VAR_POSITIONAL)
+        return (*shapes[:named], shapes[named:])
+    return shapes

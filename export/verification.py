@@ -1,0 +1,183 @@
+"""An exported graph is believed only after it was compared with what it was made from.
+
+In stages, cheapest first: names and types, axes, shapes at the largest batch (ONNX shape inference), then values against
+torch in fp32 with the same rounded weights. Each stage raises VerificationError naming the tensor and the figures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, shape_inference
+
+from icportrait.contract import ModelSpec, TensorSpec
+from icportrait.errors import VerificationError
+from icportrait.nn import WarpingNetwork
+from icportrait.runtime.ort import OrtEngine
+
+_ONNX_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "uint8": TensorProto.UINT8,
+    "int32": TensorProto.INT32,
+}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far a graph may be from torch.
+
+    ``relative_rms`` is |a - b| / |b| over a tensor of numbers; ``levels`` the largest difference of a uint8 picture and
+    ``mean_levels`` its mean; ``flow_disagreement`` the share of positions whose match differs and
+    ``flow_error_cells`` the mean distance between the matches over all positions.
+    """
+
+    relative_rms: float
+    levels: int = 0
+    mean_levels: float = 0.0
+    flow_disagreement: float = 0.0
+    flow_error_cells: float = 0.0
+
+
+TOLERANCES: dict[str, dict[str, Tolerance]] = {
+    "fp32": {
+        "vae_encoder": Tolerance(1e-4),
+        "warping_network": Tolerance(1e-4, flow_disagreement=0.002, flow_error_cells=0.05),
+        "unet": Tolerance(1e-4),
+        "vae_decoder": Tolerance(1e-4, levels=1, mean_levels=0.01),
+    },
+    "fp16": {
+        "vae_encoder": Tolerance(1e-2),
+        "warping_network": Tolerance(1e-2, flow_disagreement=0.05, flow_error_cells=1.0),
+        "unet": Tolerance(1e-2),
+        "vae_decoder": Tolerance(1e-2, levels=4, mean_levels=0.5),
+    },
+}
+"""By precision and component. fp32: two runtimes that sum in another order. fp16: weights are equal, activations are
+rounded; matches that are nearly tied fall the other way."""
+
+
+def check_names_and_types(path: Path, spec: ModelSpec, opset: int) -> None:
+    """The graph is valid ONNX of the asked-for opset and has the specification's tensors, in its order."""
+    onnx.checker.check_model(str(path))
+    model = onnx.load(path, load_external_data=False)
+    found_opset = next(entry.version for entry in model.opset_import if entry.domain == "")
+    if found_opset != opset:
+        raise VerificationError(f"{spec.name}: opset is {found_opset}, expected {opset}")
+    for kind, nodes, specs in (("input", model.graph.input, spec.inputs), ("output", model.graph.output, spec.outputs)):
+        names, expected = [node.name for node in nodes], [tensor.name for tensor in specs]
+        if names != expected:
+            raise VerificationError(f"{spec.name}: {kind}s are {', '.join(names)}, expected {', '.join(expected)}")
+        for node, tensor in zip(nodes, specs, strict=True):
+            found = node.type.tensor_type.elem_type
+            if found != _ONNX_TYPES[tensor.dtype.numpy]:
+                name = TensorProto.DataType.Name(found)
+                raise VerificationError(f"{spec.name}: {tensor.name} is {name}, expected {tensor.dtype.numpy}")
+
+
+def check_axes(path: Path, spec: ModelSpec) -> None:
+    """Exactly the dynamic axes are symbolic, under their names; the fixed ones have their sizes."""
+    graph = onnx.load(path, load_external_data=False).graph
+    nodes = {node.name: node for node in (*graph.input, *graph.output)}
+    for tensor in (*spec.inputs, *spec.outputs):
+        found = [dim.dim_param or dim.dim_value for dim in nodes[tensor.name].type.tensor_type.shape.dim]
+        expected = [axis.name if axis.is_dynamic else axis.min for axis in tensor.axes]
+        if found != expected:
+            raise VerificationError(f"{spec.name}: {tensor.name}: axes are {found}, expected {expected}")
+
+
+def check_shapes(path: Path, spec: ModelSpec) -> None:
+    """At the largest batch, ONNX shape inference finds the specification's output shapes."""
+    model = onnx.load(path, load_external_data=False)
+    batch = spec.batch.max
+    for node in model.graph.input:
+        node.type.tensor_type.shape.dim[0].dim_value = batch
+    for node in model.graph.output:
+        node.type.tensor_type.ClearField("shape")
+    del model.graph.value_info[:]
+    inferred = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    nodes = {node.name: node for node in inferred.graph.output}
+    for tensor in spec.outputs:
+        found = [dim.dim_value for dim in nodes[tensor.name].type.tensor_type.shape.dim]
+        expected = list(tensor.shape(batch=batch))
+        if found != expected:
+            raise VerificationError(f"{spec.name}: {tensor.name}: shape at batch {batch} is {found}, expected {expected}")
+
+
+def check_values(
+    engine: OrtEngine, module: torch.nn.Module, tolerance: Tolerance, batch: int
+) -> dict[str, float]:
+    """Run the graph and the module (fp32, same rounded weights) on the same random inputs and compare.
+
+    Returns:
+        The largest figure of each kind that was compared.
+
+    Raises:
+        VerificationError: a figure is over its tolerance, or an output isn't finite.
+    """
+    inputs = engine.spec.dummy_inputs(batch)
+    found = engine.run(inputs)
+    expected = _torch_outputs(module, engine.spec, inputs, found)
+    worst: dict[str, float] = {}
+    for tensor in engine.spec.outputs:
+        for figure, value, limit in _compare(tensor, found[tensor.name], expected[tensor.name], tolerance):
+            # "not <=", so that a NaN fails.
+            if not value <= limit:
+                raise VerificationError(
+                    f"{engine.spec.name}: {tensor.name} at batch {batch}: {figure} is {value:.3g}, allowed {limit:g}"
+                )
+            worst[figure] = max(worst.get(figure, 0.0), value)
+    return worst
+
+
+def _torch_outputs(
+    module: torch.nn.Module, spec: ModelSpec, inputs: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    # The module is in fp32 here, also for an fp16 graph: what has the weights' type goes in as fp32.
+    tensors = [
+        torch.from_numpy(array.astype(np.float32) if array.dtype == np.float16 else array) for array in inputs.values()
+    ]
+    with torch.inference_mode():
+        outputs = module(*tensors)
+        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
+        if isinstance(module, WarpingNetwork):
+            # A match that falls the other way moves features and would drown every other difference in F_ref: the
+            # flow is judged by itself, and F_ref with the graph's own flow.
+            flows = [torch.from_numpy(found[name].astype(np.int64)).flatten(1) for name in found if "flow" in name]
+            outputs[: -len(flows) - 1] = module.f_ref(*tensors, flows=flows)
+    return {tensor.name: output.numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)}
+
+
+def _compare(
+    tensor: TensorSpec, found: np.ndarray, expected: np.ndarray, tolerance: Tolerance
+) -> list[tuple[str, float, float]]:
+    """(figure, value, limit) for each figure by which this kind of tensor is judged."""
+    if tensor.name.startswith("flow_"):
+        return [
+            ("flow disagreement", float(np.mean(found != expected)), tolerance.flow_disagreement),
+            ("flow end-point error (cells)", end_point_error(found, expected), tolerance.flow_error_cells),
+        ]
+    difference = found.astype(np.float64) - expected.astype(np.float64)
+    if found.dtype == np.uint8:
+        levels = np.abs(difference)
+        return [
+            ("largest difference (levels)", float(levels.max()), tolerance.levels),
+            ("mean difference (levels)", float(levels.mean()), tolerance.mean_levels),
+        ]
+    relative = float(np.linalg.norm(difference) / max(np.linalg.norm(expected.astype(np.float64)), 1e-12))
+    return [("relative RMS error", relative, tolerance.relative_rms)]
+
+
+def end_point_error(found: np.ndarray, expected: np.ndarray) -> float:
+    """Mean distance in cells between two flows [batch, h, w] of positions y * w + x."""
+    width = found.shape[-1]
+    rows = (found // width).astype(np.float64) - expected // width
+    columns = (found % width).astype(np.float64) - expected % width
+    return float(np.hypot(rows, columns).mean())
+
+

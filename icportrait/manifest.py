@@ -1,0 +1,83 @@
+"""The manifest of an export: what the engines were made from and by, and what a server must know to run them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from icportrait.contract import contract_hash
+from icportrait.errors import CheckpointError
+from icportrait.presets import Preset
+
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class EngineFile:
+    """One exported graph; ``sha256`` covers the graph and, where there is one, its external data."""
+
+    file: str
+    sha256: str
+    size_bytes: int
+    external_data: str | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a server needs beside the graphs themselves."""
+
+    preset: Preset
+    precision: str
+    opset: int
+    contract_hash: str
+    engines: dict[str, EngineFile]
+    scheduler_config: dict[str, Any]
+    guidance_scale: float
+    source: dict[str, Any]
+    """``{"checkpoint": path}`` or ``{"random_weights": seed}``."""
+    versions: dict[str, str]
+
+    @property
+    def model_version(self) -> str:
+        """Names the exported weights and graphs: equal exactly when every graph's hash is."""
+        text = "".join(engine.sha256 for _, engine in sorted(self.engines.items()))
+        return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+    def write(self, directory: Path) -> Path:
+        path = directory / MANIFEST_NAME
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        return path
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        """Read ``directory/manifest.json``.
+
+        Raises:
+            CheckpointError: there is none, or it was written for another contract than this code's.
+        """
+        path = directory / MANIFEST_NAME
+        if not path.is_file():
+            raise CheckpointError(f'{path} is missing; make it with "python -m export"')
+        fields = json.loads(path.read_text())
+        fields["preset"] = Preset.from_dict(fields["preset"])
+        fields["engines"] = {name: EngineFile(**engine) for name, engine in fields["engines"].items()}
+        manifest = cls(**fields)
+        expected = contract_hash(manifest.preset, manifest.precision)
+        if manifest.contract_hash != expected:
+            raise CheckpointError(
+                f"{path}: exported for contract {manifest.contract_hash}, this code's is {expected}; export again"
+            )
+        return manifest
+
+
+def file_sha256(*paths: Path) -> str:
+    """One hash over the files' contents, in the given order."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            while block := file.read(1 << 22):
+                digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,52 @@
+"""Lighting-aware stitching: hiding most of the reference, so that it gives light and layout but no identity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from icportrait.errors import InvalidRequest
+from icportrait.presets import Preset
+from icportrait.randomness import Stream, raw_bits
+
+HIDDEN_LEVEL = 128
+"""What hidden pixels are filled with: the middle of 0..255, which is zero once pixels are scaled to -1..1."""
+
+
+def reference_visibility(preset: Preset, mask_ratio: float, seed: int) -> NDArray[np.float32]:
+    """Which latent cells of the reference may be seen: ``[1, 1, s, s]`` float32, 1 visible and 0 hidden.
+
+    Whole patches of ``preset.mask_patch_px`` are hidden, exactly ``round(mask_ratio * patches)`` of them. The seed
+    puts the patches into an order and the first ones are hidden, so a higher ratio hides the same patches and more.
+
+    Raises:
+        InvalidRequest: ``mask_ratio`` isn't within 0..1, or the seed is out of range.
+    """
+    if not 0 <= mask_ratio <= 1:
+        raise InvalidRequest(f"mask_ratio: {mask_ratio}, expected 0..1")
+    patches_across = preset.image_size // preset.mask_patch_px
+    cells_per_patch = preset.mask_patch_px // preset.vae_factor
+    patches = patches_across**2
+    order = np.argsort(raw_bits(seed, Stream.MASK, patches), kind="stable")
+    visible = np.ones(patches, dtype=np.float32)
+    visible[order[: round(mask_ratio * patches)]] = 0.0
+    return _enlarge(visible.reshape(patches_across, patches_across), cells_per_patch)[np.newaxis, np.newaxis]
+
+
+def hide(pixels: NDArray[np.uint8], visibility: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """A copy of a picture with its hidden cells filled with ``HIDDEN_LEVEL``.
+
+    Args:
+        pixels: ``[S, S, 3]`` uint8.
+        visibility: ``[1, 1, s, s]`` float32 as ``reference_visibility`` gives it; S is a multiple of s.
+    """
+    cells = visibility[0, 0]
+    visible = _enlarge(cells > 0.5, pixels.shape[0] // cells.shape[0])
+    return np.where(visible[..., np.newaxis], pixels, np.uint8(HIDDEN_LEVEL))
+
+
+def _enlarge(grid: NDArray[Any], factor: int) -> NDArray[Any]:
+    """Every cell of a ``[n, n]`` grid becomes ``factor`` by ``factor`` cells."""
+    return grid.repeat(factor, axis=0).repeat(factor, axis=1)

@@ -1,0 +1,142 @@
+"""The reference implementation: one request, step by step, in plain PyTorch.
+
+Every other way of making portraits is compared with this one, so it is written to be read: no batching of portraits,
+no reuse between requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from icportrait.contract import engine_specs
+from icportrait.masking import hide, reference_visibility
+from icportrait.nn.checkpoint import Checkpoint
+from icportrait.nn.engine_modules import engine_modules
+from icportrait.nn.matching import join_canvas, split_canvas
+from icportrait.randomness import canvas_noise
+from icportrait.sampling import NoiseSchedule, StepPlan, advance, guide
+
+
+@dataclass(frozen=True, eq=False)
+class ReferenceResult:
+    """n portraits of one request."""
+
+    portraits: NDArray[np.uint8]
+    """[n, S, S, 3] uint8."""
+    latents: NDArray[np.float32]
+    """[n, latent_channels, s, s] float32: what the portraits were decoded from."""
+    flow: NDArray[np.int32]
+    """[s, s] int32: for each latent cell of the reference, the cell y * s + x of the profile that fits it best."""
+    match_confidence: float
+    """Mean cosine similarity of those pairs."""
+    visible_pixels: NDArray[np.uint8]
+    """[S, S, 3] uint8: the reference as the networks saw it."""
+
+
+class ReferencePipeline:
+    """Runs the four engine modules of a checkpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
+        """Move the checkpoint's models to ``device``."""
+        self.preset = checkpoint.preset
+        self.guidance_scale = checkpoint.guidance_scale
+        self.schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
+        self.modules = {name: module.to(device) for name, module in engine_modules(checkpoint).items()}
+        self.device = device
+
+    @torch.inference_mode()
+    def __call__(
+        self,
+        profile_pixels: NDArray[np.uint8],
+        reference_pixels: NDArray[np.uint8],
+        *,
+        seed: int,
+        num_portraits: int = 1,
+        num_inference_steps: int = 20,
+        guidance_scale: float | None = None,
+        mask_ratio: float = 0.8,
+        scheduler: str = "dpmpp_2m",
+    ) -> ReferenceResult:
+        """Make portraits of the profile's person in the reference's view and light.
+
+        Args:
+            profile_pixels: [S, S, 3] uint8.
+            reference_pixels: [S, S, 3] uint8, not hidden yet.
+            seed: decides what is hidden, and the noise; portrait i draws its noise from ``seed + i``.
+            num_portraits: how many portraits to make.
+            num_inference_steps: UNet calls per portrait.
+            guidance_scale: weight of the conditioning; None takes the checkpoint's, 1 does without guidance.
+            mask_ratio: share of the reference that is hidden.
+            scheduler: one of ``sampling.SCHEDULERS``.
+
+        Raises:
+            InvalidRequest: an argument is out of range or a picture isn't [S, S, 3] uint8.
+        """
+        guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        plan = self.schedule.plan(scheduler, num_inference_steps)
+
+        visibility = reference_visibility(self.preset, mask_ratio, seed)
+        visible_pixels = hide(reference_pixels, visibility)
+        profile = self._encode(profile_pixels)
+        reference = self._encode(visible_pixels)
+        outputs = self.modules["warping_network"](profile, reference, self._tensor(visibility))
+        residuals = len(self.preset.residuals)
+        f_ref, finest_flow, match_confidence = outputs[:residuals], outputs[residuals], outputs[-1]
+
+        latents = []
+        for portrait in range(num_portraits):
+            noise = self._tensor(canvas_noise(self.preset, seed + portrait)).unsqueeze(0)
+            latents.append(self._denoise(noise, profile, f_ref, plan, guidance_scale))
+        portraits = [self.modules["vae_decoder"](latent) for latent in latents]
+        return ReferenceResult(
+            portraits=torch.cat(portraits).cpu().numpy(),
+            latents=torch.cat(latents).cpu().numpy(),
+            flow=finest_flow[0].cpu().numpy(),
+            match_confidence=match_confidence.item(),
+            visible_pixels=visible_pixels,
+        )
+
+    def _denoise(
+        self, noise: Tensor, profile: Tensor, f_ref: tuple[Tensor, ...], plan: StepPlan, guidance_scale: float
+    ) -> Tensor:
+        """Denoise one canvas [1, latent_channels, s, 2 s] and return its right half, the portrait's latent."""
+        profile_noise, _ = split_canvas(noise)
+        canvas = plan.initial_scale * noise
+        history = torch.zeros_like(canvas)
+        for step in range(len(plan.timesteps)):
+            # The left half is known at every noise level; what the sampler made of it is overwritten.
+            held = float(plan.signal_level[step]) * profile + float(plan.noise_level[step]) * profile_noise
+            _, portrait = split_canvas(canvas)
+            canvas = join_canvas(held, portrait)
+            prediction = self._predict(canvas, plan.timesteps[step], f_ref, guidance_scale)
+            canvas, history = advance(canvas, prediction, history, self._tensor(plan.coefficients[step : step + 1]))
+        _, portrait = split_canvas(canvas)
+        return portrait
+
+    def _predict(
+        self, canvas: Tensor, timestep: np.float32, f_ref: tuple[Tensor, ...], guidance_scale: float
+    ) -> Tensor:
+        """The UNet's prediction under guidance; the unconditional row sees the same canvas but no ``F_ref``."""
+        unet, time = self.modules["unet"], self._tensor(np.array([timestep], dtype=np.float32))
+        conditional: Tensor = unet(canvas, time, *f_ref)
+        if guidance_scale == 1:
+            return conditional
+        unconditional: Tensor = unet(canvas, time, *(torch.zeros_like(residual) for residual in f_ref))
+        guided: Tensor = guide(conditional, unconditional, guidance_scale)
+        return guided
+
+    def _encode(self, pixels: NDArray[np.uint8]) -> Tensor:
+        """The latent [1, latent_channels, s, s] of a picture [S, S, 3] uint8."""
+        batch = pixels[np.newaxis]
+        engine_specs(self.preset)["vae_encoder"].check_inputs({"pixels": batch})
+        latent: Tensor = self.modules["vae_encoder"](self._tensor(batch))
+        return latent
+
+    def _tensor(self, array: NDArray[Any]) -> Tensor:
+        return torch.tensor(array, device=self.device)

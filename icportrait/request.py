@@ -1,0 +1,158 @@
+"""The public request: its inputs, their ranges and defaults, and the typed form the stages pass on.
+
+``INPUTS`` and ``OUTPUTS`` are the serving contract of ``ic_portrait`` and ``ic_portrait_stream``. Their ``config.pbtxt``
+and the client's own checks (``client/src/icportrait_client/contract.json``) are generated from them.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from icportrait.contract import DType
+from icportrait.errors import InvalidRequest
+from icportrait.sampling import SCHEDULERS
+
+MAX_SEED = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class RequestInput:
+    """One public input: its type and size, and what a server accepts."""
+
+    name: str
+    dtype: DType
+    size: int = 1
+    required: bool = False
+    default: Any = None
+    minimum: float | None = None
+    maximum: float | None = None
+    choices: tuple[str, ...] = ()
+
+    def parse(self, array: np.ndarray) -> Any:
+        """The Python value of a Triton tensor.
+
+        Raises:
+            InvalidRequest: the type, size, range or choice isn't what this input accepts.
+        """
+        expected = np.dtype(self.dtype.numpy)
+        if array.dtype.kind != expected.kind or (expected.kind != "O" and array.dtype != expected):
+            raise InvalidRequest(f"{self.name}: type is {array.dtype}, expected {self.dtype.triton}")
+        if array.shape != (self.size,):
+            raise InvalidRequest(f"{self.name}: shape is {list(array.shape)}, expected [{self.size}]")
+        if self.dtype is DType.BYTES:
+            return self._parse_bytes(array[0])
+        # A float32 becomes the shortest decimal that names it: 0.98 stays within 0.98, and metadata says 0.8.
+        values = [self._in_range(float(str(value)) if expected.kind == "f" else int(value)) for value in array]
+        return values[0] if self.size == 1 else tuple(values)
+
+    def _parse_bytes(self, value: bytes | str) -> bytes | str:
+        data = value.encode() if isinstance(value, str) else bytes(value)
+        if not self.choices:
+            return data
+        text = data.decode("utf-8", errors="replace")
+        if text not in self.choices:
+            raise InvalidRequest(f"{self.name}: {text[:40]!r}, expected one of {', '.join(self.choices)}")
+        return text
+
+    def _in_range(self, value: float) -> float:
+        below = self.minimum is not None and not value >= self.minimum
+        above = self.maximum is not None and not value <= self.maximum
+        if below or above:
+            raise InvalidRequest(f"{self.name}: {value}, expected {self.minimum}..{self.maximum}")
+        return value
+
+
+INPUTS = (
+    RequestInput("profile", DType.BYTES, required=True),
+    RequestInput("reference", DType.BYTES, required=True),
+    RequestInput("seed", DType.INT64, minimum=0, maximum=MAX_SEED),
+    RequestInput("num_portraits", DType.INT32, default=1, minimum=1, maximum=8),
+    RequestInput("num_inference_steps", DType.INT32, default=20, minimum=1, maximum=150),
+    RequestInput("guidance_scale", DType.FLOAT32, minimum=1.0, maximum=20.0),
+    RequestInput("mask_ratio", DType.FLOAT32, default=0.8, minimum=0.0, maximum=0.98),
+    RequestInput("scheduler", DType.BYTES, default="dpmpp_2m", choices=SCHEDULERS),
+    RequestInput("profile_box", DType.FLOAT32, size=4, minimum=0.0, maximum=1.0),
+    RequestInput("reference_box", DType.FLOAT32, size=4, minimum=0.0, maximum=1.0),
+    RequestInput("output_format", DType.BYTES, default="png", choices=("png", "jpeg", "webp")),
+    RequestInput("encoding", DType.BYTES, default="binary", choices=("binary", "base64")),
+)
+OUTPUTS = (("image", DType.BYTES, -1), ("metadata", DType.BYTES, 1))
+
+
+@dataclass(frozen=True)
+class PortraitRequest:
+    """A checked request without its pictures, as it travels beside the tensors through the ensemble."""
+
+    seed: int
+    num_portraits: int
+    num_inference_steps: int
+    guidance_scale: float
+    mask_ratio: float
+    scheduler: str
+    output_format: str
+    encoding: str
+    profile_box: tuple[float, float, float, float] | None = None
+    reference_box: tuple[float, float, float, float] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a UNet batch this request takes: guidance costs every portrait a second, unconditional one."""
+        return self.num_portraits * (2 if self.guidance_scale > 1.0 else 1)
+
+    def to_json(self) -> bytes:
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes | str) -> PortraitRequest:
+        fields = json.loads(data)
+        for box in ("profile_box", "reference_box"):
+            fields[box] = tuple(fields[box]) if fields[box] else None
+        return cls(**fields)
+
+
+def parse_request(tensors: Mapping[str, np.ndarray], default_guidance: float) -> tuple[PortraitRequest, bytes, bytes]:
+    """Check the public inputs and fill in what is absent.
+
+    Args:
+        tensors: the request's tensors by name.
+        default_guidance: the checkpoint's guidance scale.
+
+    Returns:
+        The request, the profile's bytes and the reference's bytes (base64 text where the encoding says so).
+
+    Raises:
+        InvalidRequest: an input is missing, unknown or out of range.
+    """
+    known = {field.name: field for field in INPUTS}
+    if unknown := sorted(set(tensors) - set(known)):
+        raise InvalidRequest(f"{unknown[0]}: no such input, expected some of {', '.join(known)}")
+    values: dict[str, Any] = {}
+    for name, field in known.items():
+        if name in tensors:
+            values[name] = field.parse(tensors[name])
+        elif field.required:
+            raise InvalidRequest(f"{name}: missing, expected the bytes of a JPEG, PNG or WebP picture")
+        else:
+            values[name] = field.default
+    if values["seed"] is None:
+        values["seed"] = secrets.randbelow(2**31)
+    if values["guidance_scale"] is None:
+        values["guidance_scale"] = default_guidance
+    profile, reference = values.pop("profile"), values.pop("reference")
+    return PortraitRequest(**values), profile, reference
+
+
+def client_contract_text() -> str:
+    """The public contract as JSON, for clients that don't install this package."""
+    contract = {
+        "models": {"unary": "ic_portrait", "stream": "ic_portrait_stream"},
+        "inputs": [{**asdict(field), "dtype": field.dtype.triton} for field in INPUTS],
+        "outputs": [{"name": name, "dtype": dtype.triton, "size": size} for name, dtype, size in OUTPUTS],
+    }
+    return json.dumps(contract, indent=2) + "\n"

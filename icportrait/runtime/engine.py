@@ -1,0 +1,51 @@
+"""The one interface through which everything above runs an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from icportrait.contract import ModelSpec, engine_specs
+from icportrait.errors import RuntimeNotAvailable
+from icportrait.manifest import Manifest
+from icportrait.policy import RUNTIMES, ServingPolicy
+
+
+class Engine(Protocol):
+    """Runs one model of the contract."""
+
+    spec: ModelSpec
+    version: str
+    """The runtime and its version, for a request's metadata."""
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run one batch: arrays by the specification's input names in, by its output names out.
+
+        Raises:
+            ContractError: an input breaks the specification.
+        """
+        ...
+
+
+def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingPolicy) -> Engine:
+    """Load engine ``name`` of an export into the policy's runtime.
+
+    Args:
+        name: one of ``contract.ENGINES``.
+        directory: holds the graph that the manifest names.
+        manifest: the export's manifest.
+        policy: says which runtime and how many threads.
+    """
+    spec = engine_specs(manifest.preset, manifest.precision)[name]
+    if policy.runtime == "onnxruntime":
+        from icportrait.runtime.ort import OrtEngine
+
+        return OrtEngine(directory / manifest.engines[name].file, spec, policy.engine_threads)
+    if policy.runtime == "torch":
+        from icportrait.runtime.eager import TorchEngine
+
+        return TorchEngine.from_manifest(name, manifest, policy.engine_threads)
+    raise RuntimeNotAvailable(f"runtime: {policy.runtime!r}, expected one of {', '.join(RUNTIMES)}")

@@ -1,0 +1,268 @@
+"""Run a model repository on the embedded tritonserver: ``python -m icportrait.server``.
+
+The server binary and its Python backend come from the nvidia-pytriton wheel; no container and no root are needed. The
+server listens on loopback only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import urllib.error
+import urllib.request
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from icportrait.errors import IcPortraitError, RuntimeNotAvailable
+
+HOST = "127.0.0.1"
+SHM = Path("/dev/shm")
+GPU_DEVICE = Path("/dev/nvidiactl")
+
+
+@dataclass(frozen=True)
+class Ports:
+    """The TCP ports of one server."""
+
+    grpc: int = 8001
+    http: int = 8000
+    metrics: int = 8002
+
+    @classmethod
+    def free(cls) -> Ports:
+        """Three ports that nothing listens on now."""
+        with contextlib.ExitStack() as stack:
+            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
+            for each in sockets:
+                each.bind((HOST, 0))
+            return cls(*(each.getsockname()[1] for each in sockets))
+
+    def check_free(self) -> None:
+        """Raise IcPortraitError naming a port that something else listens on."""
+        for name, port in vars(self).items():
+            with socket.socket() as probe:
+                if probe.connect_ex((HOST, port)) == 0:
+                    variable = f"{name.upper()}_PORT"
+                    raise IcPortraitError(f"port {port} is taken; choose another with {variable}=NUMBER")
+
+
+@dataclass
+class TritonServer:
+    """One tritonserver process with its Python backend, from start to a clean end.
+
+    Use as a context manager: entering starts the process and returns when every model is ready, leaving stops it and
+    removes what it kept in shared memory.
+    """
+
+    repository: Path
+    ports: Ports = field(default_factory=Ports)
+    log_file: Path | None = None
+    """Where the server's own log goes; standard error where None."""
+    ready_timeout_s: float = 300.0
+    _process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> TritonServer:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    @property
+    def grpc_url(self) -> str:
+        return f"{HOST}:{self.ports.grpc}"
+
+    @property
+    def http_url(self) -> str:
+        return f"{HOST}:{self.ports.http}"
+
+    @property
+    def metrics_url(self) -> str:
+        return f"{HOST}:{self.ports.metrics}"
+
+    @property
+    def shm_prefix(self) -> str:
+        """Names this server's shared-memory regions, so that none of another server's is ever touched."""
+        return f"icportrait_{os.getpid()}_{self.ports.grpc}_"
+
+    def start(self) -> None:
+        """Start the process and wait until every model is ready.
+
+        Raises:
+            RuntimeNotAvailable: the server's wheel isn't installed, or this Python has no shared library.
+            IcPortraitError: a port is taken, or the server ended or didn't get ready in time.
+        """
+        self.ports.check_free()
+        wheel = _wheel_directory()
+        backends = _backend_directory(wheel)
+        command = [
+            str(wheel / "tritonserver" / "bin" / "tritonserver"),
+            f"--model-repository={self.repository.resolve()}",
+            f"--backend-directory={backends}",
+            f"--cache-directory={wheel / 'tritonserver' / 'caches'}",
+            f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            *(f"--{name}-address={HOST}" for name in ("grpc", "http", "metrics")),
+            *(f"--{name}-port={port}" for name, port in vars(self.ports).items()),
+            "--exit-on-error=true",
+            "--log-info=false",
+            *([] if GPU_DEVICE.exists() else ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]),
+        ]
+        log = self.log_file.open("wb") if self.log_file else None
+        # A session of its own keeps a terminal's Ctrl-C from the server: it is stopped by stop(), in order.
+        self._process = subprocess.Popen(
+            command,
+            env=_environment(wheel),
+            stdout=log,
+            stderr=subprocess.STDOUT if log else None,
+            start_new_session=True,
+            preexec_fn=_end_with_parent,
+        )
+        if log:
+            log.close()
+        try:
+            self._wait_ready()
+        except BaseException:
+            self.stop()
+            raise
+
+    def poll(self) -> int | None:
+        """The process's exit status, None while it runs."""
+        return self._process.poll() if self._process else 0
+
+    def stop(self, grace_s: float = 30.0) -> None:
+        """Stop the process and everything it started, and remove its shared memory."""
+        if self._process is None:
+            return
+        if self._process.poll() is None:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(grace_s)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+        for region in SHM.glob(f"{self.shm_prefix}*"):
+            region.unlink(missing_ok=True)
+
+    def _wait_ready(self) -> None:
+        deadline = time.monotonic() + self.ready_timeout_s
+        while time.monotonic() < deadline:
+            if (status := self.poll()) is not None:
+                raise IcPortraitError(f"tritonserver ended with status {status} before it was ready{self._log_hint()}")
+            with contextlib.suppress(OSError, urllib.error.HTTPError):
+                with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2) as answer:
+                    if answer.status == 200:
+                        return
+            time.sleep(0.1)
+        raise IcPortraitError(f"tritonserver was not ready after {self.ready_timeout_s:.0f} s{self._log_hint()}")
+
+    def _log_hint(self) -> str:
+        if self.log_file is None:
+            return "; its output above has the cause"
+        tail = self.log_file.read_text(errors="replace").splitlines()[-15:]
+        return f"; the end of {self.log_file}:\n" + "\n".join(tail)
+
+
+def _wheel_directory() -> Path:
+    spec = importlib.util.find_spec("pytriton")
+    if spec is None or not spec.submodule_search_locations:
+        raise RuntimeNotAvailable('the embedded tritonserver (nvidia-pytriton) is not installed; run "make setup"')
+    return Path(spec.submodule_search_locations[0])
+
+
+def _backend_directory(wheel: Path) -> Path:
+    """A backend folder in which this Python's stub lies beside the backend's library, as Triton wants it."""
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    stub = wheel / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise RuntimeNotAvailable(f"the embedded tritonserver has no stub for Python {version}; use 3.11 or 3.12")
+    backends = Path(sys.prefix) / "share" / "icportrait" / f"backends-{version}"
+    python = backends / "python"
+    if not (python / stub.name).is_file():
+        python.mkdir(parents=True, exist_ok=True)
+        for path in (*(wheel / "tritonserver" / "backends" / "python").glob("*.*"), stub):
+            # Moved into place whole: another server may be starting at the same time.
+            partial = python / f".{path.name}.{os.getpid()}"
+            shutil.copy(path, partial)
+            partial.replace(python / path.name)
+    return backends
+
+
+def _environment(wheel: Path) -> dict[str, str]:
+    """The server's environment: its own libraries, Python's library, and this Python first on PATH for the stub."""
+    libdir, library = (sysconfig.get_config_var(name) for name in ("LIBDIR", "INSTSONAME"))
+    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
+    folders = [Path(libdir), Path(libdir) / multiarch, Path("/usr/lib") / multiarch]
+    found = [folder for folder in folders if (folder / str(library)).is_file()]
+    if not found:
+        version = f"{sys.version_info.major}.{sys.version_info.minor}"
+        raise RuntimeNotAvailable(
+            f"the server's Python stub needs {library}, which this Python has not; apt-get install libpython{version}"
+        )
+    paths = [wheel.parent / "nvidia_pytriton.libs", found[0], os.environ.get("LD_LIBRARY_PATH", "")]
+    return {
+        **os.environ,
+        "LD_LIBRARY_PATH": ":".join(str(path) for path in paths if str(path)),
+        "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ.get('PATH', '')}",
+    }
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to end the server when this process dies without having stopped it."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+class _StopRequested(BaseException):
+    """SIGINT or SIGTERM came."""
+
+
+def _stop_on_signals() -> None:
+    """Let the first SIGINT or SIGTERM end the program in order, also where a shell had them ignored."""
+    numbers = (signal.SIGINT, signal.SIGTERM)
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise _StopRequested
+
+    for number in numbers:
+        signal.signal(number, stop)
+
+
+def main(argv: list[str] | None = None) -> int:
+    ports = Ports()
+    parser = argparse.ArgumentParser(prog="python -m icportrait.server", description=__doc__.splitlines()[0])
+    parser.add_argument("--repository", type=Path, required=True, help="assembled by python -m icportrait.repository")
+    for name, port in vars(ports).items():
+        parser.add_argument(f"--{name}-port", type=int, default=port, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    server = TritonServer(args.repository, Ports(args.grpc_port, args.http_port, args.metrics_port))
+    _stop_on_signals()
+    try:
+        with server:
+            print(f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}", flush=True)
+            while (status := server.poll()) is None:
+                time.sleep(0.1)
+            raise IcPortraitError(f"tritonserver ended with status {status}")
+    except IcPortraitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except _StopRequested:
+        print("stopped", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

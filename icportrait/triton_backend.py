@@ -1,0 +1,197 @@
+"""What the repository's ``model.py`` files have in common: the way between Triton's requests and the stages.
+
+Every class has one boundary where exceptions end: a caller's mistake goes back as its own sentence under its code, a
+failure of ours is logged with its traceback and answered without it.
+
+``triton_python_backend_utils`` exists only inside Triton's stub process, so it is imported where it is used.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import BoundedSemaphore
+from typing import Any
+
+import numpy as np
+
+from icportrait.errors import IcPortraitError, Unavailable, from_wire, to_wire
+from icportrait.manifest import Manifest
+from icportrait.policy import ServingPolicy
+from icportrait.request import parse_request
+from icportrait.runtime import Engine, load_engine
+from icportrait.serving import DenoiseStage, Tensors, bytes_tensor
+
+logger = logging.getLogger(__name__)
+
+
+class ModelContext:
+    """What Triton tells a Python model when it is loaded, in this package's terms."""
+
+    def __init__(self, args: Mapping[str, str]) -> None:
+        """Read ``initialize``'s arguments.
+
+        Args:
+            args: Triton's; ``model_config`` is the ``config.pbtxt`` as JSON.
+        """
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        config = json.loads(args["model_config"])
+        parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        self.name: str = config["name"]
+        self.input_names = [tensor["name"] for tensor in config["input"]]
+        self.directory = Path(args["model_repository"]) / args["model_version"]
+        self.policy = ServingPolicy.from_parameters(parameters)
+        self.manifest = Manifest.read(self.directory)
+
+    def engine(self, name: str) -> Engine:
+        return load_engine(name, self.directory, self.manifest, self.policy)
+
+
+class StageModel:
+    """A Python model around a synchronous stage; its ``model.py`` says which in ``load``."""
+
+    def load(self, context: ModelContext) -> Callable[[Tensors], Tensors]:
+        raise NotImplementedError
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self.context = ModelContext(args)
+        self._stage = self.load(self.context)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        return [_respond(self._attempt(request)) for request in requests]
+
+    def _attempt(self, request: Any) -> Tensors | IcPortraitError:
+        return attempt(self.context.name, lambda: self._stage(_inputs(request, self.context.input_names)))
+
+
+class EngineModel(StageModel):
+    """A Python model around one engine; the requests that Triton batched run as one batch."""
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        inputs = [_inputs(request, self.context.input_names) for request in requests]
+        rows = [len(next(iter(tensors.values()))) for tensors in inputs]
+        joined = {name: np.concatenate([tensors[name] for tensors in inputs]) for name in self.context.input_names}
+        outputs = attempt(self.context.name, lambda: self._stage(joined))
+        if isinstance(outputs, IcPortraitError):
+            return [_respond(outputs)] * len(requests)
+        ends = np.cumsum(rows)
+        return [
+            _respond({name: output[end - size : end] for name, output in outputs.items()})
+            for size, end in zip(rows, ends, strict=True)
+        ]
+
+
+class DenoiseModel:
+    """The decoupled Python model around the denoising loop."""
+
+    def load(self, context: ModelContext) -> DenoiseStage:
+        raise NotImplementedError
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self.context = ModelContext(args)
+        self._stage = self.load(self.context)
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            sender = request.get_response_sender()
+            tensors = _inputs(request, self.context.input_names)
+            failed = attempt(self.context.name, lambda: self._stage.submit(tensors, _answer_with(sender)))  # noqa: B023
+            if isinstance(failed, IcPortraitError):
+                _answer_with(sender)(failed)
+
+    def finalize(self) -> None:
+        self._stage.close()
+
+
+class FrontModel:
+    """A public model: checks the request, runs the ensemble for it from a thread and restores error codes.
+
+    Both fronts keep the response sender and answer later, so that one instance holds many requests at once.
+    """
+
+    def initialize(self, args: dict[str, str]) -> None:
+        self.context = ModelContext(args)
+        limit = self.context.policy.max_pending_requests
+        self._places = BoundedSemaphore(limit)
+        self._threads = ThreadPoolExecutor(limit, thread_name_prefix="front")
+
+    def execute(self, requests: list[Any]) -> None:
+        for request in requests:
+            answer = _answer_with(request.get_response_sender(), restore_code=True)
+            if not self._places.acquire(blocking=False):
+                limit = self.context.policy.max_pending_requests
+                answer(Unavailable(f"{limit} requests are pending, which is this server's limit; try again later"))
+                continue
+            # HTTP generate turns a JSON member that names no input into a parameter: unknown inputs hide there.
+            extra = {name: np.array([value]) for name, value in json.loads(request.parameters() or "{}").items()}
+            self._threads.submit(self._serve, extra | _inputs(request, self.context.input_names), answer)
+
+    def finalize(self) -> None:
+        self._threads.shutdown()
+
+    def _serve(self, tensors: Tensors, answer: Callable[[Tensors | IcPortraitError], None]) -> None:
+        outcome = attempt(self.context.name, lambda: self._run_pipeline(tensors))
+        self._places.release()
+        answer(outcome)
+
+    def _run_pipeline(self, tensors: Tensors) -> Tensors:
+        import triton_python_backend_utils as pb_utils
+
+        request, profile, reference = parse_request(tensors, self.context.manifest.guidance_scale)
+        inputs = {"profile": profile, "reference": reference, "request": request.to_json()}
+        names = ("image", "metadata")
+        call = pb_utils.InferenceRequest(
+            model_name="portrait_pipeline",
+            requested_output_names=list(names),
+            inputs=[pb_utils.Tensor(name, bytes_tensor(value)) for name, value in inputs.items()],
+        )
+        outputs: Tensors | None = None
+        for response in call.exec(decoupled=True):
+            if response.has_error():
+                message = response.error().message()
+                raise from_wire(message) or RuntimeError(message)
+            if response.output_tensors():
+                outputs = {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names}
+        if outputs is None:
+            raise RuntimeError("the pipeline ended without an answer")
+        return outputs
+
+
+def attempt(where: str, run: Callable[[], Any]) -> Any:
+    """``run``'s value, or the error to answer with: the one place where a model's exceptions end."""
+    try:
+        return run()
+    except IcPortraitError as error:
+        return error
+    except Exception:
+        logger.exception("%s failed", where)
+        return IcPortraitError(f"{where} failed on this server; its log has the cause")
+
+
+def _inputs(request: Any, names: list[str]) -> Tensors:
+    import triton_python_backend_utils as pb_utils
+
+    tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in names}
+    return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
+
+
+def _respond(outcome: Tensors | IcPortraitError, restore_code: bool = False) -> Any:
+    import triton_python_backend_utils as pb_utils
+
+    if isinstance(outcome, IcPortraitError):
+        code = getattr(pb_utils.TritonError, outcome.code)
+        text = str(outcome) if restore_code else to_wire(outcome)
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, code))
+    return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outcome.items()])
+
+
+def _answer_with(sender: Any, restore_code: bool = False) -> Callable[[Tensors | IcPortraitError], None]:
+    import triton_python_backend_utils as pb_utils
+
+    def answer(outcome: Tensors | IcPortraitError) -> None:
+        sender.send(_respond(outcome, restore_code), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    return answer
