@@ -26,8 +26,8 @@ $(STAMP): pyproject.toml client/pyproject.toml constraints.txt
 	@BOOT_PYTHON="$(BOOT_PYTHON)" sh setup.sh $(VENV)
 	@touch $@
 
-demo: $(STAMP) ## two pictures -> a portrait, through the real server
-	@$(PYTHON) -m examples.demo
+demo: repository ## two pictures -> a portrait, through the real server
+	@$(PYTHON) -m examples.demo --export $(EXPORT) --repository $(REPOSITORY)
 
 export: $(EXPORT)/manifest.json ## export the preset's engines to verified ONNX
 

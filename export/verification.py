@@ -148,8 +148,11 @@ def _torch_outputs(
         if isinstance(module, WarpingNetwork):
             # A match that falls the other way moves features and would drown every other difference in F_ref: the
             # flow is judged by itself, and F_ref with the graph's own flow.
-            flows = [torch.from_numpy(found[name].astype(np.int64)).flatten(1) for name in found if "flow" in name]
-            outputs[: -len(flows) - 1] = module.f_ref(*tensors, flows=flows)
+            flows = [
+                torch.from_numpy(array).long().flatten(1) for name, array in found.items() if name.startswith("flow_")
+            ]
+            residuals = len(module.preset.residuals)
+            outputs[:residuals] = module(*tensors, known_flows=flows)[:residuals]
     return {tensor.name: output.numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)}
 
 

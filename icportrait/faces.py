@@ -23,8 +23,13 @@ from icportrait.imaging import MIN_SIDE_PX
 Box = tuple[int, int, int, int]
 
 SEARCH_SIDE_PX = 320
-"""The longer side of the grey copy in which faces are sought: a face a twelfth as wide as a 4:3 picture is still found,
-and the search takes a quarter of the time it takes at 640."""
+"""The longer side of the grey copy in which faces are sought; the time goes up with its square. In a 4:3 picture a face
+of a seventh of the shorter side is found reliably, of an eleventh now and then (at 480 px: a tenth)."""
+
+SEARCHED_SIZES = ((1 / 3, 1.0), (1 / 6, 0.4), (1 / 12, 0.2))
+"""The searches, as (smallest, largest) face in shorter sides of the picture; the first to find one ends it. Small
+windows are what costs time, and a portrait's face is large: 4 ms for a face over a third, 11 ms over a sixth, about 30
+ms where there is none. The ranges overlap because a face counts only when neighbouring window sizes agree."""
 
 HEAD_AND_SHOULDERS = 2.1
 """Side of the crop in faces; the finder's face reaches from the brows' upper side to the chin."""
@@ -78,8 +83,9 @@ def find_crop(picture: Image.Image, given_box: tuple[float, float, float, float]
 
 def crop_to_square(picture: Image.Image, crop: Crop, size: int) -> NDArray[np.uint8]:
     """The crop, scaled down or up: ``[size, size, 3]`` uint8."""
-    # reducing_gap shrinks by a whole factor first and leaves Lanczos a third: faster, and no difference to be seen.
-    scaled = picture.resize((size, size), Image.Resampling.LANCZOS, box=crop.box, reducing_gap=3.0)
+    # reducing_gap lets a large crop shrink by a whole factor first: a face in a 12-megapixel picture takes 30 ms, not
+    # 77 ms, and the result is the same to 54 dB.
+    scaled = picture.resize((size, size), Image.Resampling.LANCZOS, box=crop.box, reducing_gap=2.0)
     return np.array(scaled, dtype=np.uint8)
 
 
@@ -95,13 +101,17 @@ def find_face(picture: Image.Image) -> Box | None:
     scale = min(1.0, SEARCH_SIDE_PX / max(picture.size))
     search_size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
     grey = np.asarray(picture.resize(search_size, Image.Resampling.BILINEAR, reducing_gap=2.0).convert("L"))
-    shorter = min(search_size)
-    # Small windows are what costs time, and where there is a large face nobody asks for small ones.
-    faces: list[Any] = []
-    for smallest in (shorter // 6, shorter // 12):
-        side = max(20, smallest)
-        faces = faces or list(cascade.detectMultiScale(grey, scaleFactor=1.15, minNeighbors=4, minSize=(side, side)))
-    if not faces:
+    for smallest, largest in SEARCHED_SIZES:
+        faces = cascade.detectMultiScale(
+            grey,
+            scaleFactor=1.2,
+            minNeighbors=3,
+            minSize=(max(20, int(smallest * min(search_size))),) * 2,
+            maxSize=(int(largest * min(search_size)),) * 2,
+        )
+        if len(faces):
+            break
+    else:
         return None
     x, y, width, height = (int(value) for value in max(faces, key=lambda face: (face[2] * face[3], *face)))
     return round(x / scale), round(y / scale), round((x + width) / scale), round((y + height) / scale)
@@ -109,7 +119,7 @@ def find_face(picture: Image.Image) -> Box | None:
 
 @functools.cache
 def _opencv() -> tuple[Any, str] | None:
-    """OpenCV and the path of the cascade; imported on first use, since it takes a tenth of a second."""
+    """OpenCV and the path of the cascade; imported on first use, since it takes some 60 ms."""
     try:
         import cv2
         import cv2.data  # distributions other than PyPI's leave the cascades out

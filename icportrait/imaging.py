@@ -103,6 +103,7 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
         raise InvalidRequest(
             f"{name}: the {file_format} is cut off or damaged ({error}); send the whole file"
         ) from error
+    flat.info.clear()  # the file's metadata, its orientation among them, no longer hold
     return flat if turn is None else flat.transpose(turn)
 
 
@@ -115,7 +116,7 @@ def decode_base64(data: bytes, name: str) -> bytes:
     text = data.translate(None, b" \t\r\n\v\f")
     if prefix := re.match(rb"data:image/[\w.+-]+(;[\w=.-]+)*;base64,", text, re.IGNORECASE):
         text = text[prefix.end() :]
-    _check_bytes(len(text) // 4 * 3 - text[-2:].count(b"="), name if text else f"{name} (base64)")
+    _check_bytes(len(text) // 4 * 3 - text[-2:].count(b"="), name)
     if stray := re.search(rb"[^A-Za-z0-9+/=]", text):
         raise InvalidRequest(
             f"{name}: {stray[0]!r} is in the base64 text, expected A-Z a-z 0-9 + / and = at the end only"

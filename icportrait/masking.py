@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -12,7 +10,7 @@ from icportrait.presets import Preset
 from icportrait.randomness import Stream, raw_bits
 
 HIDDEN_LEVEL = 128
-"""What hidden pixels are filled with: the middle of 0..255, which is zero once pixels are scaled to -1..1."""
+"""What hidden pixels are filled with: mid-grey, close to zero once pixels are scaled to -1..1."""
 
 
 def reference_visibility(preset: Preset, mask_ratio: float, seed: int) -> NDArray[np.float32]:
@@ -32,7 +30,8 @@ def reference_visibility(preset: Preset, mask_ratio: float, seed: int) -> NDArra
     order = np.argsort(raw_bits(seed, Stream.MASK, patches), kind="stable")
     visible = np.ones(patches, dtype=np.float32)
     visible[order[: round(mask_ratio * patches)]] = 0.0
-    return _enlarge(visible.reshape(patches_across, patches_across), cells_per_patch)[np.newaxis, np.newaxis]
+    grid = visible.reshape(patches_across, patches_across)
+    return grid.repeat(cells_per_patch, axis=0).repeat(cells_per_patch, axis=1)[np.newaxis, np.newaxis]
 
 
 def hide(pixels: NDArray[np.uint8], visibility: NDArray[np.float32]) -> NDArray[np.uint8]:
@@ -42,11 +41,10 @@ def hide(pixels: NDArray[np.uint8], visibility: NDArray[np.float32]) -> NDArray[
         pixels: ``[S, S, 3]`` uint8.
         visibility: ``[1, 1, s, s]`` float32 as ``reference_visibility`` gives it; S is a multiple of s.
     """
-    cells = visibility[0, 0]
-    visible = _enlarge(cells > 0.5, pixels.shape[0] // cells.shape[0])
-    return np.where(visible[..., np.newaxis], pixels, np.uint8(HIDDEN_LEVEL))
-
-
-def _enlarge(grid: NDArray[Any], factor: int) -> NDArray[Any]:
-    """Every cell of a ``[n, n]`` grid becomes ``factor`` by ``factor`` cells."""
-    return grid.repeat(factor, axis=0).repeat(factor, axis=1)
+    hidden = visibility[0, 0] < 0.5
+    cells, cell_px = hidden.shape[0], pixels.shape[0] // hidden.shape[0]
+    masked = pixels.copy(order="C")
+    rows, columns = np.nonzero(hidden)
+    # A view with the axes row, y within the cell, column, x within the cell, rgb.
+    masked.reshape(cells, cell_px, cells, cell_px, 3)[rows, :, columns] = HIDDEN_LEVEL
+    return masked

@@ -9,7 +9,8 @@ five numbers per step, worked out in float64 when a trajectory is planned (``Ste
     history' = c3 * latent + c4 * model_output                 the predicted z, which only 2M looks back at
 
 A sampler's plan is what diffusers' scheduler of that name makes of the same configuration, quirks included:
-``DDIMScheduler``, ``EulerDiscreteScheduler`` or ``DPMSolverMultistepScheduler``, each ``.from_config(config)``.
+``DDIMScheduler``, ``EulerDiscreteScheduler`` or ``DPMSolverMultistepScheduler``, each ``.from_config(config)``. Two
+things differ on purpose: an absent ``clip_sample`` (``NoiseSchedule.from_config``) and timestep -1 (``_timesteps``).
 """
 
 from __future__ import annotations
@@ -104,8 +105,8 @@ class NoiseSchedule:
         offset = config.get("steps_offset", 0)
         if not isinstance(offset, int) or not 0 <= offset < len(betas):
             raise _refusal("steps_offset", offset, f"a whole number from 0 to {len(betas) - 1}")
-        # diffusers keeps 1 - beta in float32. Over a thousand factors that moves Euler's pictures by 1e-5: do the same.
-        alphas = (1 - betas).astype(np.float32).astype(np.float64)
+        # diffusers works out 1 - beta in float32, and so do we: over a thousand factors that moves a picture by 1e-5.
+        alphas = (1 - betas.astype(np.float32)).astype(np.float64)
         options = {option.name: config[option.name] for option in fields(cls)[1:] if option.name in config}
         return cls(tuple(np.cumprod(alphas).tolist()), **options)
 

@@ -46,6 +46,7 @@ class ReferencePipeline:
         """Move the checkpoint's models to ``device``."""
         self.preset = checkpoint.preset
         self.guidance_scale = checkpoint.guidance_scale
+        self.spec = engine_specs(self.preset)["vae_encoder"]
         self.schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
         self.modules = {name: module.to(device) for name, module in engine_modules(checkpoint).items()}
         self.device = device
@@ -78,6 +79,8 @@ class ReferencePipeline:
         Raises:
             InvalidRequest: an argument is out of range or a picture isn't [S, S, 3] uint8.
         """
+        for pixels in (profile_pixels, reference_pixels):
+            self.spec.check_inputs({"pixels": pixels[np.newaxis]})
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         plan = self.schedule.plan(scheduler, num_inference_steps)
 
@@ -133,9 +136,7 @@ class ReferencePipeline:
 
     def _encode(self, pixels: NDArray[np.uint8]) -> Tensor:
         """The latent [1, latent_channels, s, s] of a picture [S, S, 3] uint8."""
-        batch = pixels[np.newaxis]
-        engine_specs(self.preset)["vae_encoder"].check_inputs({"pixels": batch})
-        latent: Tensor = self.modules["vae_encoder"](self._tensor(batch))
+        latent: Tensor = self.modules["vae_encoder"](self._tensor(pixels[np.newaxis]))
         return latent
 
     def _tensor(self, array: NDArray[Any]) -> Tensor:

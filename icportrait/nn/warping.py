@@ -44,13 +44,20 @@ class WarpingNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         self.prompt_embedding: Tensor
         self.register_buffer("prompt_embedding", torch.zeros(prompt_shape))
 
-    def forward(self, profile_latent: Tensor, reference_latent: Tensor, visibility: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        self,
+        profile_latent: Tensor,
+        reference_latent: Tensor,
+        visibility: Tensor,
+        known_flows: list[Tensor] | None = None,
+    ) -> tuple[Tensor, ...]:
         """Compute ``F_ref`` and the correspondence it rests on.
 
         Args:
             profile_latent: the profile, [batch, latent_channels, s, s], scaled by the VAE factor.
             reference_latent: the hidden reference, [batch, latent_channels, s, s], scaled likewise.
             visibility: 1 where the reference may be seen, 0 where it is hidden, [batch, 1, s, s].
+            known_flows: [batch, s_L^2] int64 for each level, finest first: warp by these and not by the matches found.
 
         Returns:
             ``f_ref_NN`` [batch, C_k, s_k, 2 s_k] in the weights' type, then ``flow_L`` [batch, s_L, s_L] int32 (y * s_L
@@ -65,7 +72,7 @@ class WarpingNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         matching = self.matching_net(canvas, self.prompt_embedding)
         matches = [best_match(cost_volume(*split_canvas(matching[residual]))) for residual in self.matching_residuals]
         appearance = self.appearance_net(canvas, self.prompt_embedding)
-        f_ref = self.inject(appearance, [flow for flow, _ in matches])
+        f_ref = self.inject(appearance, known_flows or [flow for flow, _ in matches])
 
         sizes = [self.preset.level_size(level) for level in range(self.preset.levels)]
         flows = [flow.to(torch.int32).view(-1, size, size) for (flow, _), size in zip(matches, sizes, strict=True)]

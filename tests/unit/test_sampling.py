@@ -133,6 +133,13 @@ def test_what_a_config_says_about_the_noise_is_heeded(name: str, changes: dict[s
     assert relative_error(found, expected) < 1e-4
 
 
+@pytest.mark.parametrize("beta_schedule", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_noise_of_every_training_timestep_is_diffusers(beta_schedule: str) -> None:
+    config = make_config(beta_schedule=beta_schedule)
+    expected = DDIMScheduler.from_config(config).alphas_cumprod.numpy()
+    np.testing.assert_allclose(NoiseSchedule.from_config(config).alphas_cumprod, expected, rtol=1e-6)
+
+
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_every_step_count_has_a_plan(name: str, spacing: str | None) -> None:
@@ -180,7 +187,7 @@ def test_looking_back_pays() -> None:
     """On data that are normal with deviation 0.5 the exact trajectory is known: latent / deviation stays constant."""
     errors = {}
     for name in SCHEDULERS:
-        plan = NoiseSchedule.from_config(make_config("trailing")).plan(name, 40)
+        plan = NoiseSchedule.from_config(make_config("trailing", set_alpha_to_one=True)).plan(name, 40)
         variance = plan.signal_level**2 * 0.25 + plan.noise_level**2
         latent, history = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
         for step in range(40):
@@ -248,6 +255,7 @@ def test_equal_requests_share_a_plan_that_nobody_can_change() -> None:
     [
         ("heun", 20, "scheduler: 'heun' is unknown, expected 'ddim' or 'euler' or 'dpmpp_2m'"),
         ("ddim", 0, "num_inference_steps: 0 steps of ddim"),
+        ("ddim", 1000, "num_inference_steps: 1000 steps of ddim"),
         ("euler", -3, "num_inference_steps: -3 steps"),
         ("euler", 1001, "1001 steps of euler don't fit the checkpoint's 1000 training timesteps"),
         ("dpmpp_2m", 1000, "num_inference_steps: 1000 steps of dpmpp_2m"),

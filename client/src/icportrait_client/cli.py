@@ -135,7 +135,7 @@ def _generate(args: argparse.Namespace) -> None:
 
 
 def _table(paths: Sequence[Path], portraits: Portraits) -> str:
-    rows = [(str(path), f"{len(image) / 1000:.1f}", "kB") for path, image in zip(paths, portraits.images)]
+    rows = [(str(path), f"{len(image) / 1000:.1f}", "kB") for path, image in zip(paths, portraits.images, strict=True)]
     stage_ms = portraits.metadata.get("stage_ms", {})
     for stage, duration_ms in [*stage_ms.items(), ("total", sum(stage_ms.values()))]:
         rows.append((stage, f"{duration_ms:.1f}", "ms"))

@@ -135,11 +135,12 @@ class PortraitClient:
     def _portraits(self, result: InferResult) -> Portraits:
         images, metadata = result.as_numpy("image"), result.as_numpy("metadata")
         try:
-            fields = json.loads(metadata[0])
-            return Portraits(tuple(images.tolist()), dict(fields))
+            portraits = Portraits(tuple(images.tolist()), dict(json.loads(metadata[0])))
         except (AttributeError, IndexError, TypeError, ValueError):
-            model = self._contract.model
-            raise ServerError(f"{self._url}: the answer isn't one of {model}; is this an IC-Portrait Server?") from None
+            portraits = Portraits((), {})
+        if not portraits.images:
+            raise ServerError(f"{self._url}: the answer has no portraits; is this an IC-Portrait Server?")
+        return portraits
 
     def _translated(self, error: InferenceServerException) -> PortraitError:
         code, message = str(error.status()).removeprefix("StatusCode."), error.message() or "no reason given"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
-from numbers import Integral, Real
+from numbers import Integral, Rational, Real
 from typing import Any
 
 from icportrait_client.errors import InvalidRequest
@@ -38,7 +38,7 @@ class InputSpec:
             return f"one of {', '.join(self.choices)}"
         if self.minimum is None or self.maximum is None:
             return ""
-        return f"{_short(self.minimum)}..{_short(self.maximum)}"
+        return f"{self.minimum}..{self.maximum}"
 
     def elements(self, value: Any) -> list[Any]:
         """The tensor's elements for a Python value.
@@ -47,7 +47,7 @@ class InputSpec:
             value: a number, a text, bytes, or for a box a sequence of numbers.
 
         Returns:
-            ``size`` Python numbers or bytes.
+            ``size`` elements: Python numbers, or the text or bytes as given.
 
         Raises:
             InvalidRequest: the type, the number of values, the range or the choice isn't what the server accepts.
@@ -64,19 +64,22 @@ class InputSpec:
 
     def _element(self, value: Any) -> Any:
         if self.dtype == "BYTES":
-            if self.choices and value not in self.choices:
+            if self.choices and not (isinstance(value, str) and value in self.choices):
                 raise InvalidRequest(f"{self.name}: {_cut(value)}, expected {self.expected}")
-            return value.encode() if isinstance(value, str) else value
+            return value
         whole = self.dtype.startswith("INT")
         # bool is an int in Python, but True portraits are a slip.
         if isinstance(value, bool) or not isinstance(value, Integral if whole else Real):
             kind = "a whole number" if whole else "a number"
             raise InvalidRequest(f"{self.name}: {_cut(value)}, expected {kind} of {self.expected}")
-        number = int(value) if whole else float(value)
+        # By way of its text a NumPy float32 becomes the decimal it was written as: 0.98 stays within 0.98.
+        number = (
+            int(value) if isinstance(value, Integral) else float(value if isinstance(value, Rational) else str(value))
+        )
         # Written so that NaN, which compares false with everything, is refused.
         within = (self.minimum is None or number >= self.minimum) and (self.maximum is None or number <= self.maximum)
         if not within:
-            raise InvalidRequest(f"{self.name}: {_short(number)}, expected {self.expected}")
+            raise InvalidRequest(f"{self.name}: {number}, expected {self.expected}")
         return number
 
 
@@ -94,10 +97,6 @@ def load_contract() -> Contract:
     data = json.loads(resources.files("icportrait_client").joinpath("contract.json").read_text("utf-8"))
     specs = [InputSpec(**{**fields, "choices": tuple(fields["choices"])}) for fields in data["inputs"]]
     return Contract(data["models"]["unary"], {spec.name: spec for spec in specs})
-
-
-def _short(number: float) -> str:
-    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _cut(value: Any) -> str:

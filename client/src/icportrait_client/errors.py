@@ -1,14 +1,18 @@
 """Exceptions of the client.
 
-PortraitError
-  InvalidRequest      the caller's mistake, found here or by the server   INVALID_ARGUMENT
-  ServerUnavailable   no server answers, or it can't take a request now   UNAVAILABLE
-  RequestCancelled    the call was cancelled before its answer            CANCELLED
-  DeadlineExceeded    no answer within the client's ``timeout_s``         DEADLINE_EXCEEDED
-  ServerError         the server failed, or answered what it should not   every other code
+    PortraitError
+      InvalidRequest      the caller's mistake, found here or by the server   INVALID_ARGUMENT
+      ServerUnavailable   no server answers, or it can't take a request now   UNAVAILABLE
+      RequestCancelled    the call was cancelled before its answer            CANCELLED
+      DeadlineExceeded    no answer within the client's ``timeout_s``         DEADLINE_EXCEEDED
+      ServerError         the server failed, or answered what it should not   every other code
+
+The right column is the gRPC code that becomes the exception.
 """
 
 from __future__ import annotations
+
+# ruff: noqa: N818 - the names say what happened, and the server uses the same ones
 
 
 class PortraitError(Exception):

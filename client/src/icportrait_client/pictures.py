@@ -12,7 +12,9 @@ from PIL import Image, ImageOps
 
 from icportrait_client.errors import InvalidRequest
 
-PictureSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any]"
+PictureSource: TypeAlias = (
+    "str | os.PathLike[str] | bytes | bytearray | memoryview | Image.Image | np.ndarray[Any, Any]"
+)
 """A file's path, a picture's encoded bytes, a Pillow image, or a uint8 array [H, W], [H, W, 3] or [H, W, 4] (RGB)."""
 
 _PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA")
@@ -69,7 +71,7 @@ def _image_bytes(image: Image.Image, name: str) -> bytes:
         if upright.mode in _PNG_MODES:
             return _png(upright)
         converted = upright.convert("RGBA" if upright.mode in ("PA", "RGBa") else "RGB")
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError) as error:
         raise InvalidRequest(f"{name}: the PIL image of mode {image.mode} can't be read ({error})") from None
     # The colour profile describes the channels that were, and would be wrong beside the new ones.
     converted.info.pop("icc_profile", None)

@@ -52,6 +52,6 @@ class Portraits:
         paths = [path]
         if len(self.images) > 1:
             paths = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, len(self.images) + 1)]
-        for each, image in zip(paths, self.images):
+        for each, image in zip(paths, self.images, strict=True):
             each.write_bytes(image)
         return paths

@@ -1,0 +1,167 @@
+"""Export a checkpoint's four engines to ONNX and verify them: ``python -m export``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from icportrait.contract import ENGINES, PRECISIONS, contract_hash, engine_specs
+from icportrait.errors import IcPortraitError
+from icportrait.presets import DEMO_128, PRESETS
+
+if TYPE_CHECKING:
+    from icportrait.manifest import Manifest
+    from icportrait.nn import Checkpoint
+
+OPSET = 20
+SMALL_IMAGE_SIZE = 256
+"""Presets up to this picture size are also compared at their largest batch; larger ones would take too long."""
+
+
+def export_checkpoint(
+    checkpoint: Checkpoint,
+    source: dict[str, object],
+    precision: str,
+    directory: Path,
+    opset: int = OPSET,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Manifest:
+    """Write and verify the four graphs and their manifest.
+
+    Args:
+        checkpoint: its modules' weights are rounded to ``precision`` in place.
+        source: where the checkpoint came from, for the manifest.
+        precision: one of ``contract.PRECISIONS``.
+        directory: made where it is missing; files of an earlier export are replaced.
+        opset: the ONNX operator set, 20 or later.
+        progress: called with what is being done now, ``STAGES`` times for each engine.
+
+    Raises:
+        VerificationError: a graph isn't what the contract says or doesn't do what torch does.
+    """
+    import diffusers
+    import numpy as np
+    import onnx
+    import onnxruntime
+    import torch
+
+    from export.graphs import export_graph
+    from export.verification import TOLERANCES, check_axes, check_names_and_types, check_shapes, check_values
+    from icportrait.manifest import MANIFEST_NAME, EngineFile, Manifest, file_sha256
+    from icportrait.nn import engine_modules
+    from icportrait.runtime.ort import OrtEngine
+
+    directory.mkdir(parents=True, exist_ok=True)
+    # Without a manifest a directory is no export: one that failed half-way is never taken for a good one.
+    (directory / MANIFEST_NAME).unlink(missing_ok=True)
+    specs = engine_specs(checkpoint.preset, precision)
+    modules = engine_modules(checkpoint)
+    engines = {}
+    for name in ENGINES:
+        spec, module = specs[name], modules[name]
+        for stale in directory.glob(f"{name}.onnx*"):
+            stale.unlink()
+        progress(f"{name}: to ONNX, {precision}")
+        files = export_graph(module.half() if precision == "fp16" else module, spec, directory, opset)
+        module.float()
+        path = files[0]
+        progress(f"{name}: names and types")
+        check_names_and_types(path, spec, opset)
+        progress(f"{name}: axes")
+        check_axes(path, spec)
+        progress(f"{name}: shapes at batch {spec.batch.max}")
+        check_shapes(path, spec)
+        tolerance = TOLERANCES[precision][name]
+        engine = OrtEngine(path, spec)
+        figures: dict[str, float] = {}
+        batches = (1, spec.batch.max) if checkpoint.preset.image_size <= SMALL_IMAGE_SIZE else (1,)
+        for batch in batches:
+            progress(f"{name}: values at batch {batch}")
+            figures |= check_values(engine, module, tolerance, batch)
+        progress(f"{name}: " + ", ".join(f"{figure} {value:.2g}" for figure, value in figures.items()))
+        engines[name] = EngineFile(
+            file=path.name,
+            sha256=file_sha256(*files),
+            size_bytes=sum(file.stat().st_size for file in files),
+            external_data=files[1].name if len(files) > 1 else None,
+        )
+        del engine, module, modules[name]
+    manifest = Manifest(
+        preset=checkpoint.preset,
+        precision=precision,
+        opset=opset,
+        contract_hash=contract_hash(checkpoint.preset, precision),
+        engines=engines,
+        scheduler_config=checkpoint.scheduler_config,
+        guidance_scale=checkpoint.guidance_scale,
+        source=source,
+        versions={
+            "torch": torch.__version__,
+            "diffusers": diffusers.__version__,
+            "onnx": onnx.__version__,
+            "onnxruntime": onnxruntime.__version__,
+            "numpy": np.__version__,
+        },
+    )
+    manifest.write(directory)
+    return manifest
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m export", description=__doc__.splitlines()[0])
+    weights = parser.add_mutually_exclusive_group(required=True)
+    weights.add_argument("--checkpoint", type=Path, help="a checkpoint directory in diffusers layout")
+    weights.add_argument("--random-weights", action="store_true", help="weights drawn from --seed; needs --preset")
+    parser.add_argument("--preset", choices=PRESETS, help=f"geometry of random weights (such as {DEMO_128.name})")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: %(default)s)")
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
+    parser.add_argument("--opset", type=int, default=OPSET, help="ONNX operator set (default: %(default)s)")
+    parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    args = parser.parse_args(argv)
+    if args.random_weights and not args.preset:
+        parser.error("--random-weights needs --preset")
+    if args.opset < OPSET:
+        parser.error(f"--opset is {args.opset}, expected {OPSET} or later")
+    try:
+        manifest = _run(args)
+    except IcPortraitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    size_mb = sum(engine.size_bytes for engine in manifest.engines.values()) / 1e6
+    print(f"{args.out}: {manifest.preset.name}, {manifest.precision}, {size_mb:.0f} MB, model {manifest.model_version}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> Manifest:
+    print("loading torch and the checkpoint", file=sys.stderr, flush=True)
+    from icportrait.nn import load_checkpoint, random_checkpoint
+
+    source: dict[str, object]
+    if args.checkpoint:
+        checkpoint = load_checkpoint(args.checkpoint)
+        if args.preset and checkpoint.preset != PRESETS[args.preset]:
+            raise IcPortraitError(
+                f"--preset is {args.preset}, but {args.checkpoint} is {checkpoint.preset.name}; leave --preset out"
+            )
+        source = {"checkpoint": str(args.checkpoint.resolve())}
+    else:
+        checkpoint = random_checkpoint(PRESETS[args.preset], args.seed)
+        source = {"random_weights": args.seed}
+    with _progress() as progress:
+        return export_checkpoint(checkpoint, source, args.precision, args.out, args.opset, progress)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """A line for each stage, with the time since the start: it reads the same on a terminal and in a log."""
+    started = time.monotonic()
+    yield lambda text: print(f"{time.monotonic() - started:6.1f} s  {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

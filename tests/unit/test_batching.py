@@ -1,0 +1,194 @@
+"""The denoising loop against the reference pipeline: what shares a batch changes nothing."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from icportrait.batching import DenoiseJob, DenoiseResult, WholeBatcher
+from icportrait.contract import engine_specs
+from icportrait.errors import IcPortraitError, Unavailable
+from icportrait.masking import hide, reference_visibility
+from icportrait.nn import ReferencePipeline, engine_modules, random_checkpoint
+from icportrait.presets import DEMO_128
+from icportrait.request import PortraitRequest
+from icportrait.runtime.eager import TorchEngine
+from icportrait.sampling import NoiseSchedule
+
+CHECKPOINT = random_checkpoint(DEMO_128)
+MODULES = engine_modules(CHECKPOINT)
+SPECS = engine_specs(DEMO_128)
+PIPELINE = ReferencePipeline(CHECKPOINT, "cpu")
+PICTURES = np.random.default_rng(0).integers(0, 256, (4, 128, 128, 3), dtype=np.uint8)
+BASE = PortraitRequest(
+    seed=1,
+    num_portraits=1,
+    num_inference_steps=3,
+    guidance_scale=1.0,
+    mask_ratio=0.8,
+    scheduler="dpmpp_2m",
+    output_format="png",
+    encoding="binary",
+)
+REQUESTS = [
+    BASE,
+    replace(BASE, seed=2, num_inference_steps=5, scheduler="euler"),
+    replace(BASE, seed=3, num_portraits=2, guidance_scale=3.0, scheduler="ddim"),
+    replace(BASE, seed=4, num_inference_steps=2, mask_ratio=0.5),
+]
+
+
+class CountingEngine(TorchEngine):
+    """Remembers the batches it ran and can be held back at its first."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(MODULES[name], SPECS[name], "cpu")
+        self.batches: list[int] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def run(self, inputs):
+        self.gate.wait(60)
+        self.batches.append(len(next(iter(inputs.values()))))
+        return super().run(inputs)
+
+
+@pytest.fixture
+def warping() -> CountingEngine:
+    return CountingEngine("warping_network")
+
+
+@pytest.fixture
+def unet() -> CountingEngine:
+    return CountingEngine("unet")
+
+
+@pytest.fixture
+def batcher(warping: CountingEngine, unet: CountingEngine) -> Iterator[WholeBatcher]:
+    schedule = NoiseSchedule.from_config(CHECKPOINT.scheduler_config)
+    batcher = WholeBatcher(warping, unet, schedule, DEMO_128, slots=16)
+    yield batcher
+    batcher.close()
+
+
+def job(request: PortraitRequest, index: int = 0) -> DenoiseJob:
+    encoder = TorchEngine(MODULES["vae_encoder"], SPECS["vae_encoder"], "cpu")
+    visibility = reference_visibility(DEMO_128, request.mask_ratio, request.seed)
+    hidden = hide(PICTURES[(index + 1) % 4], visibility)
+    latents = [encoder.run({"pixels": pixels[None]})["latent"] for pixels in (PICTURES[index], hidden)]
+    return DenoiseJob(request, latents[0], latents[1], visibility)
+
+
+def submit(batcher: WholeBatcher, entry: DenoiseJob) -> Future[DenoiseResult]:
+    future: Future[DenoiseResult] = Future()
+
+    def on_done(result: DenoiseResult | IcPortraitError) -> None:
+        if isinstance(result, IcPortraitError):
+            future.set_exception(result)
+        else:
+            future.set_result(result)
+
+    batcher.submit(entry, on_done)
+    return future
+
+
+def hold_first(batcher: WholeBatcher, warping: CountingEngine) -> Future[DenoiseResult]:
+    """Keep the loop busy with one job until the gate opens, so that all that is submitted meanwhile waits."""
+    warping.gate.clear()
+    return submit(batcher, job(BASE))
+
+
+def test_jobs_of_one_batch_equal_the_reference_pipeline(batcher, warping, unet) -> None:
+    first = hold_first(batcher, warping)
+    futures = [submit(batcher, job(request, index)) for index, request in enumerate(REQUESTS)]
+    warping.gate.set()
+    first.result(60)
+    results = [future.result(60) for future in futures]
+    assert warping.batches == [1, 4]
+    assert unet.batches[3:] == [7, 7, 6, 1, 1]
+    for index, (request, result) in enumerate(zip(REQUESTS, results, strict=True)):
+        expected = PIPELINE(
+            PICTURES[index],
+            PICTURES[(index + 1) % 4],
+            seed=request.seed,
+            num_portraits=request.num_portraits,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+            mask_ratio=request.mask_ratio,
+            scheduler=request.scheduler,
+        )
+        np.testing.assert_allclose(result.portrait_latent, expected.latents, rtol=1e-3, atol=1e-4)
+        assert result.match_confidence == pytest.approx(expected.match_confidence, abs=1e-5)
+
+
+def test_an_answer_leaves_when_its_own_steps_are_done(batcher, warping) -> None:
+    first = hold_first(batcher, warping)
+    short, long = (submit(batcher, job(replace(BASE, num_inference_steps=steps))) for steps in (1, 40))
+    warping.gate.set()
+    short.result(60)
+    assert not long.done()
+    long.result(60)
+    first.result(60)
+
+
+def test_what_does_not_fit_the_slots_waits_for_the_next_batch(batcher, warping, unet) -> None:
+    first = hold_first(batcher, warping)
+    big = replace(BASE, num_portraits=8, num_inference_steps=1)
+    futures = [submit(batcher, job(request)) for request in (big, replace(big, seed=9), replace(big, seed=17))]
+    warping.gate.set()
+    first.result(60)
+    for future in futures:
+        assert future.result(60).portrait_latent.shape == (8, 4, 32, 32)
+    assert unet.batches[3:] == [16, 8]
+
+
+def test_a_request_larger_than_all_slots_is_refused_at_once(warping, unet) -> None:
+    schedule = NoiseSchedule.from_config(CHECKPOINT.scheduler_config)
+    batcher = WholeBatcher(warping, unet, schedule, DEMO_128, slots=2)
+    with pytest.raises(Unavailable, match="needs 4 slots, this server has 2"):
+        submit(batcher, job(replace(BASE, num_portraits=2, guidance_scale=2.0)))
+    batcher.close()
+
+
+def test_an_engine_failure_answers_its_batch_and_the_loop_goes_on(batcher, unet, caplog) -> None:
+    spec, unet.spec = unet.spec, SPECS["vae_decoder"]
+    future = submit(batcher, job(BASE))
+    with pytest.raises(IcPortraitError, match="denoising failed on this server; its log has the cause"):
+        future.result(60)
+    assert "Traceback" in caplog.text
+    unet.spec = spec
+    submit(batcher, job(BASE)).result(60)
+
+
+def test_a_latent_that_is_not_finite_is_an_error_not_a_picture(batcher) -> None:
+    entry = job(BASE)
+    entry.profile_latent[...] = np.nan
+    with pytest.raises(IcPortraitError, match="NaN or Inf"):
+        submit(batcher, entry).result(60)
+
+
+def test_closing_ends_the_thread_and_refuses_what_waits(batcher, warping) -> None:
+    first = hold_first(batcher, warping)
+    waiting = submit(batcher, job(BASE))
+    closer = threading.Thread(target=batcher.close)
+    closer.start()
+    warping.gate.set()
+    closer.join(60)
+    assert not closer.is_alive()
+    first.result(1)
+    with pytest.raises(Unavailable, match="shutting down"):
+        waiting.result(1)
+    with pytest.raises(Unavailable, match="shutting down"):
+        submit(batcher, job(BASE))
+
+
+def test_torch_runs_without_gradients() -> None:
+    engine = TorchEngine(MODULES["unet"], SPECS["unet"], "cpu")
+    outputs = engine.run(SPECS["unet"].dummy_inputs(1))
+    assert not torch.from_numpy(outputs["noise_pred"]).requires_grad
