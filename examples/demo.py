@@ -22,7 +22,7 @@ from icportrait.serving import PreprocessStage, bytes_tensor
 EXAMPLES = Path(__file__).parent
 SEED = 7
 PANEL_PX = 256
-RANDOM_WEIGHTS = """The weights are random, drawn from a fixed seed: the portrait shows that the whole path works, not a likeness."""
+RANDOM_WEIGHTS = "The weights are random, drawn from a fixed seed: the portrait shows that the path works, no likeness."
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -111,8 +111,7 @@ def _flow(export: Path, manifest: Manifest, tensors: dict[str, np.ndarray]) -> n
 
 
 def flow_colours(flow: np.ndarray) -> Image.Image:
-    """Colours for a flow [s, s] of positions y * s + x: the hue is the displacement's direction, the colour's strength
-    its length."""
+    """A flow [s, s] of positions y * s + x as colours: hue for a displacement's direction, strength for its length."""
     side = flow.shape[-1]
     rows, columns = np.indices(flow.shape)
     down, right = flow // side - rows, flow % side - columns

@@ -34,12 +34,12 @@ def export_checkpoint(
     """Write and verify the four graphs and their manifest.
 
     Args:
-        checkpoint: its modules' weights are rounded to ``precision`` in place.
+        checkpoint: its modules are brought to ``precision`` in place.
         source: where the checkpoint came from, for the manifest.
         precision: one of ``contract.PRECISIONS``.
         directory: made where it is missing; files of an earlier export are replaced.
         opset: the ONNX operator set, 20 or later.
-        progress: called with what is being done now, ``STAGES`` times for each engine.
+        progress: called with what is being done now.
 
     Raises:
         VerificationError: a graph isn't what the contract says or doesn't do what torch does.
@@ -54,21 +54,22 @@ def export_checkpoint(
     from export.verification import TOLERANCES, check_axes, check_names_and_types, check_shapes, check_values
     from icportrait.manifest import MANIFEST_NAME, EngineFile, Manifest, file_sha256
     from icportrait.nn import engine_modules
-    from icportrait.runtime.ort import OrtEngine
 
     directory.mkdir(parents=True, exist_ok=True)
     # Without a manifest a directory is no export: one that failed half-way is never taken for a good one.
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
     specs = engine_specs(checkpoint.preset, precision)
     modules = engine_modules(checkpoint)
+    dtype = torch.float16 if precision == "fp16" else torch.float32
+    for module in modules.values():
+        module.to(dtype)
     engines = {}
     for name in ENGINES:
         spec, module = specs[name], modules[name]
         for stale in directory.glob(f"{name}.onnx*"):
             stale.unlink()
         progress(f"{name}: to ONNX, {precision}")
-        files = export_graph(module.half() if precision == "fp16" else module, spec, directory, opset)
-        module.float()
+        files = export_graph(module, spec, directory, opset)
         path = files[0]
         progress(f"{name}: names and types")
         check_names_and_types(path, spec, opset)
@@ -76,13 +77,10 @@ def export_checkpoint(
         check_axes(path, spec)
         progress(f"{name}: shapes at batch {spec.batch.max}")
         check_shapes(path, spec)
-        tolerance = TOLERANCES[precision][name]
-        engine = OrtEngine(path, spec)
-        figures: dict[str, float] = {}
-        batches = (1, spec.batch.max) if checkpoint.preset.image_size <= SMALL_IMAGE_SIZE else (1,)
-        for batch in batches:
-            progress(f"{name}: values at batch {batch}")
-            figures |= check_values(engine, module, tolerance, batch)
+        small = checkpoint.preset.image_size <= SMALL_IMAGE_SIZE
+        batches = (1, spec.batch.max) if small else (1,)
+        progress(f"{name}: values at batch {' and '.join(map(str, batches))}")
+        figures = check_values(path, spec, module, TOLERANCES[precision][name], batches)
         progress(f"{name}: " + ", ".join(f"{figure} {value:.2g}" for figure, value in figures.items()))
         engines[name] = EngineFile(
             file=path.name,
@@ -90,7 +88,6 @@ def export_checkpoint(
             size_bytes=sum(file.stat().st_size for file in files),
             external_data=files[1].name if len(files) > 1 else None,
         )
-        del engine, module, modules[name]
     manifest = Manifest(
         preset=checkpoint.preset,
         precision=precision,

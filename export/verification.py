@@ -1,12 +1,13 @@
 """An exported graph is believed only after it was compared with what it was made from.
 
-In stages, cheapest first: names and types, axes, shapes at the largest batch (ONNX shape inference), then values against
-torch in fp32 with the same rounded weights. Each stage raises VerificationError naming the tensor and the figures.
+In stages, cheapest first: names and types, axes, shapes at the largest batch (ONNX shape inference), then values
+against torch in fp32 with the same rounded weights. Each stage raises VerificationError naming the tensor and the
+figures.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,9 +16,8 @@ import onnx
 import torch
 from onnx import TensorProto, shape_inference
 
-from icportrait.contract import ModelSpec, TensorSpec
+from icportrait.contract import Array, ModelSpec, TensorSpec
 from icportrait.errors import VerificationError
-from icportrait.nn import WarpingNetwork
 from icportrait.runtime.ort import OrtEngine
 
 _ONNX_TYPES = {
@@ -106,13 +106,24 @@ def check_shapes(path: Path, spec: ModelSpec) -> None:
         found = [dim.dim_value for dim in nodes[tensor.name].type.tensor_type.shape.dim]
         expected = list(tensor.shape(batch=batch))
         if found != expected:
-            raise VerificationError(f"{spec.name}: {tensor.name}: shape at batch {batch} is {found}, expected {expected}")
+            raise VerificationError(
+                f"{spec.name}: {tensor.name}: shape at batch {batch} is {found}, expected {expected}"
+            )
 
 
 def check_values(
-    engine: OrtEngine, module: torch.nn.Module, tolerance: Tolerance, batch: int
+    path: Path, spec: ModelSpec, module: torch.nn.Module, tolerance: Tolerance, batches: tuple[int, ...]
 ) -> dict[str, float]:
-    """Run the graph and the module (fp32, same rounded weights) on the same random inputs and compare.
+    """Run the graph and the module on the same random inputs and compare.
+
+    The module and the graph's session are never in memory in fp32 at the same time: each holds gigabytes.
+
+    Args:
+        path: the graph.
+        spec: its specification.
+        module: what it was made from, with the graph's own, rounded weights; computes in fp32 and keeps its type.
+        tolerance: how far the two may differ.
+        batches: batch sizes to compare at.
 
     Returns:
         The largest figure of each kind that was compared.
@@ -120,67 +131,74 @@ def check_values(
     Raises:
         VerificationError: a figure is over its tolerance, or an output isn't finite.
     """
-    inputs = engine.spec.dummy_inputs(batch)
-    found = engine.run(inputs)
-    expected = _torch_outputs(module, engine.spec, inputs, found)
+    inputs = {batch: spec.dummy_inputs(batch) for batch in batches}
+    expected = {batch: _torch_outputs(module, spec, inputs[batch]) for batch in batches}
+    engine = OrtEngine(path, spec)
+    found = {batch: engine.run(inputs[batch]) for batch in batches}
+    del engine
     worst: dict[str, float] = {}
-    for tensor in engine.spec.outputs:
-        for figure, value, limit in _compare(tensor, found[tensor.name], expected[tensor.name], tolerance):
-            # "not <=", so that a NaN fails.
-            if not value <= limit:
-                raise VerificationError(
-                    f"{engine.spec.name}: {tensor.name} at batch {batch}: {figure} is {value:.3g}, allowed {limit:g}"
-                )
-            worst[figure] = max(worst.get(figure, 0.0), value)
+    for batch in batches:
+        # A match that falls the other way moves features and would drown every other difference in F_ref: the flow is
+        # judged by itself, and F_ref with the graph's own flow.
+        flows = {name: array for name, array in found[batch].items() if name.startswith("flow_")}
+        if any((array != expected[batch][name]).any() for name, array in flows.items()):
+            moved = _torch_outputs(module, spec, inputs[batch], flows)
+            expected[batch] |= {name: array for name, array in moved.items() if name.startswith("f_ref_")}
+        for tensor in spec.outputs:
+            name = tensor.name
+            for figure, value, limit in _compare(tensor, found[batch][name], expected[batch][name], tolerance):
+                # "not <=", so that a NaN fails.
+                if not value <= limit:
+                    raise VerificationError(
+                        f"{spec.name}: {name} at batch {batch}: {figure} is {value:.3g}, allowed {limit:g}"
+                    )
+                worst[figure] = max(worst.get(figure, 0.0), value)
     return worst
 
 
 def _torch_outputs(
-    module: torch.nn.Module, spec: ModelSpec, inputs: Mapping[str, np.ndarray], found: Mapping[str, np.ndarray]
-) -> dict[str, np.ndarray]:
-    # The module is in fp32 here, also for an fp16 graph: what has the weights' type goes in as fp32.
+    module: torch.nn.Module,
+    spec: ModelSpec,
+    inputs: Mapping[str, Array],
+    known_flows: Mapping[str, Array] | None = None,
+) -> dict[str, Array]:
+    dtype = next(module.parameters()).dtype
     tensors = [
         torch.from_numpy(array.astype(np.float32) if array.dtype == np.float16 else array) for array in inputs.values()
     ]
+    extra = {}
+    if known_flows:
+        extra["known_flows"] = [torch.from_numpy(array).long().flatten(1) for array in known_flows.values()]
+    module.float()
     with torch.inference_mode():
-        outputs = module(*tensors)
-        outputs = list(outputs) if isinstance(outputs, tuple) else [outputs]
-        if isinstance(module, WarpingNetwork):
-            # A match that falls the other way moves features and would drown every other difference in F_ref: the
-            # flow is judged by itself, and F_ref with the graph's own flow.
-            flows = [
-                torch.from_numpy(array).long().flatten(1) for name, array in found.items() if name.startswith("flow_")
-            ]
-            residuals = len(module.preset.residuals)
-            outputs[:residuals] = module(*tensors, known_flows=flows)[:residuals]
+        outputs = module(*tensors, **extra)
+    module.to(dtype)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return {tensor.name: output.numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)}
 
 
-def _compare(
-    tensor: TensorSpec, found: np.ndarray, expected: np.ndarray, tolerance: Tolerance
-) -> list[tuple[str, float, float]]:
+def _compare(tensor: TensorSpec, found: Array, expected: Array, tolerance: Tolerance) -> list[tuple[str, float, float]]:
     """(figure, value, limit) for each figure by which this kind of tensor is judged."""
     if tensor.name.startswith("flow_"):
         return [
             ("flow disagreement", float(np.mean(found != expected)), tolerance.flow_disagreement),
             ("flow end-point error (cells)", end_point_error(found, expected), tolerance.flow_error_cells),
         ]
-    difference = found.astype(np.float64) - expected.astype(np.float64)
+    reference = expected.astype(np.float64)
+    difference = found.astype(np.float64) - reference
     if found.dtype == np.uint8:
         levels = np.abs(difference)
         return [
             ("largest difference (levels)", float(levels.max()), tolerance.levels),
             ("mean difference (levels)", float(levels.mean()), tolerance.mean_levels),
         ]
-    relative = float(np.linalg.norm(difference) / max(np.linalg.norm(expected.astype(np.float64)), 1e-12))
+    relative = float(np.linalg.norm(difference) / max(float(np.linalg.norm(reference)), 1e-12))
     return [("relative RMS error", relative, tolerance.relative_rms)]
 
 
-def end_point_error(found: np.ndarray, expected: np.ndarray) -> float:
+def end_point_error(found: Array, expected: Array) -> float:
     """Mean distance in cells between two flows [batch, h, w] of positions y * w + x."""
     width = found.shape[-1]
-    rows = (found // width).astype(np.float64) - expected // width
-    columns = (found % width).astype(np.float64) - expected % width
+    rows = found.astype(np.int64) // width - expected.astype(np.int64) // width
+    columns = found.astype(np.int64) % width - expected.astype(np.int64) % width
     return float(np.hypot(rows, columns).mean())
-
-

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from icportrait.contract import Array
 from icportrait.errors import IcPortraitError, Unavailable
 from icportrait.presets import Preset
 from icportrait.randomness import canvas_noise
@@ -36,9 +37,9 @@ class DenoiseJob:
     """
 
     request: PortraitRequest
-    profile_latent: np.ndarray
-    reference_latent: np.ndarray
-    visibility: np.ndarray
+    profile_latent: Array
+    reference_latent: Array
+    visibility: Array
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class DenoiseResult:
     ``portrait_latent`` is [num_portraits, 4, s, s] float32; the times are ``time.monotonic_ns`` readings.
     """
 
-    portrait_latent: np.ndarray
+    portrait_latent: Array
     match_confidence: float
     conditioned_ns: int
     denoised_ns: int
@@ -64,14 +65,14 @@ class _Running:
     job: DenoiseJob
     on_done: OnDone
     plan: StepPlan
-    residuals: dict[str, np.ndarray]
+    residuals: dict[str, Array]
     """``F_ref`` by name, [1, C_k, s_k, 2 s_k]: one for all portraits of the request."""
     match_confidence: float
-    noise: np.ndarray
+    noise: Array
     """[num_portraits, 4, s, 2 s]; its left half is what the held profile is noised with at every step."""
     conditioned_ns: int
-    latent: np.ndarray = field(init=False)
-    history: np.ndarray = field(init=False)
+    latent: Array = field(init=False)
+    history: Array = field(init=False)
     step: int = 0
 
     def __post_init__(self) -> None:
@@ -88,7 +89,7 @@ class _Running:
         signal, noise = self.plan.signal_level[self.step], self.plan.noise_level[self.step]
         self.latent[..., :side] = signal * self.job.profile_latent + noise * self.noise[..., :side]
 
-    def advance(self, noise_pred: np.ndarray) -> None:
+    def advance(self, noise_pred: Array) -> None:
         """Take one sampler step; ``noise_pred`` holds the conditional rows, then the unconditional ones."""
         portraits = len(self.latent)
         if self.guided:
@@ -153,7 +154,8 @@ class WholeBatcher:
         """Wait for a job, then take all that wait as long as their rows fit the slots."""
         entry = self._held or self._queue.get()
         self._held = None
-        entries, rows = [], 0
+        entries: list[tuple[DenoiseJob, OnDone]] = []
+        rows = 0
         while entry is not None:
             rows += entry[0].request.rows
             if rows > self._slots:
@@ -215,9 +217,9 @@ class WholeBatcher:
             entry.advance(noise_pred[first : first + entry.job.request.rows])
             first += entry.job.request.rows
 
-    def _unet_inputs(self, running: list[_Running]) -> dict[str, np.ndarray]:
+    def _unet_inputs(self, running: list[_Running]) -> dict[str, Array]:
         """Rows in the order of the jobs: a job's conditional rows, then its unconditional ones with ``F_ref`` = 0."""
-        inputs: dict[str, list[np.ndarray]] = {spec.name: [] for spec in self._unet.spec.inputs}
+        inputs: dict[str, list[Array]] = {spec.name: [] for spec in self._unet.spec.inputs}
         for entry in running:
             portraits, rows = len(entry.latent), entry.job.request.rows
             inputs["canvas_latent"] += [entry.latent] * (rows // portraits)

@@ -21,12 +21,14 @@ from enum import Enum
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from icportrait.errors import ContractError
 from icportrait.presets import Preset
 
 ENGINES = ("vae_encoder", "warping_network", "unet", "vae_decoder")
 PRECISIONS = ("fp32", "fp16")
+Array = NDArray[Any]
 
 
 class DType(Enum):
@@ -114,10 +116,10 @@ class ModelSpec:
             _bind(self.name, spec, tensors[name], bound)
         return {axis: size for axis, (size, _) in bound.items()}
 
-    def dummy_inputs(self, batch: int, seed: int = 0) -> dict[str, np.ndarray]:
+    def dummy_inputs(self, batch: int, seed: int = 0) -> dict[str, Array]:
         """Random inputs of the right types and shapes; see ``TensorSpec.below``."""
         generator = np.random.default_rng(seed)
-        dummies: dict[str, np.ndarray] = {}
+        dummies: dict[str, Array] = {}
         for spec in self.inputs:
             shape = spec.shape(batch=batch)
             drawn = generator.standard_normal(shape) if spec.below is None else generator.integers(0, spec.below, shape)

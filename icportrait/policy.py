@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 
 RUNTIMES = ("onnxruntime", "torch")
 
@@ -27,5 +27,5 @@ class ServingPolicy:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> ServingPolicy:
-        kinds = {field.name: type(field.default) for field in fields(cls)}
-        return cls(**{name: kind(parameters[name]) for name, kind in kinds.items() if name in parameters})
+        given = {key: type(default)(parameters[key]) for key, default in asdict(cls()).items() if key in parameters}
+        return cls(**given)

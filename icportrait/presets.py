@@ -91,7 +91,8 @@ class Preset:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Preset:
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()})
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+        return cls(**values)
 
 
 DEMO_128 = Preset(

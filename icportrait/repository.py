@@ -23,7 +23,12 @@ from icportrait.triton_config import model_configs, write_configs
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "triton_repo"
 CLIENT_CONTRACT = ROOT / "client" / "src" / "icportrait_client" / "contract.json"
-ENGINE_OWNERS = {"vae_encoder": "vae_encoder", "vae_decoder": "vae_decoder", "warping_network": "denoise", "unet": "denoise"}
+ENGINE_OWNERS = {
+    "vae_encoder": "vae_encoder",
+    "vae_decoder": "vae_decoder",
+    "warping_network": "denoise",
+    "unet": "denoise",
+}
 """Which Triton model runs an engine."""
 
 

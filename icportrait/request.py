@@ -1,7 +1,7 @@
 """The public request: its inputs, their ranges and defaults, and the typed form the stages pass on.
 
-``INPUTS`` and ``OUTPUTS`` are the serving contract of ``ic_portrait`` and ``ic_portrait_stream``. Their ``config.pbtxt``
-and the client's own checks (``client/src/icportrait_client/contract.json``) are generated from them.
+``INPUTS`` and ``OUTPUTS`` are the serving contract of ``ic_portrait`` and ``ic_portrait_stream``. Their
+``config.pbtxt`` and the client's own checks (``client/src/icportrait_client/contract.json``) are generated from them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from icportrait.contract import DType
+from icportrait.contract import Array, DType
 from icportrait.errors import InvalidRequest
 from icportrait.sampling import SCHEDULERS
 
@@ -34,7 +34,7 @@ class RequestInput:
     maximum: float | None = None
     choices: tuple[str, ...] = ()
 
-    def parse(self, array: np.ndarray) -> Any:
+    def parse(self, array: Array) -> Any:
         """The Python value of a Triton tensor.
 
         Raises:
@@ -116,7 +116,7 @@ class PortraitRequest:
         return cls(**fields)
 
 
-def parse_request(tensors: Mapping[str, np.ndarray], default_guidance: float) -> tuple[PortraitRequest, bytes, bytes]:
+def parse_request(tensors: Mapping[str, Array], default_guidance: float) -> tuple[PortraitRequest, bytes, bytes]:
     """Check the public inputs and fill in what is absent.
 
     Args:

@@ -18,7 +18,6 @@ import subprocess
 import sys
 import sysconfig
 import time
-import urllib.error
 import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,10 +159,9 @@ class TritonServer:
         while time.monotonic() < deadline:
             if (status := self.poll()) is not None:
                 raise IcPortraitError(f"tritonserver ended with status {status} before it was ready{self._log_hint()}")
-            with contextlib.suppress(OSError, urllib.error.HTTPError):
-                with urllib.request.urlopen(f"http://{self.http_url}/v2/health/ready", timeout=2) as answer:
-                    if answer.status == 200:
-                        return
+            url = f"http://{self.http_url}/v2/health/ready"
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
+                return
             time.sleep(0.1)
         raise IcPortraitError(f"tritonserver was not ready after {self.ready_timeout_s:.0f} s{self._log_hint()}")
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from icportrait.batching import DenoiseJob, DenoiseResult, WholeBatcher
+from icportrait.contract import Array
 from icportrait.errors import IcPortraitError
 from icportrait.faces import crop_to_square, find_crop
 from icportrait.imaging import decode_base64, decode_picture, encode_picture
@@ -24,10 +25,10 @@ from icportrait.masking import hide, reference_visibility
 from icportrait.presets import Preset
 from icportrait.request import PortraitRequest
 
-Tensors = dict[str, np.ndarray]
+Tensors = dict[str, Array]
 
 
-def bytes_tensor(*values: bytes) -> np.ndarray:
+def bytes_tensor(*values: bytes) -> Array:
     """A BYTES tensor of shape [len(values)]."""
     return np.array(values, dtype=np.object_)
 
@@ -38,7 +39,7 @@ class PreprocessStage:
     def __init__(self, preset: Preset) -> None:
         self._preset = preset
 
-    def __call__(self, tensors: Mapping[str, np.ndarray]) -> Tensors:
+    def __call__(self, tensors: Mapping[str, Array]) -> Tensors:
         """``profile``, ``reference``, ``request`` [1] -> what ``contract.stage_specs`` lists for ``preprocess``.
 
         Raises:
@@ -75,9 +76,7 @@ class DenoiseStage:
     def __init__(self, batcher: WholeBatcher) -> None:
         self._batcher = batcher
 
-    def submit(
-        self, tensors: Mapping[str, np.ndarray], answer: Callable[[Tensors | IcPortraitError], None]
-    ) -> None:
+    def submit(self, tensors: Mapping[str, Array], answer: Callable[[Tensors | IcPortraitError], None]) -> None:
         """Queue one request; ``answer`` is called once, from the loop's thread."""
         preprocess = json.loads(tensors["preprocess_report"][0])
 
@@ -121,7 +120,7 @@ class PostprocessStage:
             "weights": "random" if "random_weights" in manifest.source else "checkpoint",
         }
 
-    def __call__(self, tensors: Mapping[str, np.ndarray]) -> Tensors:
+    def __call__(self, tensors: Mapping[str, Array]) -> Tensors:
         """``portrait_pixels`` [n, S, S, 3] and ``denoise_report`` [1] -> ``image`` [n], ``metadata`` [1]."""
         started_ns = time.monotonic_ns()
         denoise = json.loads(tensors["denoise_report"][0])

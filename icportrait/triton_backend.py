@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import BoundedSemaphore
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from icportrait.runtime import Engine, load_engine
 from icportrait.serving import DenoiseStage, Tensors, bytes_tensor
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class ModelContext:
@@ -160,7 +161,7 @@ class FrontModel:
         return outputs
 
 
-def attempt(where: str, run: Callable[[], Any]) -> Any:
+def attempt(where: str, run: Callable[[], Result]) -> Result | IcPortraitError:
     """``run``'s value, or the error to answer with: the one place where a model's exceptions end."""
     try:
         return run()

@@ -15,7 +15,12 @@ from icportrait.manifest import EngineFile, Manifest, file_sha256
 from icportrait.presets import Preset
 
 OPSET = 20
-_TYPES = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16, "uint8": TensorProto.UINT8, "int32": TensorProto.INT32}
+_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "uint8": TensorProto.UINT8,
+    "int32": TensorProto.INT32,
+}
 SD15_SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,

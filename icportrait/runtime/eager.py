@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from icportrait.contract import ModelSpec, engine_specs
+from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.nn import engine_modules, load_checkpoint, random_checkpoint
 
 if TYPE_CHECKING:
@@ -35,10 +35,12 @@ class TorchEngine:
         return cls(modules[name], engine_specs(manifest.preset)[name])
 
     @torch.inference_mode()
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one batch; see ``Engine.run``."""
         self.spec.check_inputs(inputs)
-        tensors = [torch.from_numpy(np.ascontiguousarray(inputs[spec.name])).to(self._device) for spec in self.spec.inputs]
+        tensors = [
+            torch.from_numpy(np.ascontiguousarray(inputs[spec.name])).to(self._device) for spec in self.spec.inputs
+        ]
         outputs = self._module(*tensors)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {spec.name: output.cpu().numpy() for spec, output in zip(self.spec.outputs, outputs, strict=True)}

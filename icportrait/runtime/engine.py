@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
-
-from icportrait.contract import ModelSpec, engine_specs
+from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.policy import RUNTIMES, ServingPolicy
@@ -21,7 +19,7 @@ class Engine(Protocol):
     version: str
     """The runtime and its version, for a request's metadata."""
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one batch: arrays by the specification's input names in, by its output names out.
 
         Raises:

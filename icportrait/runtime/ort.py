@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
-from icportrait.contract import ModelSpec, TensorSpec
+from icportrait.contract import Array, ModelSpec, TensorSpec
 from icportrait.errors import CheckpointError, RuntimeNotAvailable
 
 _NUMPY_NAMES = {
@@ -50,7 +48,7 @@ class OrtEngine:
         _compare(path, spec.inputs, self._session.get_inputs())
         _compare(path, spec.outputs, self._session.get_outputs())
 
-    def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one batch; see ``Engine.run``."""
         self.spec.check_inputs(inputs)
         outputs = self._session.run(self._output_names, dict(inputs))

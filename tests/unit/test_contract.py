@@ -60,10 +60,16 @@ def test_a_batch_that_differs_between_inputs_names_both() -> None:
     [
         (lambda inputs: inputs.pop("latent"), "input latent is missing"),
         (lambda inputs: inputs.update(other=inputs["latent"]), "no input is called 'other'"),
-        (lambda inputs: inputs.update(latent=inputs["latent"].astype(np.float64)), "latent is float64, expected float32"),
+        (
+            lambda inputs: inputs.update(latent=inputs["latent"].astype(np.float64)),
+            "latent is float64, expected float32",
+        ),
         (lambda inputs: inputs.update(latent=inputs["latent"][0]), "latent has 3 axes"),
         (lambda inputs: inputs.update(latent=inputs["latent"][..., :20]), r"axis 3 \(width_32\) is 20, expected 32"),
-        (lambda inputs: inputs.update(latent=np.repeat(inputs["latent"], 9, 0)), r"axis 0 \(batch\) is 9, expected 1..8"),
+        (
+            lambda inputs: inputs.update(latent=np.repeat(inputs["latent"], 9, 0)),
+            r"axis 0 \(batch\) is 9, expected 1..8",
+        ),
     ],
 )
 def test_a_wrong_tensor_is_refused_with_what_came_and_what_was_expected(change, message: str) -> None:

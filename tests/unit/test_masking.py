@@ -81,4 +81,6 @@ def test_hidden_pixels_are_filled_and_visible_ones_kept(preset):
 def test_hiding_takes_pixels_of_any_memory_layout():
     pixels = np.asfortranarray(np.random.default_rng(1).integers(0, 128, (128, 128, 3), dtype=np.uint8))
     visibility = reference_visibility(DEMO_128, 0.5, seed=3)
-    np.testing.assert_array_equal(hide(pixels, visibility), hide(np.ascontiguousarray(pixels), visibility))
+    masked = hide(pixels, visibility)
+    np.testing.assert_array_equal(masked, hide(np.ascontiguousarray(pixels), visibility))
+    assert masked.flags.c_contiguous

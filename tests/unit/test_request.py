@@ -57,7 +57,9 @@ def test_bad_values_are_refused_with_what_was_expected(name: str, values: list, 
         parse(**{name: np.array(values, dtype=dtype)})
 
 
-@pytest.mark.parametrize("field", [field for field in INPUTS if field.maximum is not None], ids=lambda field: field.name)
+@pytest.mark.parametrize(
+    "field", [field for field in INPUTS if field.maximum is not None], ids=lambda field: field.name
+)
 def test_both_ends_of_every_range_are_accepted(field) -> None:
     for end in (field.minimum, field.maximum):
         value = np.full(field.size, end, dtype=field.dtype.numpy)

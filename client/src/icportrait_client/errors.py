@@ -12,8 +12,6 @@ The right column is the gRPC code that becomes the exception.
 
 from __future__ import annotations
 
-# ruff: noqa: N818 - the names say what happened, and the server uses the same ones
-
 
 class PortraitError(Exception):
     """Base of all errors this package raises on purpose; its text is fit for a user's eyes."""

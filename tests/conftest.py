@@ -1,0 +1,47 @@
+"""What the tests share: one export of the demo preset and one real server, made once a session."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from export.__main__ import export_checkpoint
+from icportrait.nn import Checkpoint, random_checkpoint
+from icportrait.policy import ServingPolicy
+from icportrait.presets import DEMO_128
+from icportrait.repository import assemble
+from icportrait.server import Ports, TritonServer
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+
+@pytest.fixture(scope="session")
+def demo_checkpoint() -> Checkpoint:
+    return random_checkpoint(DEMO_128)
+
+
+@pytest.fixture(scope="session")
+def demo_export(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Checkpoint) -> Path:
+    directory = tmp_path_factory.mktemp("export")
+    export_checkpoint(demo_checkpoint, {"random_weights": 0}, "fp32", directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory, demo_export: Path) -> Iterator[TritonServer]:
+    folder = tmp_path_factory.mktemp("server")
+    assemble(demo_export, folder / "repository", ServingPolicy())
+    with TritonServer(folder / "repository", Ports.free(), folder / "server.log") as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def pictures() -> dict[str, bytes]:
+    """The example photographs by the public input that they are sent as."""
+    return {
+        "profile": (EXAMPLES / "hopper.jpg").read_bytes(),
+        "reference": (EXAMPLES / "astronaut.jpg").read_bytes(),
+    }

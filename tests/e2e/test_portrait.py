@@ -1,0 +1,178 @@
+"""Portraits from the real server: right, repeatable, and shaped by every input."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+from PIL import Image
+
+from icportrait.contract import ENGINES
+from icportrait.faces import crop_to_square, find_crop
+from icportrait.imaging import decode_picture
+from icportrait.manifest import EngineFile, Manifest, file_sha256
+from icportrait.nn import Checkpoint, ReferencePipeline
+from icportrait.policy import ServingPolicy
+from icportrait.presets import DEMO_128
+from icportrait.repository import assemble
+from icportrait.server import Ports, TritonServer
+from tests.conftest import EXAMPLES, ROOT
+from tests.e2e.triton import infer
+
+STEPS = 6
+
+
+def pixels(image: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(image)).convert("RGB"))
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
+    return float("inf") if error == 0 else 10 * np.log10(255**2 / error)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_inference_steps": 20},
+        {"scheduler": "euler", "guidance_scale": 3.0, "num_portraits": 2, "num_inference_steps": STEPS},
+        {"scheduler": "ddim", "mask_ratio": 0.25, "num_inference_steps": STEPS},
+    ],
+    ids=["default", "guided euler, two portraits", "ddim, a quarter hidden"],
+)
+def test_served_portraits_equal_the_reference_pipelines(
+    server: TritonServer, demo_checkpoint: Checkpoint, pictures: dict[str, bytes], options: dict
+) -> None:
+    images, metadata = infer(server.grpc_url, seed=11, **pictures, **options)
+    crops = [
+        crop_to_square(picture, find_crop(picture, None, f"{name}_box"), DEMO_128.image_size)
+        for name, picture in ((name, decode_picture(data, name)) for name, data in pictures.items())
+    ]
+    expected = ReferencePipeline(demo_checkpoint, "cpu")(*crops, seed=11, **options)
+    assert len(images) == options.get("num_portraits", 1)
+    for image, portrait in zip(images, expected.portraits, strict=True):
+        assert psnr(pixels(image), portrait) >= 50
+    assert metadata["match_confidence"] == pytest.approx(expected.match_confidence, abs=1e-4)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
+    server: TritonServer, pictures: dict[str, bytes]
+) -> None:
+    first, again, other = (
+        infer(server.grpc_url, seed=seed, num_inference_steps=STEPS, **pictures)[0] for seed in (5, 5, 6)
+    )
+    assert first == again
+    assert first != other
+
+
+def test_sixteen_equal_calls_at_once_all_get_the_bytes_of_one_alone(
+    server: TritonServer, pictures: dict[str, bytes]
+) -> None:
+    def call(_: int) -> list[bytes]:
+        return infer(server.grpc_url, seed=3, num_inference_steps=STEPS, **pictures)[0]
+
+    alone = call(0)
+    with ThreadPoolExecutor(16) as threads:
+        assert list(threads.map(call, range(16))) == [alone] * 16
+
+
+def test_calls_of_different_kinds_at_once_all_get_what_they_get_alone(
+    server: TritonServer, pictures: dict[str, bytes]
+) -> None:
+    kinds = [
+        {"seed": 1, "num_inference_steps": 3},
+        {"seed": 2, "num_inference_steps": 9, "scheduler": "euler"},
+        {"seed": 3, "num_inference_steps": 5, "guidance_scale": 4.0},
+        {"seed": 4, "num_inference_steps": 2, "num_portraits": 3, "mask_ratio": 0.5},
+    ]
+
+    def call(kind: dict) -> list[bytes]:
+        return infer(server.grpc_url, **pictures, **kind)[0]
+
+    alone = [call(kind) for kind in kinds]
+    with ThreadPoolExecutor(8) as threads:
+        assert list(threads.map(call, kinds * 2)) == alone * 2
+
+
+def test_portrait_i_has_its_own_noise(server: TritonServer, pictures: dict[str, bytes]) -> None:
+    images, metadata = infer(server.grpc_url, seed=8, num_portraits=8, num_inference_steps=2, **pictures)
+    assert len(set(images)) == 8
+    assert metadata["num_portraits"] == 8
+    assert infer(server.grpc_url, seed=8, num_inference_steps=2, **pictures)[0] == images[:1]
+
+
+def test_profile_and_reference_each_shape_the_picture(server: TritonServer, pictures: dict[str, bytes]) -> None:
+    profile, reference = pictures["profile"], pictures["reference"]
+    portraits = [
+        pixels(infer(server.grpc_url, profile=a, reference=b, seed=5, num_inference_steps=STEPS)[0][0])
+        for a, b in ((profile, reference), (reference, reference), (profile, profile))
+    ]
+    assert psnr(portraits[0], portraits[1]) < 40
+    assert psnr(portraits[0], portraits[2]) < 40
+
+
+@pytest.fixture(scope="module")
+def server_without_f_ref(tmp_path_factory: pytest.TempPathFactory, demo_export: Path) -> TritonServer:
+    """The same server on a warping network whose zero convolutions are zero, so that ``F_ref`` is."""
+    folder = tmp_path_factory.mktemp("zero")
+    export = folder / "export"
+    shutil.copytree(demo_export, export)
+    path = export / "warping_network.onnx"
+    model = onnx.load(path)
+    zeroed = 0
+    for weight in model.graph.initializer:
+        if weight.name.startswith("zero_convs."):
+            weight.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(weight)), weight.name))
+            zeroed += 1
+    assert zeroed == 26
+    onnx.save(model, path)
+    manifest = Manifest.read(export)
+    manifest.engines["warping_network"] = EngineFile(path.name, file_sha256(path), path.stat().st_size)
+    manifest.write(export)
+    assemble(export, folder / "repository", ServingPolicy())
+    with TritonServer(folder / "repository", Ports.free(), folder / "server.log") as running:
+        yield running
+
+
+def test_f_ref_shapes_the_picture(
+    server: TritonServer, server_without_f_ref: TritonServer, pictures: dict[str, bytes]
+) -> None:
+    with_f_ref, without = (
+        pixels(infer(url, seed=5, num_inference_steps=STEPS, **pictures)[0][0])
+        for url in (server.grpc_url, server_without_f_ref.grpc_url)
+    )
+    assert psnr(with_f_ref, without) < 40
+
+
+def test_the_torch_runtime_serves_the_same_portrait(
+    tmp_path: Path, server: TritonServer, demo_export: Path, pictures: dict[str, bytes]
+) -> None:
+    assemble(demo_export, tmp_path / "repository", ServingPolicy(runtime="torch", engine_threads=1))
+    assert not list((tmp_path / "repository").rglob("*.onnx"))
+    with TritonServer(tmp_path / "repository", Ports.free(), tmp_path / "server.log") as torch_server:
+        images, metadata = infer(torch_server.grpc_url, seed=5, num_inference_steps=STEPS, **pictures)
+    assert metadata["versions"]["engine"].startswith("torch-")
+    expected = infer(server.grpc_url, seed=5, num_inference_steps=STEPS, **pictures)[0]
+    assert psnr(pixels(images[0]), pixels(expected[0])) >= 50
+
+
+def test_the_twenty_line_script_gets_a_picture(server: TritonServer, tmp_path: Path) -> None:
+    script = EXAMPLES / "minimal.py"
+    lines = [line for line in script.read_text().splitlines() if line and not line.startswith(("#", '"""'))]
+    assert len(lines) <= 20
+    out = tmp_path / "portrait.png"
+    paths = [EXAMPLES / "hopper.jpg", EXAMPLES / "astronaut.jpg", out]
+    subprocess.run([sys.executable, script, server.grpc_url, *paths], check=True, cwd=ROOT, timeout=120)
+    assert Image.open(out).size == (128, 128)
+
+
+def test_every_engine_ran_for_a_request(server: TritonServer) -> None:
+    assert set(ENGINES) == {path.stem for path in server.repository.rglob("*.onnx")}
