@@ -129,10 +129,10 @@ def server_without_f_ref(tmp_path_factory: pytest.TempPathFactory, demo_export: 
     model = onnx.load(path)
     zeroed = 0
     for weight in model.graph.initializer:
-        if weight.name.startswith("zero_convs."):
+        if weight.name.startswith("zero_convs.") and weight.name.endswith(".weight"):
             weight.CopyFrom(numpy_helper.from_array(np.zeros_like(numpy_helper.to_array(weight)), weight.name))
             zeroed += 1
-    assert zeroed == 26
+    assert zeroed == 13
     onnx.save(model, path)
     manifest = Manifest.read(export)
     manifest.engines["warping_network"] = EngineFile(path.name, file_sha256(path), path.stat().st_size)
@@ -171,7 +171,8 @@ def test_the_twenty_line_script_gets_a_picture(server: TritonServer, tmp_path: P
     out = tmp_path / "portrait.png"
     paths = [EXAMPLES / "hopper.jpg", EXAMPLES / "astronaut.jpg", out]
     subprocess.run([sys.executable, script, server.grpc_url, *paths], check=True, cwd=ROOT, timeout=120)
-    assert Image.open(out).size == (128, 128)
+    with Image.open(out) as picture:
+        assert picture.size == (128, 128)
 
 
 def test_every_engine_ran_for_a_request(server: TritonServer) -> None:

@@ -28,6 +28,8 @@ from tests.conftest import EXAMPLES, ROOT
 from tests.e2e.triton import infer
 from tests.trivial_engines import write_trivial_export
 
+PROC_NET = Path("/proc/net")
+
 
 @pytest.fixture
 def trivial(tmp_path: Path) -> Path:
@@ -107,14 +109,16 @@ def test_the_server_dies_with_its_parent(command) -> None:
 
 
 def test_the_server_listens_on_loopback_only(server: TritonServer) -> None:
-    listening = set()
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
-        fields = line.split()
-        address, port = fields[1].split(":")
-        if fields[3] == "0A":
-            listening.add((int(port, 16), address))
-    own = {(port, address) for port, address in listening if port in vars(server.ports).values()}
-    assert own == {(port, "0100007F") for port in vars(server.ports).values()}
+    # As the kernel writes 127.0.0.1, and as it writes it for a socket that could also speak IPv6.
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F"}
+    found = {}
+    for line in (PROC_NET / "tcp").read_text().splitlines() + (PROC_NET / "tcp6").read_text().splitlines():
+        _, local, _, state, *_ = line.split()
+        address, _, port = local.partition(":")
+        if state == "0A":
+            found[int(port, 16)] = address
+    for port in vars(server.ports).values():
+        assert found[port] in loopback
 
 
 def test_a_taken_port_is_named_with_the_way_out(trivial: Path) -> None:
