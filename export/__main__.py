@@ -60,9 +60,8 @@ def export_checkpoint(
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
     specs = engine_specs(checkpoint.preset, precision)
     modules = engine_modules(checkpoint)
-    dtype = torch.float16 if precision == "fp16" else torch.float32
     for module in modules.values():
-        module.to(dtype)
+        module.half() if precision == "fp16" else module.float()
     engines = {}
     for name in ENGINES:
         spec, module = specs[name], modules[name]

@@ -162,7 +162,7 @@ def _torch_outputs(
     inputs: Mapping[str, Array],
     known_flows: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    dtype = next(module.parameters()).dtype
+    is_half = next(module.parameters()).dtype == torch.float16
     tensors = [
         torch.from_numpy(array.astype(np.float32) if array.dtype == np.float16 else array) for array in inputs.values()
     ]
@@ -172,7 +172,8 @@ def _torch_outputs(
     module.float()
     with torch.inference_mode():
         outputs = module(*tensors, **extra)
-    module.to(dtype)
+    if is_half:
+        module.half()
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return {tensor.name: output.numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)}
 
