@@ -46,6 +46,9 @@ def export_graph(module: torch.nn.Module, spec: ModelSpec, directory: Path, opse
             verbose=False,
         )
     assert program is not None
+    for node in program.model.graph.all_nodes():
+        # The exporter notes a stack trace for every node: a megabyte of this machine's paths.
+        node.metadata_props.clear()
     program.save(path, external_data=weights_bytes > EXTERNAL_DATA_BYTES)
     data = path.with_name(f"{path.name}.data")
     return [path, data] if data.exists() else [path]

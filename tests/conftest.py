@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.repository import assemble
 from icportrait.server import Ports, TritonServer
+
+# torch's exporter writes a record with a stack trace for every operation; pytest would format and keep them all.
+logging.getLogger("torch.__trace").propagate = False
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -79,7 +78,6 @@ def read_model(model_class: Any, directory: Path) -> Any:
             local_files_only=True,
             use_safetensors=True,
             variant=variant,
-            dtype=torch.float32,
             low_cpu_mem_usage=False,  # True needs the accelerate package and would only save memory
             output_loading_info=True,
         )

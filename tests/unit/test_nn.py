@@ -466,19 +466,25 @@ def test_the_left_half_is_held_at_every_step(tiny: Checkpoint, scheduler: str) -
 
 
 def test_the_samplers_updates_are_followed(tiny: Checkpoint) -> None:
-    """A UNet that finds the noise of a fixed latent exactly must be led to that latent."""
+    """A UNet that finds the noise of a fixed latent exactly is led to it in a straight line."""
+    tiny = dataclasses.replace(tiny, scheduler_config=tiny.scheduler_config | {"prediction_type": "epsilon"})
+    calls = record_unet_calls(tiny)
     goal = torch.randn(1, 4, TINY_SIDE, 2 * TINY_SIDE)
-    schedule = NoiseSchedule.from_config(tiny.scheduler_config)
-    plan = schedule.plan("dpmpp_2m", 3)
-    levels = {float(plan.timesteps[i]): (float(plan.signal_level[i]), float(plan.noise_level[i])) for i in range(3)}
+    plan = NoiseSchedule.from_config(tiny.scheduler_config).plan("dpmpp_2m", 4)
+    levels = list(zip(plan.signal_level.tolist(), plan.noise_level.tolist(), strict=True))
 
     def exact_noise(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Any) -> tuple[Tensor]:
-        signal, noise = levels[inputs[1].item()]
+        signal, noise = levels[plan.timesteps.tolist().index(inputs[1].item())]
         return ((inputs[0] - signal * goal) / noise,)
 
     tiny.unet.register_forward_hook(exact_noise)
-    result = portraits(tiny)
+    result = portraits(tiny, num_inference_steps=4)
+
     portrait = split_canvas(goal)[1]
+    _, start = split_canvas(calls[0][0])
+    direction = (start - levels[0][0] * portrait) / levels[0][1]
+    for (canvas, _, _), (signal, noise) in zip(calls, levels, strict=True):
+        torch.testing.assert_close(split_canvas(canvas)[1], signal * portrait + noise * direction, rtol=0, atol=1e-3)
     np.testing.assert_allclose(result.latents, portrait.numpy(), atol=1e-3)
     decoded = run(VaeDecoder(tiny.vae), [torch.from_numpy(result.latents)])[0]
     assert np.array_equal(result.portraits, decoded.numpy())

@@ -1,0 +1,256 @@
+"""Exported graphs are the contract's, and a graph that isn't fails its verification by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, numpy_helper
+
+import export.graphs
+import export.verification
+from export.__main__ import export_checkpoint, main
+from export.verification import (
+    Tolerance,
+    check_axes,
+    check_names_and_types,
+    check_shapes,
+    check_values,
+    end_point_error,
+)
+from icportrait.contract import ENGINES, engine_specs
+from icportrait.errors import CheckpointError, VerificationError
+from icportrait.manifest import Manifest, file_sha256
+from icportrait.nn import Checkpoint, engine_modules, random_checkpoint, save_checkpoint
+from icportrait.policy import ServingPolicy
+from icportrait.presets import DEMO_128, Preset
+from icportrait.runtime import load_engine
+from tests.trivial_engines import write_trivial_export
+
+TINY = Preset(
+    name="custom",
+    image_size=32,
+    vae_channels=(16, 16),
+    unet_channels=(16, 32),
+    attention_levels=(False, True),
+    attention_heads=2,
+    cross_attention_dim=16,
+    prompt_tokens=2,
+    norm_num_groups=8,
+    mask_patch_px=8,
+    layers_per_block=1,
+    vae_layers_per_block=1,
+    max_unet_batch=4,
+    max_vae_batch=3,
+    max_warping_batch=2,
+)
+SPECS = engine_specs(TINY)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Checkpoint:
+    return random_checkpoint(TINY)
+
+
+@pytest.fixture(scope="module")
+def tiny_export(tmp_path_factory: pytest.TempPathFactory, tiny: Checkpoint) -> Path:
+    directory = tmp_path_factory.mktemp("tiny")
+    export_checkpoint(tiny, {"random_weights": 0}, "fp32", directory)
+    return directory
+
+
+def test_the_manifest_tells_what_was_exported(demo_export: Path) -> None:
+    manifest = Manifest.read(demo_export)
+    assert manifest.preset == DEMO_128
+    assert tuple(manifest.engines) == ENGINES
+    assert manifest.opset >= 20
+    assert {"torch", "onnx", "onnxruntime", "diffusers"} <= set(manifest.versions)
+    for engine in manifest.engines.values():
+        assert engine.sha256 == file_sha256(demo_export / engine.file)
+        assert engine.size_bytes == (demo_export / engine.file).stat().st_size
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_the_demo_graphs_are_the_contracts(demo_export: Path, name: str) -> None:
+    path, spec = demo_export / f"{name}.onnx", engine_specs(DEMO_128)[name]
+    check_names_and_types(path, spec, 20)
+    check_axes(path, spec)
+    check_shapes(path, spec)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_row_does_not_depend_on_its_batch(demo_export: Path, name: str) -> None:
+    engine = load_engine(name, demo_export, Manifest.read(demo_export), ServingPolicy())
+    inputs = engine.spec.dummy_inputs(engine.spec.batch.max)
+    together = engine.run(inputs)
+    for row in (0, engine.spec.batch.max - 1):
+        alone = engine.run({key: array[row : row + 1] for key, array in inputs.items()})
+        for key, array in alone.items():
+            assert np.array_equal(array[0], together[key][row]), key
+
+
+def test_fp16_weights_and_residuals_are_fp16_and_the_rest_of_the_contract_stays(tmp_path: Path) -> None:
+    manifest = export_checkpoint(random_checkpoint(TINY), {"random_weights": 0}, "fp16", tmp_path)
+    graph = onnx.load(tmp_path / "unet.onnx").graph
+    weights = [weight for weight in graph.initializer if np.prod(weight.dims) > 64]
+    assert weights
+    assert {weight.data_type for weight in weights} == {TensorProto.FLOAT16}
+    engine = load_engine("warping_network", tmp_path, manifest, ServingPolicy())
+    outputs = engine.run(engine.spec.dummy_inputs(2))
+    assert outputs["f_ref_00"].dtype == np.float16
+    assert outputs["match_confidence"].dtype == np.float32
+
+
+def test_large_weights_lie_in_a_file_of_their_own(
+    tmp_path: Path, tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.graphs, "EXTERNAL_DATA_BYTES", 1000)
+    manifest = export_checkpoint(tiny, {"random_weights": 0}, "fp32", tmp_path)
+    unet = manifest.engines["unet"]
+    data = tmp_path / str(unet.external_data)
+    assert data.stat().st_size > (tmp_path / unet.file).stat().st_size
+    assert unet.sha256 == file_sha256(tmp_path / unet.file, data)
+    load_engine("unet", tmp_path, manifest, ServingPolicy())
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_graph_tells_nothing_of_the_machine_it_was_made_on(demo_export: Path, name: str) -> None:
+    graph = (demo_export / f"{name}.onnx").read_bytes()
+    assert b"site-packages" not in graph
+    assert str(Path.home()).encode() not in graph
+
+
+def edited(source: Path, target: Path, edit: Callable[[onnx.GraphProto], None]) -> Path:
+    model = onnx.load(source)
+    edit(model.graph)
+    onnx.save(model, target)
+    return target
+
+
+def rename_output(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        for index, name in enumerate(node.output):
+            if name == "noise_pred":
+                node.output[index] = "noise"
+    graph.output[0].name = "noise"
+
+
+def test_a_renamed_tensor_is_found(tiny_export: Path, tmp_path: Path) -> None:
+    path = edited(tiny_export / "unet.onnx", tmp_path / "unet.onnx", rename_output)
+    with pytest.raises(VerificationError, match="unet: outputs are noise, expected noise_pred"):
+        check_names_and_types(path, SPECS["unet"], 20)
+    with pytest.raises(CheckpointError, match="tensors are noise, expected noise_pred; export again"):
+        load_engine("unet", tmp_path, Manifest.read(tiny_export), ServingPolicy())
+
+
+def test_a_wrong_opset_is_found(tiny_export: Path) -> None:
+    with pytest.raises(VerificationError, match="unet: opset is 20, expected 23"):
+        check_names_and_types(tiny_export / "unet.onnx", SPECS["unet"], 23)
+
+
+def test_a_wrong_type_is_found(tiny_export: Path) -> None:
+    with pytest.raises(VerificationError, match="f_ref_00 is FLOAT, expected float16"):
+        check_names_and_types(tiny_export / "warping_network.onnx", engine_specs(TINY, "fp16")["warping_network"], 20)
+
+
+def test_a_fixed_batch_is_found(tiny_export: Path, tmp_path: Path) -> None:
+    def fix_batch(graph: onnx.GraphProto) -> None:
+        graph.input[1].type.tensor_type.shape.dim[0].dim_value = 2
+
+    path = edited(tiny_export / "unet.onnx", tmp_path / "unet.onnx", fix_batch)
+    with pytest.raises(VerificationError, match=r"timestep: axes are \[2\], expected \['batch'\]"):
+        check_axes(path, SPECS["unet"])
+
+
+def test_a_wrong_shape_at_the_largest_batch_is_found(tmp_path: Path) -> None:
+    write_trivial_export(tmp_path, TINY)
+
+    def one_column_less(graph: onnx.GraphProto) -> None:
+        for constant in graph.initializer:
+            if constant.name == "noise_pred_dims":
+                constant.CopyFrom(numpy_helper.from_array(np.array([4, 16, 31]), constant.name))
+
+    path = edited(tmp_path / "unet.onnx", tmp_path / "wrong.onnx", one_column_less)
+    check_shapes(tmp_path / "unet.onnx", SPECS["unet"])
+    with pytest.raises(VerificationError, match=r"noise_pred: shape at batch 4 is \[4, 4, 16, 31\], expected"):
+        check_shapes(path, SPECS["unet"])
+
+
+@pytest.mark.parametrize(
+    ("name", "weight", "message"),
+    [
+        ("vae_encoder", "encoder.conv_in.weight", "vae_encoder: latent at batch 1: relative RMS error is"),
+        ("warping_network", "zero_convs.1.weight", "warping_network: f_ref_01 at batch 1: relative RMS error is"),
+        ("warping_network", "matching_net.conv_in.weight", "flow_0 at batch 1: flow disagreement is"),
+        ("unet", "unet.conv_in.weight", "unet: noise_pred at batch 1: relative RMS error is"),
+        ("vae_decoder", "decoder.conv_in.weight", "vae_decoder: portrait_pixels at batch 1: largest difference"),
+    ],
+)
+def test_a_changed_weight_is_found_and_its_tensor_named(
+    tiny: Checkpoint, tiny_export: Path, tmp_path: Path, name: str, weight: str, message: str
+) -> None:
+    def edit(graph: onnx.GraphProto) -> None:
+        found = next(entry for entry in graph.initializer if weight in entry.name)
+        array = numpy_helper.to_array(found).copy()
+        array[0] += 0.5
+        found.CopyFrom(numpy_helper.from_array(array, found.name))
+
+    path = edited(tiny_export / f"{name}.onnx", tmp_path / f"{name}.onnx", edit)
+    tolerance = export.verification.TOLERANCES["fp32"][name]
+    module = engine_modules(tiny)[name]
+    check_values(tiny_export / f"{name}.onnx", SPECS[name], module, tolerance, (1,))
+    with pytest.raises(VerificationError, match=message):
+        check_values(path, SPECS[name], module, tolerance, (1,))
+
+
+def test_end_point_error_is_a_distance_in_cells() -> None:
+    # In a grid of 4 columns, position 0 is (0, 0) and position 7 is (1, 3).
+    found, expected = np.zeros((1, 4, 4), np.int32), np.full((1, 4, 4), 7, np.int32)
+    assert end_point_error(found, expected) == pytest.approx(np.hypot(1, 3))
+
+
+def test_a_failed_export_exits_with_the_tensor_and_its_figures_and_leaves_no_manifest(
+    tmp_path: Path, tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    save_checkpoint(tiny, tmp_path / "checkpoint")
+    out = tmp_path / "out"
+    arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(out)]
+    assert main(arguments) == 0
+    assert Manifest.read(out).source == {"checkpoint": str(tmp_path / "checkpoint")}
+    monkeypatch.setitem(export.verification.TOLERANCES["fp32"], "vae_encoder", Tolerance(relative_rms=0))
+    assert main(arguments) == 1
+    assert "error: vae_encoder: latent at batch 1: relative RMS error is" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"manifest.json is missing; make it with"):
+        Manifest.read(out)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--random-weights"], "--random-weights needs --preset"),
+        (["--random-weights", "--preset", "demo-128", "--opset", "17"], "--opset is 17, expected 20 or later"),
+        (["--preset", "demo-128"], "one of the arguments --checkpoint --random-weights is required"),
+    ],
+)
+def test_wrong_usage_says_what_is_expected(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_directory_without_a_checkpoint_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--checkpoint", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_manifest_for_another_contract_is_refused(tiny_export: Path, tmp_path: Path) -> None:
+    text = (tiny_export / "manifest.json").read_text()
+    (tmp_path / "manifest.json").write_text(text.replace('"max_unet_batch": 4', '"max_unet_batch": 2'))
+    with pytest.raises(CheckpointError, match=r"exported for contract \w+, this code's is \w+; export again"):
+        Manifest.read(tmp_path)
