@@ -26,7 +26,7 @@ SCHEDULER_CONFIG: dict[str, Any] = {
 }
 """Stable Diffusion 1.5's noise levels. Predicting v keeps the latents of untrained nets near 1: what a net that knows
 nothing of the noise leaves of it, epsilon prediction divides by the small signal level of the first steps."""
-F_REF_SCALE = 0.15
+F_REF_SCALE = 0.1
 """``F_ref`` beside the skip features that it is added to: enough to shape the picture without ruling it, so that a
 match that two runtimes round differently stays a small difference."""
 

@@ -1,0 +1,1 @@
+"""Training: synthetic view-consistent heads and the paper's two adaptations."""
