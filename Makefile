@@ -22,7 +22,7 @@ help: ## list the targets
 
 setup: $(STAMP) ## make .venv with everything the other targets need
 
-$(STAMP): pyproject.toml client/pyproject.toml constraints.txt
+$(STAMP): setup.sh pyproject.toml client/pyproject.toml constraints.txt
 	@BOOT_PYTHON="$(BOOT_PYTHON)" sh setup.sh $(VENV)
 	@touch $@
 
@@ -31,7 +31,7 @@ demo: repository ## two pictures -> a portrait, through the real server
 
 export: $(EXPORT)/manifest.json ## export the preset's engines to verified ONNX
 
-$(EXPORT)/manifest.json: | $(STAMP)
+$(EXPORT)/manifest.json: $(STAMP) $(wildcard export/*.py icportrait/nn/*.py) icportrait/contract.py icportrait/presets.py
 	@$(PYTHON) -m export --random-weights --preset $(PRESET) --precision $(PRECISION) --out $(EXPORT)
 
 repository: $(EXPORT)/manifest.json ## assemble build/repository/<runtime> from triton_repo/ and the export

@@ -18,9 +18,13 @@ esac
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "Python $version lacks the venv module; on Debian or Ubuntu: apt-get install python$version-venv"
 
+"$python" icportrait/libpython.py
+
 echo "setting up $venv with Python $version (a few minutes the first time)"
+started=$(date +%s)
 "$python" -m venv --clear "$venv"
-pip="$venv/bin/python -m pip --disable-pip-version-check --quiet"
+pip="$venv/bin/python -m pip --disable-pip-version-check"
 $pip install --constraint constraints.txt --editable '.[dev]' --editable client
 # The wheel pins numpy<2 and a web framework of its own; only its server binary is used.
 $pip install --constraint constraints.txt --no-deps nvidia-pytriton
+echo "set-up took $(($(date +%s) - started)) s"

@@ -39,6 +39,8 @@ def main(argv: list[str] | None = None) -> int:
     except (IcPortraitError, PortraitError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -100,7 +102,7 @@ def _preprocess(manifest: Manifest, tensors: dict[str, np.ndarray]) -> dict[str,
 
 
 def _flow(export: Path, manifest: Manifest, tensors: dict[str, np.ndarray]) -> np.ndarray:
-    """The finest flow [s, s] of the very engines that the server runs."""
+    """The finest flow [s, s], by the exported engines."""
     policy = ServingPolicy()
     encoder, warping = (load_engine(name, export, manifest, policy) for name in ("vae_encoder", "warping_network"))
     latents = {

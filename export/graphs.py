@@ -47,7 +47,7 @@ def export_graph(module: torch.nn.Module, spec: ModelSpec, directory: Path, opse
         )
     assert program is not None
     for node in program.model.graph.all_nodes():
-        # The exporter notes a stack trace for every node: a megabyte of this machine's paths.
+        # The exporter notes a stack trace for every node: a megabyte of the exporting machine's paths.
         node.metadata_props.clear()
     program.save(path, external_data=weights_bytes > EXTERNAL_DATA_BYTES)
     data = path.with_name(f"{path.name}.data")
@@ -55,9 +55,11 @@ def export_graph(module: torch.nn.Module, spec: ModelSpec, directory: Path, opse
 
 
 def _dynamic_shapes(module: torch.nn.Module, spec: ModelSpec) -> tuple[object, ...]:
-    """The batch axis of every input, nested as ``forward``'s arguments are: what a ``*args`` takes is one entry."""
-    batch = torch.export.Dim(spec.batch.name, min=1, max=spec.batch.max)
-    shapes: tuple[object, ...] = tuple({0: batch} for _ in spec.inputs)
+    """The dynamic axes of every input, nested as ``forward``'s arguments are: what a ``*args`` takes is one entry."""
+    dims = {spec.batch.name: torch.export.Dim(spec.batch.name, min=spec.batch.min, max=spec.batch.max)}
+    shapes: tuple[object, ...] = tuple(
+        {index: dims[axis.name] for index, axis in enumerate(tensor.axes) if axis.is_dynamic} for tensor in spec.inputs
+    )
     kinds = [parameter.kind for parameter in inspect.signature(module.forward).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         named = kinds.index(inspect.Parameter.VAR_POSITIONAL)

@@ -20,13 +20,6 @@ from icportrait.contract import Array, ModelSpec, TensorSpec
 from icportrait.errors import VerificationError
 from icportrait.runtime.ort import OrtEngine
 
-_ONNX_TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "uint8": TensorProto.UINT8,
-    "int32": TensorProto.INT32,
-}
-
 
 @dataclass(frozen=True)
 class Tolerance:
@@ -74,10 +67,9 @@ def check_names_and_types(path: Path, spec: ModelSpec, opset: int) -> None:
         if names != expected:
             raise VerificationError(f"{spec.name}: {kind}s are {', '.join(names)}, expected {', '.join(expected)}")
         for node, tensor in zip(nodes, specs, strict=True):
-            found = node.type.tensor_type.elem_type
-            if found != _ONNX_TYPES[tensor.dtype.numpy]:
-                name = TensorProto.DataType.Name(found)
-                raise VerificationError(f"{spec.name}: {tensor.name} is {name}, expected {tensor.dtype.numpy}")
+            found = TensorProto.DataType.Name(node.type.tensor_type.elem_type)
+            if found != tensor.dtype.onnx:
+                raise VerificationError(f"{spec.name}: {tensor.name} is {found}, expected {tensor.dtype.onnx}")
 
 
 def check_axes(path: Path, spec: ModelSpec) -> None:
@@ -182,7 +174,8 @@ def _compare(tensor: TensorSpec, found: Array, expected: Array, tolerance: Toler
     """(figure, value, limit) for each figure by which this kind of tensor is judged."""
     if tensor.name.startswith("flow_"):
         return [
-            ("flow disagreement", float(np.mean(found != expected)), tolerance.flow_disagreement),
+            # One match is always allowed: the coarse levels have too few for a share to say much.
+            ("flow disagreement", float(np.mean(found != expected)), max(tolerance.flow_disagreement, 1 / found.size)),
             ("flow end-point error (cells)", end_point_error(found, expected), tolerance.flow_error_cells),
         ]
     reference = expected.astype(np.float64)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from icportrait.contract import Array
-from icportrait.errors import IcPortraitError, Unavailable
+from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable
 from icportrait.presets import Preset
 from icportrait.randomness import canvas_noise
 from icportrait.request import PortraitRequest
@@ -56,15 +56,43 @@ class DenoiseResult:
 
 
 OnDone = Callable[[DenoiseResult | IcPortraitError], None]
+SHUTTING_DOWN = "the server is shutting down; try again"
+
+
+def check_slots(request: PortraitRequest, slots: int) -> None:
+    """Raise InvalidRequest where a request needs more rows than a batch ever has."""
+    if request.rows > slots:
+        raise InvalidRequest(
+            f"num_portraits: {request.num_portraits} portraits at guidance_scale {request.guidance_scale:g} need "
+            f"{request.rows} slots, this server has {slots}; ask for fewer, or for guidance_scale 1"
+        )
+
+
+@dataclass
+class _Waiting:
+    """A job with its schedule and its way back."""
+
+    job: DenoiseJob
+    plan: StepPlan
+    on_done: OnDone
+    answered: bool = False
+
+    def answer(self, outcome: DenoiseResult | IcPortraitError) -> None:
+        """Call ``on_done``, the first time only; what it raises ends here, for the other jobs' sake."""
+        if self.answered:
+            return
+        self.answered = True
+        try:
+            self.on_done(outcome)
+        except Exception:
+            logger.exception("an answer could not be delivered")
 
 
 @dataclass
 class _Running:
     """A job's rows while they are denoised."""
 
-    job: DenoiseJob
-    on_done: OnDone
-    plan: StepPlan
+    entry: _Waiting
     residuals: dict[str, Array]
     """``F_ref`` by name, [1, C_k, s_k, 2 s_k]: one for all portraits of the request."""
     match_confidence: float
@@ -80,8 +108,16 @@ class _Running:
         self.history = np.zeros_like(self.noise)
 
     @property
-    def guided(self) -> bool:
-        return self.job.request.guidance_scale > 1.0
+    def plan(self) -> StepPlan:
+        return self.entry.plan
+
+    @property
+    def job(self) -> DenoiseJob:
+        return self.entry.job
+
+    @property
+    def ended(self) -> bool:
+        return self.step == len(self.plan.timesteps)
 
     def hold_profile(self) -> None:
         """Set the canvas's left half to the profile at this step's noise level."""
@@ -92,7 +128,7 @@ class _Running:
     def advance(self, noise_pred: Array) -> None:
         """Take one sampler step; ``noise_pred`` holds the conditional rows, then the unconditional ones."""
         portraits = len(self.latent)
-        if self.guided:
+        if len(noise_pred) > portraits:
             noise_pred = guide(noise_pred[:portraits], noise_pred[portraits:], self.job.request.guidance_scale)
         coefficients = np.repeat(self.plan.coefficients[self.step : self.step + 1], portraits, axis=0)
         self.latent, self.history = advance(self.latent, noise_pred, self.history, coefficients)
@@ -121,24 +157,34 @@ class WholeBatcher:
         self._slots = min(slots, unet.spec.batch.max)
         self.engine_version = unet.version
         self._residual_names = [spec.name for spec in warping.spec.outputs if spec.name.startswith("f_ref_")]
-        self._queue: queue.SimpleQueue[tuple[DenoiseJob, OnDone] | None] = queue.SimpleQueue()
-        self._held: tuple[DenoiseJob, OnDone] | None = None
+        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._held: _Waiting | None = None
         self._closed = False
+        self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="denoise", daemon=True)
         self._thread.start()
 
     def submit(self, job: DenoiseJob, on_done: OnDone) -> None:
-        """Queue a job; ``on_done`` is called once, from the loop's thread, with its result or its error."""
-        if self._closed:
-            raise Unavailable("the server is shutting down; try again")
-        if job.request.rows > self._slots:
-            raise Unavailable(f"the request needs {job.request.rows} slots, this server has {self._slots}")
-        self._queue.put((job, on_done))
+        """Queue a job; ``on_done`` is called once, from the loop's thread, with its result or its error.
+
+        Raises:
+            InvalidRequest: the request needs more slots than there are, or more steps than the schedule has.
+            Unavailable: the loop was closed.
+        """
+        request = job.request
+        check_slots(request, self._slots)
+        entry = _Waiting(job, self._schedule.plan(request.scheduler, request.num_inference_steps), on_done)
+        with self._closing:
+            if self._closed:
+                raise Unavailable(SHUTTING_DOWN)
+            self._queue.put(entry)
 
     def close(self) -> None:
-        """Finish the running batch, refuse what still waits and end the thread."""
-        self._closed = True
-        self._queue.put(None)
+        """Refuse what runs and what waits, and end the thread."""
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
         self._thread.join()
 
     def _loop(self) -> None:
@@ -147,38 +193,40 @@ class WholeBatcher:
                 self._run(entries)
             except Exception:
                 logger.exception("the denoising loop failed on a batch of %d requests", len(entries))
-                for _, on_done in entries:
-                    on_done(IcPortraitError("denoising failed on this server; its log has the cause"))
+                for entry in entries:
+                    entry.answer(IcPortraitError("denoising failed on this server; its log has the cause"))
 
-    def _next_batch(self) -> list[tuple[DenoiseJob, OnDone]] | None:
-        """Wait for a job, then take all that wait as long as their rows fit the slots."""
-        entry = self._held or self._queue.get()
-        self._held = None
-        entries: list[tuple[DenoiseJob, OnDone]] = []
+    def _next_batch(self) -> list[_Waiting] | None:
+        """Wait for a job, then take all that wait as long as their rows fit the slots; None after the last."""
+        entries: list[_Waiting] = []
         rows = 0
-        while entry is not None:
-            rows += entry[0].request.rows
-            if rows > self._slots:
+        while True:
+            entry = self._held or self._queue.get()
+            self._held = None
+            if entry is None:
+                for refused in entries:
+                    refused.answer(Unavailable(SHUTTING_DOWN))
+                return None
+            rows += entry.job.request.rows
+            if rows > self._slots and not self._closed:
                 self._held = entry
                 return entries
             entries.append(entry)
-            if self._queue.empty():
+            # A closed loop gathers all that is left, up to the None behind it, and runs none of it.
+            if self._queue.empty() and not self._closed:
                 return entries
-            entry = self._queue.get()
-        self._closed = True
-        for _, on_done in entries:
-            on_done(Unavailable("the server is shutting down; try again"))
-        return None
 
-    def _run(self, entries: list[tuple[DenoiseJob, OnDone]]) -> None:
+    def _run(self, entries: list[_Waiting]) -> None:
         running = self._condition(entries)
-        while running:
+        while running and not self._closed:
             self._step(running)
-            for done in [entry for entry in running if entry.step == len(entry.plan.timesteps)]:
-                running.remove(done)
-                done.on_done(_checked(done.result()))
+            for ended in [row for row in running if row.ended]:
+                running.remove(ended)
+                ended.entry.answer(_checked(ended.result()))
+        for row in running:
+            row.entry.answer(Unavailable(SHUTTING_DOWN))
 
-    def _condition(self, entries: list[tuple[DenoiseJob, OnDone]]) -> list[_Running]:
+    def _condition(self, entries: list[_Waiting]) -> list[_Running]:
         """Run the warping network over the jobs, as many at a time as its engine takes."""
         running = []
         size = self._warping.spec.batch.max
@@ -186,19 +234,17 @@ class WholeBatcher:
             part = entries[start : start + size]
             outputs = self._warping.run(
                 {
-                    spec.name: np.concatenate([getattr(job, spec.name) for job, _ in part])
+                    spec.name: np.concatenate([getattr(entry.job, spec.name) for entry in part])
                     for spec in self._warping.spec.inputs
                 }
             )
             now = time.monotonic_ns()
-            for row, (job, on_done) in enumerate(part):
-                request = job.request
+            for row, entry in enumerate(part):
+                request = entry.job.request
                 seeds = range(request.seed, request.seed + request.num_portraits)
                 running.append(
                     _Running(
-                        job=job,
-                        on_done=on_done,
-                        plan=self._schedule.plan(request.scheduler, request.num_inference_steps),
+                        entry=entry,
                         residuals={name: outputs[name][row : row + 1] for name in self._residual_names},
                         match_confidence=float(outputs["match_confidence"][row]),
                         noise=np.stack([canvas_noise(self._preset, seed) for seed in seeds]),

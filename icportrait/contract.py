@@ -28,18 +28,19 @@ from icportrait.presets import Preset
 
 ENGINES = ("vae_encoder", "warping_network", "unet", "vae_decoder")
 PRECISIONS = ("fp32", "fp16")
+ENSEMBLE = "portrait_pipeline"
 Array = NDArray[Any]
 
 
 class DType(Enum):
-    """An element type under its numpy name and its Triton name (``TYPE_`` and the value, in ``config.pbtxt``)."""
+    """An element type under its numpy, Triton and ONNX names."""
 
-    FLOAT32 = ("float32", "FP32")
-    FLOAT16 = ("float16", "FP16")
-    UINT8 = ("uint8", "UINT8")
-    INT32 = ("int32", "INT32")
-    INT64 = ("int64", "INT64")
-    BYTES = ("object", "BYTES")
+    FLOAT32 = ("float32", "FP32", "FLOAT")
+    FLOAT16 = ("float16", "FP16", "FLOAT16")
+    UINT8 = ("uint8", "UINT8", "UINT8")
+    INT32 = ("int32", "INT32", "INT32")
+    INT64 = ("int64", "INT64", "INT64")
+    BYTES = ("object", "BYTES", "STRING")
 
     @property
     def numpy(self) -> str:
@@ -48,6 +49,10 @@ class DType(Enum):
     @property
     def triton(self) -> str:
         return self.value[1]
+
+    @property
+    def onnx(self) -> str:
+        return self.value[2]
 
 
 @dataclass(frozen=True)
@@ -125,14 +130,6 @@ class ModelSpec:
             drawn = generator.standard_normal(shape) if spec.below is None else generator.integers(0, spec.below, shape)
             dummies[spec.name] = drawn.astype(spec.dtype.numpy)
         return dummies
-
-    @property
-    def dynamic_axes(self) -> dict[str, dict[int, str]]:
-        """``{tensor: {axis index: axis name}}`` of every dynamic axis, as ``torch.onnx.export`` takes it."""
-        return {
-            spec.name: {index: axis.name for index, axis in enumerate(spec.axes) if axis.is_dynamic}
-            for spec in (*self.inputs, *self.outputs)
-        }
 
     @property
     def optimization_profile(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:

@@ -72,6 +72,13 @@ def to_wire(error: IcPortraitError) -> str:
     return f"[{error.code}] {error}"
 
 
+def to_caller(error: IcPortraitError) -> str:
+    """The text a caller gets. HTTP ``generate`` answers every error with status 400, so what isn't the caller's own
+    mistake says its code.
+    """
+    return str(error) if isinstance(error, InvalidRequest) else f"{error.code}: {error}"
+
+
 def from_wire(text: str) -> IcPortraitError | None:
     """The error that ``to_wire`` wrote, found in ``text`` behind any prefix; None where there is none."""
     match = _WIRE.search(text)

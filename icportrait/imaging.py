@@ -88,7 +88,7 @@ def decode_picture(data: bytes, name: str) -> Image.Image:
     Raises:
         InvalidRequest: empty, over 20 MB or 32 megapixels, a side under 16 px, another format, or damaged.
     """
-    _check_bytes(len(data), name)
+    check_file_bytes(len(data), name)
     file_format = _sniff(data, name)
     try:
         picture = _DECODERS[file_format](io.BytesIO(data))
@@ -116,7 +116,7 @@ def decode_base64(data: bytes, name: str) -> bytes:
     text = data.translate(None, b" \t\r\n\v\f")
     if prefix := re.match(rb"data:image/[\w.+-]+(;[\w=.-]+)*;base64,", text, re.IGNORECASE):
         text = text[prefix.end() :]
-    _check_bytes(len(text) // 4 * 3 - text[-2:].count(b"="), name)
+    check_file_bytes(len(text) // 4 * 3 - text[-2:].count(b"="), name)
     if stray := re.search(rb"[^A-Za-z0-9+/=]", text):
         raise InvalidRequest(
             f"{name}: {stray[0]!r} is in the base64 text, expected A-Z a-z 0-9 + / and = at the end only"
@@ -170,7 +170,8 @@ def _sniff(data: bytes, name: str) -> str:
     )
 
 
-def _check_bytes(count: int, name: str) -> None:
+def check_file_bytes(count: int, name: str) -> None:
+    """Raise InvalidRequest where a file of ``count`` bytes is empty or over 20 MB."""
     if count == 0:
         raise InvalidRequest(f"{name}: empty, expected the bytes of a JPEG, PNG or WebP file")
     if count > MAX_FILE_BYTES:

@@ -61,10 +61,13 @@ class Manifest:
         path = directory / MANIFEST_NAME
         if not path.is_file():
             raise CheckpointError(f'{path} is missing; make it with "python -m export"')
-        fields = json.loads(path.read_text())
-        fields["preset"] = Preset.from_dict(fields["preset"])
-        fields["engines"] = {name: EngineFile(**engine) for name, engine in fields["engines"].items()}
-        manifest = cls(**fields)
+        try:
+            fields = json.loads(path.read_text())
+            fields["preset"] = Preset.from_dict(fields["preset"])
+            fields["engines"] = {name: EngineFile(**engine) for name, engine in fields["engines"].items()}
+            manifest = cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a manifest of this version ({error}); export again") from error
         expected = contract_hash(manifest.preset, manifest.precision)
         if manifest.contract_hash != expected:
             raise CheckpointError(

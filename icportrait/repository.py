@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from icportrait.contract import ENGINES
+from icportrait.contract import ENGINES, ENSEMBLE
 from icportrait.errors import CheckpointError, IcPortraitError
 from icportrait.manifest import MANIFEST_NAME, Manifest, file_sha256
 from icportrait.policy import RUNTIMES, ServingPolicy
@@ -42,14 +42,21 @@ def assemble(export: Path, repository: Path, policy: ServingPolicy, template: Pa
         template: the folder of ``model.py`` files.
 
     Raises:
-        CheckpointError: the export is incomplete, was made for another contract, or a graph isn't the one its
-            manifest names.
+        CheckpointError: the export is incomplete, was made for another contract or runtime, or a graph isn't the one
+            its manifest names.
+        IcPortraitError: ``repository`` holds something else.
     """
     manifest = Manifest.read(export)
     for name in ENGINES:
         _check_hash(export, name, manifest)
-    shutil.rmtree(repository, ignore_errors=True)
-    for model in sorted(path.parent.parent.name for path in template.glob("*/1/model.py")):
+    if policy.runtime == "torch" and manifest.precision != "fp32":
+        raise CheckpointError(f"{export}: is {manifest.precision}, expected fp32: the torch runtime computes in fp32")
+    configs = model_configs(manifest.preset, manifest.precision, policy)
+    models = sorted(path.parent.parent.name for path in template.glob("*/1/model.py"))
+    if {*models, ENSEMBLE} != set(configs):
+        raise CheckpointError(f"{template}: has models {', '.join(models)}, expected {', '.join(sorted(configs))}")
+    _remove_old(repository)
+    for model in models:
         version = repository / model / "1"
         version.mkdir(parents=True)
         shutil.copy(template / model / "1" / "model.py", version)
@@ -58,9 +65,16 @@ def assemble(export: Path, repository: Path, policy: ServingPolicy, template: Pa
             if owner == model and policy.runtime == "onnxruntime":
                 _place(export, version, name, manifest)
     # An ensemble has no files of its own, but Triton wants its version folder.
-    (repository / "portrait_pipeline" / "1").mkdir(parents=True)
-    write_configs(repository, model_configs(manifest.preset, manifest.precision, policy))
+    (repository / ENSEMBLE / "1").mkdir(parents=True)
+    write_configs(repository, configs)
     return manifest
+
+
+def _remove_old(repository: Path) -> None:
+    """Remove an earlier repository, and nothing that isn't one."""
+    if repository.exists() and any(repository.iterdir()) and not (repository / ENSEMBLE / "config.pbtxt").is_file():
+        raise IcPortraitError(f"{repository}: isn't empty and no model repository; choose another folder")
+    shutil.rmtree(repository, ignore_errors=True)
 
 
 def _files(directory: Path, name: str, manifest: Manifest) -> list[Path]:

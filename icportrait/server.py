@@ -9,21 +9,21 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import http.client
 import importlib.util
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import sysconfig
+import tempfile
 import time
-import urllib.request
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from icportrait.errors import IcPortraitError, RuntimeNotAvailable
+from icportrait.libpython import libpython_directory, missing_libpython
 
 HOST = "127.0.0.1"
 SHM = Path("/dev/shm")
@@ -48,11 +48,13 @@ class Ports:
             return cls(*(each.getsockname()[1] for each in sockets))
 
     def check_free(self) -> None:
-        """Raise IcPortraitError naming a port that something else listens on."""
+        """Raise IcPortraitError naming a port that can't be used."""
         for name, port in vars(self).items():
+            variable = f"{name.upper()}_PORT"
+            if not 1 <= port <= 65535 or list(vars(self).values()).count(port) > 1:
+                raise IcPortraitError(f"{variable} is {port}, expected 1..65535 and three different ports")
             with socket.socket() as probe:
                 if probe.connect_ex((HOST, port)) == 0:
-                    variable = f"{name.upper()}_PORT"
                     raise IcPortraitError(f"port {port} is taken; choose another with {variable}=NUMBER")
 
 
@@ -61,7 +63,7 @@ class TritonServer:
     """One tritonserver process with its Python backend, from start to a clean end.
 
     Use as a context manager: entering starts the process and returns when every model is ready, leaving stops it and
-    removes what it kept in shared memory.
+    removes what it kept in shared memory. The process also ends when the thread that started it does.
     """
 
     repository: Path
@@ -104,11 +106,13 @@ class TritonServer:
         """
         self.ports.check_free()
         wheel = _wheel_directory()
-        backends = _backend_directory(wheel)
+        environment = _environment(wheel)
+        self._backends = tempfile.TemporaryDirectory(prefix="icportrait-backends-")
+        _link_backend(wheel, Path(self._backends.name))
         command = [
             str(wheel / "tritonserver" / "bin" / "tritonserver"),
             f"--model-repository={self.repository.resolve()}",
-            f"--backend-directory={backends}",
+            f"--backend-directory={self._backends.name}",
             f"--cache-directory={wheel / 'tritonserver' / 'caches'}",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             *(f"--{name}-address={HOST}" for name in ("grpc", "http", "metrics")),
@@ -121,7 +125,7 @@ class TritonServer:
         # A session of its own keeps a terminal's Ctrl-C from the server: it is stopped by stop(), in order.
         self._process = subprocess.Popen(
             command,
-            env=_environment(wheel),
+            env=environment,
             stdout=log,
             stderr=subprocess.STDOUT if log else None,
             start_new_session=True,
@@ -151,6 +155,7 @@ class TritonServer:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process = None
+        self._backends.cleanup()
         for region in SHM.glob(f"{self.shm_prefix}*"):
             region.unlink(missing_ok=True)
 
@@ -159,11 +164,21 @@ class TritonServer:
         while time.monotonic() < deadline:
             if (status := self.poll()) is not None:
                 raise IcPortraitError(f"tritonserver ended with status {status} before it was ready{self._log_hint()}")
-            url = f"http://{self.http_url}/v2/health/ready"
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
+            if self._is_ready():
                 return
             time.sleep(0.1)
         raise IcPortraitError(f"tritonserver was not ready after {self.ready_timeout_s:.0f} s{self._log_hint()}")
+
+    def _is_ready(self) -> bool:
+        # http.client and not urllib, which would ask a configured proxy for a loopback address.
+        connection = http.client.HTTPConnection(HOST, self.ports.http, timeout=2)
+        try:
+            connection.request("GET", "/v2/health/ready")
+            return connection.getresponse().status == http.HTTPStatus.OK
+        except (OSError, http.client.HTTPException):
+            return False
+        finally:
+            connection.close()
 
     def _log_hint(self) -> str:
         if self.log_file is None:
@@ -179,39 +194,27 @@ def _wheel_directory() -> Path:
     return Path(spec.submodule_search_locations[0])
 
 
-def _backend_directory(wheel: Path) -> Path:
-    """A backend folder in which this Python's stub lies beside the backend's library, as Triton wants it."""
+def _link_backend(wheel: Path, backends: Path) -> None:
+    """Make a backend folder in which this Python's stub lies beside the backend's library, as Triton wants it."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     stub = wheel / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub"
     if not stub.is_file():
         raise RuntimeNotAvailable(f"the embedded tritonserver has no stub for Python {version}; use 3.11 or 3.12")
-    backends = Path(sys.prefix) / "share" / "icportrait" / f"backends-{version}"
     python = backends / "python"
-    if not (python / stub.name).is_file():
-        python.mkdir(parents=True, exist_ok=True)
-        for path in (*(wheel / "tritonserver" / "backends" / "python").glob("*.*"), stub):
-            # Moved into place whole: another server may be starting at the same time.
-            partial = python / f".{path.name}.{os.getpid()}"
-            shutil.copy(path, partial)
-            partial.replace(python / path.name)
-    return backends
+    python.mkdir()
+    for path in (*(wheel / "tritonserver" / "backends" / "python").glob("*.*"), stub):
+        (python / path.name).symlink_to(path)
 
 
 def _environment(wheel: Path) -> dict[str, str]:
     """The server's environment: its own libraries, Python's library, and this Python first on PATH for the stub."""
-    libdir, library = (sysconfig.get_config_var(name) for name in ("LIBDIR", "INSTSONAME"))
-    multiarch = sysconfig.get_config_var("MULTIARCH") or ""
-    folders = [Path(libdir), Path(libdir) / multiarch, Path("/usr/lib") / multiarch]
-    found = [folder for folder in folders if (folder / str(library)).is_file()]
-    if not found:
-        version = f"{sys.version_info.major}.{sys.version_info.minor}"
-        raise RuntimeNotAvailable(
-            f"the server's Python stub needs {library}, which this Python has not; apt-get install libpython{version}"
-        )
-    paths = [wheel.parent / "nvidia_pytriton.libs", found[0], os.environ.get("LD_LIBRARY_PATH", "")]
+    libpython = libpython_directory()
+    if libpython is None:
+        raise RuntimeNotAvailable(missing_libpython())
+    paths = [str(wheel.parent / "nvidia_pytriton.libs"), str(libpython), os.environ.get("LD_LIBRARY_PATH", "")]
     return {
         **os.environ,
-        "LD_LIBRARY_PATH": ":".join(str(path) for path in paths if str(path)),
+        "LD_LIBRARY_PATH": ":".join(filter(None, paths)),
         "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ.get('PATH', '')}",
     }
 
@@ -248,6 +251,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     server = TritonServer(args.repository, Ports(args.grpc_port, args.http_port, args.metrics_port))
     _stop_on_signals()
+    print(f"starting tritonserver on {args.repository}", flush=True)
     try:
         with server:
             print(f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}", flush=True)

@@ -15,15 +15,17 @@ from typing import Any
 
 import numpy as np
 
-from icportrait.batching import DenoiseJob, DenoiseResult, WholeBatcher
+from icportrait.batching import DenoiseJob, DenoiseResult, WholeBatcher, check_slots
 from icportrait.contract import Array
 from icportrait.errors import IcPortraitError
 from icportrait.faces import crop_to_square, find_crop
-from icportrait.imaging import decode_base64, decode_picture, encode_picture
+from icportrait.imaging import check_file_bytes, decode_base64, decode_picture, encode_picture
 from icportrait.manifest import Manifest
 from icportrait.masking import hide, reference_visibility
+from icportrait.policy import ServingPolicy
 from icportrait.presets import Preset
-from icportrait.request import PortraitRequest
+from icportrait.request import PortraitRequest, parse_request
+from icportrait.sampling import NoiseSchedule
 
 Tensors = dict[str, Array]
 
@@ -31,6 +33,34 @@ Tensors = dict[str, Array]
 def bytes_tensor(*values: bytes) -> Array:
     """A BYTES tensor of shape [len(values)]."""
     return np.array(values, dtype=np.object_)
+
+
+class FrontStage:
+    """The public inputs to the ensemble's: everything that can be refused without looking into the pictures."""
+
+    def __init__(self, manifest: Manifest, policy: ServingPolicy) -> None:
+        self._default_guidance = manifest.guidance_scale
+        self._schedule = NoiseSchedule.from_config(manifest.scheduler_config)
+        self._slots = policy.slots
+
+    def __call__(self, tensors: Mapping[str, Array]) -> Tensors:
+        """The public inputs by name -> ``profile``, ``reference`` and ``request``, each [1].
+
+        Raises:
+            InvalidRequest: an input is missing, unknown, too large or out of range, or the checkpoint's schedule or
+                the server's slots can't hold the request.
+        """
+        request, profile, reference = parse_request(tensors, self._default_guidance)
+        for name, data in (("profile", profile), ("reference", reference)):
+            # Base64 with its line ends is less than twice the file; the exact check comes when it is decoded.
+            check_file_bytes(len(data) if request.encoding == "binary" else (len(data) + 1) // 2, name)
+        self._schedule.plan(request.scheduler, request.num_inference_steps)
+        check_slots(request, self._slots)
+        return {
+            "profile": bytes_tensor(profile),
+            "reference": bytes_tensor(reference),
+            "request": bytes_tensor(request.to_json()),
+        }
 
 
 class PreprocessStage:

@@ -18,15 +18,17 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from icportrait.errors import IcPortraitError, Unavailable, from_wire, to_wire
+from icportrait.contract import ENSEMBLE
+from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable, from_wire, to_caller, to_wire
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
-from icportrait.request import parse_request
+from icportrait.request import OUTPUTS
 from icportrait.runtime import Engine, load_engine
-from icportrait.serving import DenoiseStage, Tensors, bytes_tensor
+from icportrait.serving import DenoiseStage, FrontStage, Tensors
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
+Answer = Callable[[Tensors | IcPortraitError], None]
 
 
 class ModelContext:
@@ -77,7 +79,7 @@ class EngineModel(StageModel):
         joined = {name: np.concatenate([tensors[name] for tensors in inputs]) for name in self.context.input_names}
         outputs = attempt(self.context.name, lambda: self._stage(joined))
         if isinstance(outputs, IcPortraitError):
-            return [_respond(outputs)] * len(requests)
+            return [_respond(outputs) for _ in requests]
         ends = np.cumsum(rows)
         return [
             _respond({name: output[end - size : end] for name, output in outputs.items()})
@@ -118,6 +120,7 @@ class FrontModel:
         limit = self.context.policy.max_pending_requests
         self._places = BoundedSemaphore(limit)
         self._threads = ThreadPoolExecutor(limit, thread_name_prefix="front")
+        self._check = FrontStage(self.context.manifest, self.context.policy)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -126,39 +129,53 @@ class FrontModel:
                 limit = self.context.policy.max_pending_requests
                 answer(Unavailable(f"{limit} requests are pending, which is this server's limit; try again later"))
                 continue
-            # HTTP generate turns a JSON member that names no input into a parameter: unknown inputs hide there.
-            extra = {name: np.array([value]) for name, value in json.loads(request.parameters() or "{}").items()}
-            self._threads.submit(self._serve, extra | _inputs(request, self.context.input_names), answer)
+            tensors = attempt(self.context.name, lambda: self._public_inputs(request))  # noqa: B023
+            self._threads.submit(self._serve, tensors, answer)
 
     def finalize(self) -> None:
         self._threads.shutdown()
 
-    def _serve(self, tensors: Tensors, answer: Callable[[Tensors | IcPortraitError], None]) -> None:
-        outcome = attempt(self.context.name, lambda: self._run_pipeline(tensors))
+    def _public_inputs(self, request: Any) -> Tensors:
+        try:
+            parameters = json.loads(request.parameters() or "{}")
+        except ValueError as error:
+            raise InvalidRequest(f"the request's parameters are no UTF-8 text ({error.__class__.__name__})") from error
+        # HTTP generate turns a JSON member that names no input into a parameter: unknown inputs hide there.
+        unknown = {name: np.array([value]) for name, value in parameters.items()}
+        return unknown | _inputs(request, self.context.input_names)
+
+    def _serve(self, tensors: Tensors | IcPortraitError, answer: Answer) -> None:
+        outcome = tensors
+        if not isinstance(tensors, IcPortraitError):
+            outcome = attempt(self.context.name, lambda: self._run_pipeline(self._check(tensors)))
         self._places.release()
         answer(outcome)
 
-    def _run_pipeline(self, tensors: Tensors) -> Tensors:
+    def _run_pipeline(self, inputs: Tensors) -> Tensors:
         import triton_python_backend_utils as pb_utils
 
-        request, profile, reference = parse_request(tensors, self.context.manifest.guidance_scale)
-        inputs = {"profile": profile, "reference": reference, "request": request.to_json()}
-        names = ("image", "metadata")
+        names = [name for name, _, _ in OUTPUTS]
         call = pb_utils.InferenceRequest(
-            model_name="portrait_pipeline",
-            requested_output_names=list(names),
-            inputs=[pb_utils.Tensor(name, bytes_tensor(value)) for name, value in inputs.items()],
+            model_name=ENSEMBLE,
+            requested_output_names=names,
+            inputs=[pb_utils.Tensor(name, array) for name, array in inputs.items()],
         )
         outputs: Tensors | None = None
         for response in call.exec(decoupled=True):
             if response.has_error():
-                message = response.error().message()
-                raise from_wire(message) or RuntimeError(message)
+                raise _pipeline_error(response.error().message())
             if response.output_tensors():
                 outputs = {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names}
         if outputs is None:
             raise RuntimeError("the pipeline ended without an answer")
         return outputs
+
+
+def _pipeline_error(message: str) -> Exception:
+    """A stage's own error, or what Triton says while it stops or has lost a stage's process."""
+    if any(sign in message for sign in ("is stopping", "is not ready", "not healthy")):
+        return Unavailable("the server is stopping or has lost a part; try again later")
+    return from_wire(message) or RuntimeError(message)
 
 
 def attempt(where: str, run: Callable[[], Result]) -> Result | IcPortraitError:
@@ -173,26 +190,35 @@ def attempt(where: str, run: Callable[[], Result]) -> Result | IcPortraitError:
 
 
 def _inputs(request: Any, names: list[str]) -> Tensors:
+    """Copies of the request's tensors: Triton takes its memory back, and some are used from other threads."""
     import triton_python_backend_utils as pb_utils
 
     tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in names}
-    return {name: tensor.as_numpy() for name, tensor in tensors.items() if tensor is not None}
+    return {name: np.array(tensor.as_numpy()) for name, tensor in tensors.items() if tensor is not None}
 
 
 def _respond(outcome: Tensors | IcPortraitError, restore_code: bool = False) -> Any:
+    """Triton's response; ``restore_code`` gives the error to a caller, else its code is kept for the way there."""
     import triton_python_backend_utils as pb_utils
 
     if isinstance(outcome, IcPortraitError):
-        code = getattr(pb_utils.TritonError, outcome.code)
-        text = str(outcome) if restore_code else to_wire(outcome)
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, code))
+        text = to_caller(outcome) if restore_code else to_wire(outcome)
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, getattr(pb_utils.TritonError, outcome.code)))
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outcome.items()])
 
 
-def _answer_with(sender: Any, restore_code: bool = False) -> Callable[[Tensors | IcPortraitError], None]:
+def _answer_with(sender: Any, restore_code: bool = False) -> Answer:
     import triton_python_backend_utils as pb_utils
 
-    def answer(outcome: Tensors | IcPortraitError) -> None:
+    def send(outcome: Tensors | IcPortraitError) -> None:
         sender.send(_respond(outcome, restore_code), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def answer(outcome: Tensors | IcPortraitError) -> None:
+        try:
+            send(outcome)
+        except Exception:
+            # Such as shared memory that is full: an error needs next to none of it.
+            logger.exception("an answer could not be sent")
+            send(Unavailable("the answer could not be sent, for want of shared memory; try again later"))
 
     return answer

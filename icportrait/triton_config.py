@@ -12,14 +12,13 @@ from pathlib import Path
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from icportrait.contract import Axis, ModelSpec, TensorSpec, engine_specs, stage_specs
+from icportrait.contract import ENSEMBLE, Axis, ModelSpec, TensorSpec, engine_specs, stage_specs
 from icportrait.policy import ServingPolicy
 from icportrait.presets import Preset
 from icportrait.request import INPUTS, OUTPUTS
 
 FRONTS = {"ic_portrait": False, "ic_portrait_stream": True}
 """The public models, and whether they are decoupled."""
-ENSEMBLE = "portrait_pipeline"
 ENSEMBLE_STEPS: tuple[tuple[str, dict[str, str]], ...] = (
     ("preprocess", {}),
     ("vae_encoder", {"pixels": "profile_pixels", "latent": "profile_latent"}),

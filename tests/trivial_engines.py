@@ -15,12 +15,6 @@ from icportrait.manifest import EngineFile, Manifest, file_sha256
 from icportrait.presets import Preset
 
 OPSET = 20
-_TYPES = {
-    "float32": TensorProto.FLOAT,
-    "float16": TensorProto.FLOAT16,
-    "uint8": TensorProto.UINT8,
-    "int32": TensorProto.INT32,
-}
 SD15_SCHEDULER = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
@@ -81,7 +75,7 @@ def _output_nodes(spec: TensorSpec, constants: list[onnx.TensorProto]) -> list[o
         helper.make_node("Reshape", ["mean", f"{name}_rank"], [f"{name}_mean"]),
         helper.make_node("Concat", ["batch", f"{name}_dims"], [f"{name}_shape"], axis=0),
         helper.make_node("Expand", [f"{name}_mean", f"{name}_shape"], [f"{name}_values"]),
-        helper.make_node("Cast", [f"{name}_values"], [name], to=_TYPES[spec.dtype.numpy]),
+        helper.make_node("Cast", [f"{name}_values"], [name], to=TensorProto.DataType.Value(spec.dtype.onnx)),
     ]
 
 
@@ -89,7 +83,7 @@ def _infos(specs: tuple[TensorSpec, ...]) -> list[onnx.ValueInfoProto]:
     return [
         helper.make_tensor_value_info(
             spec.name,
-            _TYPES[spec.dtype.numpy],
+            TensorProto.DataType.Value(spec.dtype.onnx),
             [axis.name if axis.is_dynamic else axis.min for axis in spec.axes],
         )
         for spec in specs

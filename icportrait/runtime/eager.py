@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +17,7 @@ from icportrait.nn import engine_modules, load_checkpoint, random_checkpoint
 if TYPE_CHECKING:
     from icportrait.manifest import Manifest
     from icportrait.nn import Checkpoint
+    from icportrait.presets import Preset
 
 
 class TorchEngine:
@@ -31,7 +34,7 @@ class TorchEngine:
         """The module that the export's engine ``name`` was made from, with the same (fp32) weights."""
         if threads:
             torch.set_num_threads(threads)
-        modules = engine_modules(source_checkpoint(manifest))
+        modules = engine_modules(_source_checkpoint(json.dumps(manifest.source), manifest.preset))
         return cls(modules[name], engine_specs(manifest.preset)[name])
 
     @torch.inference_mode()
@@ -46,8 +49,13 @@ class TorchEngine:
         return {spec.name: output.cpu().numpy() for spec, output in zip(self.spec.outputs, outputs, strict=True)}
 
 
-def source_checkpoint(manifest: Manifest) -> Checkpoint:
-    """The checkpoint an export was made from: read again from its directory, or drawn again from its seed."""
-    if "checkpoint" in manifest.source:
-        return load_checkpoint(Path(manifest.source["checkpoint"]))
-    return random_checkpoint(manifest.preset, manifest.source["random_weights"])
+@lru_cache(maxsize=1)
+def _source_checkpoint(source_json: str, preset: Preset) -> Checkpoint:
+    """The checkpoint an export was made from: read again from its directory, or drawn again from its seed.
+
+    Kept, because one process may run several of its engines.
+    """
+    source = json.loads(source_json)
+    if "checkpoint" in source:
+        return load_checkpoint(Path(source["checkpoint"]))
+    return random_checkpoint(preset, source["random_weights"])

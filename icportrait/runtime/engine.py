@@ -43,7 +43,9 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
 
         return OrtEngine(directory / manifest.engines[name].file, spec, policy.engine_threads)
     if policy.runtime == "torch":
-        from icportrait.runtime.eager import TorchEngine
-
+        try:
+            from icportrait.runtime.eager import TorchEngine
+        except ImportError as error:
+            raise RuntimeNotAvailable(f'runtime torch is not installed ({error}); run "make setup"') from error
         return TorchEngine.from_manifest(name, manifest, policy.engine_threads)
     raise RuntimeNotAvailable(f"runtime: {policy.runtime!r}, expected one of {', '.join(RUNTIMES)}")

@@ -8,13 +8,6 @@ from pathlib import Path
 from icportrait.contract import Array, ModelSpec, TensorSpec
 from icportrait.errors import CheckpointError, RuntimeNotAvailable
 
-_NUMPY_NAMES = {
-    "tensor(float)": "float32",
-    "tensor(float16)": "float16",
-    "tensor(uint8)": "uint8",
-    "tensor(int32)": "int32",
-}
-
 
 class OrtEngine:
     """An ONNX graph in an inference session on the CPU."""
@@ -62,9 +55,8 @@ def _compare(path: Path, specs: tuple[TensorSpec, ...], nodes: list) -> None:  #
         raise CheckpointError(f"{path}: tensors are {', '.join(found)}, expected {', '.join(expected)}; export again")
     for spec in specs:
         node = found[spec.name]
-        dtype = _NUMPY_NAMES.get(node.type, node.type)
-        if dtype != spec.dtype.numpy:
-            raise CheckpointError(f"{path}: {spec.name} is {dtype}, expected {spec.dtype.numpy}; export again")
+        if node.type != (expected_type := f"tensor({spec.dtype.onnx.lower()})"):
+            raise CheckpointError(f"{path}: {spec.name} is {node.type}, expected {expected_type}; export again")
         for axis, size in zip(spec.axes, node.shape, strict=True):
             if not axis.is_dynamic and size != axis.min:
                 raise CheckpointError(f"{path}: {spec.name}: {axis.name} is {size}, expected {axis}; export again")

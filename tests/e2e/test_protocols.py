@@ -16,7 +16,7 @@ from PIL import Image
 from tritonclient.utils import InferenceServerException
 
 from icportrait.server import TritonServer
-from tests.e2e.triton import generate, infer, tensors
+from tests.e2e.caller import generate, infer, tensors
 
 MARK = b"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 

@@ -8,6 +8,8 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +27,7 @@ from icportrait.presets import DEMO_128
 from icportrait.repository import assemble
 from icportrait.server import HOST, SHM, Ports, TritonServer
 from tests.conftest import EXAMPLES, ROOT
-from tests.e2e.triton import infer
+from tests.e2e.caller import infer
 from tests.trivial_engines import write_trivial_export
 
 PROC_NET = Path("/proc/net")
@@ -70,6 +72,7 @@ def command(trivial: Path) -> Iterator[tuple[subprocess.Popen[str], Ports]]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_server_and_leaves_nothing(command, number: signal.Signals) -> None:
     process, ports = command
+    assert process.stdout.readline().startswith("starting tritonserver")
     assert process.stdout.readline().startswith(f"ready: gRPC {HOST}:{ports.grpc}")
     children = descendants(process.pid)
     assert len(children) >= 8, "tritonserver and a stub for each Python model"
@@ -87,6 +90,7 @@ def test_a_signal_ends_the_server_and_leaves_nothing(command, number: signal.Sig
 def test_a_signal_while_starting_ends_it_too(command) -> None:
     process, ports = command
     while not descendants(process.pid):
+        assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
@@ -95,7 +99,7 @@ def test_a_signal_while_starting_ends_it_too(command) -> None:
 
 def test_the_server_dies_with_its_parent(command) -> None:
     process, _ = command
-    assert process.stdout.readline().startswith("ready")
+    assert [process.stdout.readline().split()[0] for _ in range(2)] == ["starting", "ready:"]
     children = descendants(process.pid)
     process.kill()
     process.wait(10)
@@ -175,6 +179,61 @@ def test_a_failure_of_ours_is_internal_without_a_traceback(
             assert failure.value.status() == "StatusCode.INTERNAL"
             assert "Traceback" not in failure.value.message()
     assert "Traceback" in log.read_text()
+
+
+def test_requests_that_run_when_the_server_stops_are_told_so_and_do_not_hold_it(
+    command, pictures: dict[str, bytes]
+) -> None:
+    process, ports = command
+    assert [process.stdout.readline().split()[0] for _ in range(2)] == ["starting", "ready:"]
+
+    def call(_: int) -> str:
+        try:
+            infer(f"{HOST}:{ports.grpc}", num_inference_steps=150, num_portraits=8, **pictures)
+        except InferenceServerException as refusal:
+            return str(refusal.status())
+        return "served"
+
+    with ThreadPoolExecutor(2) as threads:
+        outcomes = [threads.submit(call, index) for index in range(2)]
+        time.sleep(1)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(40) == 0
+        found = {outcome.result(10) for outcome in outcomes}
+    assert found <= {"served", "StatusCode.UNAVAILABLE", "StatusCode.CANCELLED"}
+
+
+def test_a_refusal_does_not_cost_its_place(trivial: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    """Bad requests of every kind, more of them than the server has places, leave it serving."""
+    bad = b'{"profile": "a", "reference": "b", "other": "\xff"}'
+    with TritonServer(trivial, Ports.free(), tmp_path / "server.log") as server:
+        for _ in range(4):
+            request = urllib.request.Request(f"http://{server.http_url}/v2/models/ic_portrait/generate", bad)
+            with pytest.raises(urllib.error.HTTPError) as refusal:
+                urllib.request.urlopen(request, timeout=30)
+            with refusal.value as answer:
+                assert b".py" not in answer.read()
+            assert refusal.value.code == 400
+            with pytest.raises(InferenceServerException, match="seed"):
+                infer(server.grpc_url, **pictures, seed=-1)
+        assert infer(server.grpc_url, **pictures)[0]
+
+
+def test_an_export_of_another_kind_of_folder_is_left_alone(tmp_path: Path) -> None:
+    write_trivial_export(tmp_path / "export", DEMO_128)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("work of years")
+    with pytest.raises(IcPortraitError, match="isn't empty and no model repository"):
+        assemble(tmp_path / "export", tmp_path / "mine", ServingPolicy())
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    for _ in range(2):
+        assemble(tmp_path / "export", tmp_path / "repository", ServingPolicy())
+
+
+@pytest.mark.parametrize(("grpc", "http"), [(99999, 8000), (0, 8000), (8000, 8000)])
+def test_ports_that_cannot_be_are_refused_by_name(trivial: Path, grpc: int, http: int) -> None:
+    with pytest.raises(IcPortraitError, match=r"GRPC_PORT is .*, expected 1..65535 and three different ports"):
+        TritonServer(trivial, Ports(grpc=grpc, http=http)).start()
 
 
 def test_a_changed_graph_is_not_assembled(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
@@ -13,7 +14,7 @@ import torch
 
 from icportrait.batching import DenoiseJob, DenoiseResult, WholeBatcher
 from icportrait.contract import engine_specs
-from icportrait.errors import IcPortraitError, Unavailable
+from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable
 from icportrait.masking import hide, reference_visibility
 from icportrait.nn import ReferencePipeline, engine_modules, random_checkpoint
 from icportrait.presets import DEMO_128
@@ -50,12 +51,15 @@ class CountingEngine(TorchEngine):
     def __init__(self, name: str) -> None:
         super().__init__(MODULES[name], SPECS[name], "cpu")
         self.batches: list[int] = []
+        self.fails_at = 0
         self.gate = threading.Event()
         self.gate.set()
 
     def run(self, inputs):
         self.gate.wait(60)
         self.batches.append(len(next(iter(inputs.values()))))
+        if len(self.batches) == self.fails_at:
+            raise RuntimeError("the device is lost")
         return super().run(inputs)
 
 
@@ -151,18 +155,17 @@ def test_what_does_not_fit_the_slots_waits_for_the_next_batch(batcher, warping, 
 def test_a_request_larger_than_all_slots_is_refused_at_once(warping, unet) -> None:
     schedule = NoiseSchedule.from_config(CHECKPOINT.scheduler_config)
     batcher = WholeBatcher(warping, unet, schedule, DEMO_128, slots=2)
-    with pytest.raises(Unavailable, match="needs 4 slots, this server has 2"):
+    with pytest.raises(InvalidRequest, match=r"num_portraits: 2 .* need 4 slots, this server has 2"):
         submit(batcher, job(replace(BASE, num_portraits=2, guidance_scale=2.0)))
     batcher.close()
 
 
 def test_an_engine_failure_answers_its_batch_and_the_loop_goes_on(batcher, unet, caplog) -> None:
-    spec, unet.spec = unet.spec, SPECS["vae_decoder"]
+    unet.fails_at = 1
     future = submit(batcher, job(BASE))
     with pytest.raises(IcPortraitError, match="denoising failed on this server; its log has the cause"):
         future.result(60)
     assert "Traceback" in caplog.text
-    unet.spec = spec
     submit(batcher, job(BASE)).result(60)
 
 
@@ -173,17 +176,54 @@ def test_a_latent_that_is_not_finite_is_an_error_not_a_picture(batcher) -> None:
         submit(batcher, entry).result(60)
 
 
-def test_closing_ends_the_thread_and_refuses_what_waits(batcher, warping) -> None:
+def test_a_failure_after_some_answers_left_reaches_the_others_and_the_loop_goes_on(batcher, warping, unet) -> None:
     first = hold_first(batcher, warping)
-    waiting = submit(batcher, job(BASE))
+    short, long = (submit(batcher, job(replace(BASE, num_inference_steps=steps))) for steps in (1, 5))
+    unet.fails_at = len(unet.batches) + 3 + 2
+    warping.gate.set()
+    first.result(60)
+    assert short.result(60).portrait_latent.shape == (1, 4, 32, 32)
+    with pytest.raises(IcPortraitError, match="denoising failed"):
+        long.result(60)
+    submit(batcher, job(BASE)).result(60)
+
+
+def test_an_answer_that_cannot_be_delivered_does_not_harm_the_others(batcher, warping, caplog) -> None:
+    def broken(_: object) -> None:
+        raise OSError("the caller's pipe is gone")
+
+    first = hold_first(batcher, warping)
+    batcher.submit(job(replace(BASE, num_inference_steps=1)), broken)
+    other = submit(batcher, job(BASE))
+    warping.gate.set()
+    first.result(60)
+    other.result(60)
+    assert "the caller's pipe is gone" in caplog.text
+
+
+def test_steps_that_the_schedule_has_not_are_refused_at_once(warping, unet) -> None:
+    schedule = NoiseSchedule.from_config(CHECKPOINT.scheduler_config | {"num_train_timesteps": 100})
+    batcher = WholeBatcher(warping, unet, schedule, DEMO_128, slots=16)
+    with pytest.raises(InvalidRequest):
+        submit(batcher, job(replace(BASE, num_inference_steps=150)))
+    assert not warping.batches
+    batcher.close()
+
+
+def test_closing_refuses_what_runs_and_what_waits_and_ends_the_thread(batcher, warping, unet) -> None:
+    first = hold_first(batcher, warping)
+    waiting = [submit(batcher, job(replace(BASE, num_portraits=8))) for _ in range(4)]
     closer = threading.Thread(target=batcher.close)
     closer.start()
+    while not batcher._closed:
+        time.sleep(0.01)
     warping.gate.set()
     closer.join(60)
     assert not closer.is_alive()
-    first.result(1)
-    with pytest.raises(Unavailable, match="shutting down"):
-        waiting.result(1)
+    assert not unet.batches
+    for refused in (first, *waiting):
+        with pytest.raises(Unavailable, match="shutting down"):
+            refused.result(1)
     with pytest.raises(Unavailable, match="shutting down"):
         submit(batcher, job(BASE))
 

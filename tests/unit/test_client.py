@@ -103,7 +103,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keep gRPC from asking a proxy of this machine's for a loopback address."""
+    """Keep gRPC from asking a configured proxy for a loopback address."""
     monkeypatch.setenv("no_grpc_proxy", "127.0.0.1")
 
 

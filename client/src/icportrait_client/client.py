@@ -52,8 +52,7 @@ class PortraitClient:
         self._url = url
         self._timeout_s = timeout_s
         self._contract = load_contract()
-        # tritonclient lifts gRPC's 4 MB limit on messages to 2 GB both ways; large pictures need no more.
-        self._triton = InferenceServerClient(url)
+        self._triton = InferenceServerClient(url, channel_args=_channel_args(url))
         self._closed = False
 
     def __enter__(self) -> PortraitClient:
@@ -170,3 +169,12 @@ def _tensor(spec: InputSpec, value: Any) -> InferInput:
     tensor = InferInput(spec.name, [spec.size], spec.dtype)
     tensor.set_data_from_numpy(np.array(spec.elements(value), dtype=triton_to_np_dtype(spec.dtype)))
     return tensor
+
+
+def _channel_args(url: str) -> list[tuple[str, int]]:
+    """GRPC's limits on a message's size lifted for large pictures, and no proxy for a server on this machine."""
+    unlimited = -1
+    arguments = [("grpc.max_send_message_length", unlimited), ("grpc.max_receive_message_length", unlimited)]
+    if url.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]"):
+        arguments.append(("grpc.enable_http_proxy", 0))
+    return arguments

@@ -71,7 +71,7 @@ def _image_bytes(image: Image.Image, name: str) -> bytes:
         if upright.mode in _PNG_MODES:
             return _png(upright)
         converted = upright.convert("RGBA" if upright.mode in ("PA", "RGBa") else "RGB")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise SyntaxError, zlib.error and others on damaged files
         raise InvalidRequest(f"{name}: the PIL image of mode {image.mode} can't be read ({error})") from None
     # The colour profile describes the channels that were, and would be wrong beside the new ones.
     converted.info.pop("icc_profile", None)

@@ -1,0 +1,112 @@
+"""The ensemble's stages without Triton."""
+
+from __future__ import annotations
+
+import base64
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from icportrait.contract import engine_specs, stage_specs
+from icportrait.errors import InvalidRequest
+from icportrait.imaging import MAX_FILE_BYTES
+from icportrait.manifest import Manifest
+from icportrait.masking import HIDDEN_LEVEL
+from icportrait.policy import ServingPolicy
+from icportrait.presets import DEMO_128
+from icportrait.request import PortraitRequest
+from icportrait.serving import FrontStage, PreprocessStage, Tensors, bytes_tensor
+from tests.conftest import EXAMPLES
+from tests.trivial_engines import write_trivial_export
+
+HOPPER, ASTRONAUT = ((EXAMPLES / f"{name}.jpg").read_bytes() for name in ("hopper", "astronaut"))
+
+
+@pytest.fixture(scope="module")
+def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_trivial_export(tmp_path_factory.mktemp("export"), DEMO_128)
+
+
+def public(profile: bytes = HOPPER, reference: bytes = ASTRONAUT, **tensors: np.ndarray) -> Tensors:
+    return {"profile": bytes_tensor(profile), "reference": bytes_tensor(reference), **tensors}
+
+
+def test_the_front_passes_pictures_on_untouched_and_fills_in_the_rest(manifest: Manifest) -> None:
+    inputs = FrontStage(manifest, ServingPolicy())(public(seed=np.array([3])))
+    assert list(inputs) == [tensor.name for tensor in stage_specs(DEMO_128)["preprocess"].inputs]
+    assert inputs["profile"][0] == HOPPER
+    request = PortraitRequest.from_json(inputs["request"][0])
+    assert (request.seed, request.guidance_scale) == (3, manifest.guidance_scale)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "size", "refused"),
+    [
+        (b"binary", MAX_FILE_BYTES, False),
+        (b"binary", MAX_FILE_BYTES + 1, True),
+        (b"base64", MAX_FILE_BYTES * 4 // 3, False),
+        (b"base64", MAX_FILE_BYTES * 2 + 1, True),
+    ],
+)
+def test_the_front_refuses_files_that_are_too_large_for_their_encoding(
+    manifest: Manifest, encoding: bytes, size: int, refused: bool
+) -> None:
+    front = FrontStage(manifest, ServingPolicy())
+    tensors = public(profile=b"x" * size, encoding=bytes_tensor(encoding))
+    if refused:
+        with pytest.raises(InvalidRequest, match="profile: the file has 20,000,001 bytes"):
+            front(tensors)
+    else:
+        front(tensors)
+
+
+def test_the_front_refuses_more_slots_and_steps_than_there_are(manifest: Manifest) -> None:
+    eight = public(num_portraits=np.array([8], np.int32), guidance_scale=np.array([2.0], np.float32))
+    with pytest.raises(InvalidRequest, match="need 16 slots, this server has 8"):
+        FrontStage(manifest, ServingPolicy(slots=8))(eight)
+    FrontStage(manifest, ServingPolicy(slots=16))(eight)
+    short = replace(manifest, scheduler_config=manifest.scheduler_config | {"num_train_timesteps": 100})
+    with pytest.raises(InvalidRequest):
+        FrontStage(short, ServingPolicy())(public(num_inference_steps=np.array([150], np.int32)))
+
+
+def preprocessed(manifest: Manifest, **changes: object) -> Tensors:
+    inputs = FrontStage(manifest, ServingPolicy())(public(seed=np.array([3])))
+    request = replace(PortraitRequest.from_json(inputs["request"][0]), **changes)
+    if request.encoding == "base64":
+        for name in ("profile", "reference"):
+            inputs[name] = bytes_tensor(base64.b64encode(inputs[name][0]))
+    inputs["request"] = bytes_tensor(request.to_json())
+    return PreprocessStage(DEMO_128)(inputs)
+
+
+def test_preprocess_gives_what_the_contract_says(manifest: Manifest) -> None:
+    outputs = preprocessed(manifest)
+    for tensor in stage_specs(DEMO_128)["preprocess"].outputs:
+        assert outputs[tensor.name].shape == tensor.shape()
+        assert outputs[tensor.name].dtype == np.dtype(tensor.dtype.numpy)
+    encoder = engine_specs(DEMO_128)["vae_encoder"]
+    assert encoder.check_inputs({"pixels": outputs["profile_pixels"]})["batch"] == 1
+
+
+def test_the_reference_is_hidden_and_the_profile_is_not(manifest: Manifest) -> None:
+    hidden, whole = preprocessed(manifest, mask_ratio=0.8), preprocessed(manifest, mask_ratio=0.0)
+    assert np.array_equal(hidden["profile_pixels"], whole["profile_pixels"])
+    share = (hidden["reference_pixels"] == HIDDEN_LEVEL).all(axis=-1).mean()
+    assert share == pytest.approx(0.8, abs=0.01)
+    assert hidden["visibility"].mean() == pytest.approx(0.2, abs=0.01)
+    assert whole["visibility"].min() == 1
+
+
+def test_base64_and_bytes_give_the_same_pixels(manifest: Manifest) -> None:
+    binary, text = preprocessed(manifest), preprocessed(manifest, encoding="base64")
+    assert np.array_equal(binary["reference_pixels"], text["reference_pixels"])
+
+
+def test_the_report_says_where_each_crop_came_from(manifest: Manifest) -> None:
+    report = json.loads(preprocessed(manifest, reference_box=(0.0, 0.0, 0.5, 0.5))["preprocess_report"][0])
+    assert report["crops"]["profile"]["source"] == "face"
+    assert report["crops"]["reference"]["source"] == "given"
+    assert report["ended_ns"] > report["started_ns"]
