@@ -125,7 +125,7 @@ def check_values(
     """
     inputs = {batch: spec.dummy_inputs(batch) for batch in batches}
     expected = {batch: _torch_outputs(module, spec, inputs[batch]) for batch in batches}
-    engine = OrtEngine(path, spec)
+    engine = OrtEngine(path, spec, lean=True)
     found = {batch: engine.run(inputs[batch]) for batch in batches}
     del engine
     worst: dict[str, float] = {}

@@ -18,7 +18,8 @@ PIVOT = (0.0, -0.5, -0.15)
 """Where the head turns on the body, the same point in the head's, the body's and the world's coordinates."""
 BODY_SHARE = 0.35
 """How much of the head's yaw the body follows."""
-_SKULL_Y, _SKULL_Z = 0.25, -0.10
+_COLLAR = (0.0, -1.6, -0.22)
+SKULL_Y, SKULL_Z = 0.25, -0.10
 
 
 def smooth_min(a: Tensor, b: Tensor, blend: float) -> Tensor:
@@ -91,6 +92,19 @@ class HeadShape:
         still = torch.zeros_like(view.yaw)
         body_to_world = rotation(view.yaw * BODY_SHARE, still, still)
         self.head_to_body = (body_to_world.transpose(1, 2) @ self.head_to_world).unsqueeze(-1)
+        thickness = self.hair_side + self.hair_top
+        self.hair_radii = (
+            self.skull_width + self.hair_side,
+            self.skull_height + self.hair_top,
+            self.skull_depth + 0.5 * thickness,
+        )
+        # Set back, so that hair is thin at the forehead and thick behind.
+        self.hair_z = SKULL_Z - 0.35 * thickness
+        # The neck bends: it starts in the head and ends where the body has its collar.
+        pivot, collar = view.yaw.new_tensor(PIVOT), view.yaw.new_tensor(_COLLAR)
+        base = (collar - pivot) @ self.head_to_body.squeeze(-1) + pivot
+        end_x, end_y, end_z = base.unsqueeze(1).unbind(-1)
+        self.neck_end = (end_x, end_y + 0.6, end_z + 0.12)
         # Features sit on the face whatever its shape: find the face's depth where each of them belongs.
         zero = torch.zeros_like(self.eye_x)
         across = torch.cat((self.eye_x, zero, zero, zero), dim=1)
@@ -98,7 +112,7 @@ class HeadShape:
         depth = torch.full_like(across, 1.5)
         for _ in range(24):
             depth = depth - self._face(across, up, depth)
-        self.eye_z, self.bridge_z, self.nose_z, self.mouth_z = depth.split(1, dim=1)
+        self.eye_z, self.bridge_z, self.nose_z, self.mouth_z = depth.unsqueeze(1).unbind(-1)
         self.nose_tip_z = self.nose_z + self.nose_out
 
     skull_width: Tensor
@@ -114,6 +128,7 @@ class HeadShape:
     eye_y: Tensor
     eye_size: Tensor
     nose_y: Tensor
+    brow_y: Tensor
     nose_out: Tensor
     nose_width: Tensor
     mouth_y: Tensor
@@ -140,7 +155,7 @@ class HeadShape:
 
     def _face(self, ax: Tensor, y: Tensor, z: Tensor) -> Tensor:
         """Skull, jaw, chin and cheeks, without features; ``ax`` is |x|."""
-        skull = ellipsoid(ax, y - _SKULL_Y, z - _SKULL_Z, (self.skull_width, self.skull_height, self.skull_depth))
+        skull = ellipsoid(ax, y - SKULL_Y, z - SKULL_Z, (self.skull_width, self.skull_height, self.skull_depth))
         jaw = ellipsoid(ax, y - (self.chin_y + 0.70), z - 0.12, (self.jaw_width, 0.68, 0.60))
         chin = sphere(ax, y - (self.chin_y + self.chin_size), z - 0.46, self.chin_size)
         cheek = sphere(ax - 0.34, y + 0.16, z - 0.40, self.cheek_size)
@@ -150,7 +165,7 @@ class HeadShape:
         ax = x.abs()
         skin = self._face(ax, y, z)
         eye_dx, eye_dy = ax - self.eye_x, y - self.eye_y
-        ridge = ellipsoid(eye_dx, eye_dy - 0.24, z - (self.eye_z - 0.06), (0.26, self.brow_ridge, 0.13))
+        ridge = ellipsoid(eye_dx + 0.04, eye_dy - 0.24, z - (self.eye_z - 0.08), (0.22, self.brow_ridge, 0.12))
         skin = smooth_min(skin, ridge, 0.12)
         socket = ellipsoid(eye_dx, eye_dy, z - (self.eye_z + 0.10), (0.24, 0.17, 0.20))
         skin = smooth_max(skin, -socket, 0.14)
@@ -161,39 +176,36 @@ class HeadShape:
         nose = cone(ax, y - bridge_y, z - bridge_z, nose_end, 0.06, 0.095)
         wing = sphere(ax - self.nose_width, y - (self.nose_y - 0.03), z - (self.nose_z + 0.05), 0.075)
         skin = smooth_min(skin, smooth_min(nose, wing, 0.09), 0.10)
-        lip_dy, lip_z = y - self.mouth_y, z - (self.mouth_z - 0.02)
+        lip_dy, lip_z = y - self.mouth_y, z - (self.mouth_z - 0.02) + ax * ax
         upper = ellipsoid(ax, lip_dy - 0.5 * self.lip_fullness, lip_z, (self.mouth_width, 0.06, 0.07))
         lower = ellipsoid(ax, lip_dy + 0.7 * self.lip_fullness, lip_z, (0.75 * self.mouth_width, 0.07, 0.09))
         skin = smooth_min(skin, torch.minimum(upper, lower), 0.05)
         ear_x = self.skull_width - 0.02 + self.ear_out
         ear = ellipsoid(ax - ear_x + 0.25 * (z + 0.1), y + 0.02, z + 0.12, (0.07, self.ear_size, 0.6 * self.ear_size))
         skin = smooth_min(skin, ear, 0.07)
-        neck = cone(ax, y + 0.6, z + 0.12, (0.0, -1.3, -0.14), self.neck_size, self.neck_size)
+        neck = cone(x, y + 0.6, z + 0.12, self.neck_end, self.neck_size, self.neck_size)
         return smooth_min(skin, neck, 0.14)
 
     def _hair(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        cap_radii = (
-            self.skull_width + self.hair_side,
-            self.skull_height + self.hair_top,
-            self.skull_depth + 0.5 * (self.hair_side + self.hair_top),
-        )
-        cap = ellipsoid(x, y - _SKULL_Y, z - _SKULL_Z, cap_radii)
-        half = 0.5 * (_SKULL_Y - self.hair_bottom).clamp(min=0.3)
-        fall = ellipsoid(x, y - (_SKULL_Y - half), z + 0.25, (cap_radii[0] * 0.98, half + 0.25, 0.56 + 0 * half))
+        cap = ellipsoid(x, y - SKULL_Y, z - self.hair_z, self.hair_radii)
+        half = 0.5 * (SKULL_Y - self.hair_bottom).clamp(min=0.3)
+        fall = ellipsoid(x, y - (SKULL_Y - half), z + 0.25, (0.98 * self.hair_radii[0], half + 0.25, 0.56))
         hair = smooth_min(cap, fall, 0.2)
-        # Hair leaves an oval of the face free, in front of the ears, and ends at a plane that falls to the nape.
-        radius = 0.95
-        u, v = (x - self.hair_parting * (y > self.hairline_y - radius)) / self.hair_frame, (y - self.hairline_y + radius) / radius
-        oval = ((u * u).addcmul_(v, v).sqrt_() - 1) * 0.6
-        hair = smooth_max(hair, -smooth_max(oval, 0.12 - z, 0.15), 0.08)
+        # Hair leaves an arch over the face free, in front of the ears, and ends at a plane that falls to the nape.
+        v = ((y - self.hairline_y + 0.75) / 0.75).clamp_(min=0)
+        u = (x - self.hair_parting * v.clamp(max=1)) / self.hair_frame
+        u, v = u * u, v * v
+        oval = ((u * u).addcmul_(v, v).sqrt_().sqrt_() - 1) * 0.55
+        behind = 0.12 + 0.5 * (y + 0.4).clamp(max=0) - z
+        hair = smooth_max(hair, -smooth_max(oval, behind, 0.15), 0.08)
         hair = smooth_max(hair, (self.hair_bottom - y) * 0.94 - 0.33 * z, 0.10)
-        bun = sphere(x, y - (_SKULL_Y + self.skull_height + 0.05), z + 0.42, self.bun_size)
+        bun = sphere(x, y - (SKULL_Y + self.skull_height + 0.05), z + 0.42, self.bun_size)
         return smooth_min(hair, bun, 0.05)
 
     def _clothes(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         x, y, z = self.on_body(x, y, z)
         x = x.abs()
-        shoulder = cone(x - 0.22, y + 1.62, z + 0.25, (0.95, -0.36, -0.02), 0.30, 0.40)
+        shoulder = cone(x - 0.22, y + 1.56, z + 0.25, (0.95, -0.36, -0.02), 0.30, 0.40)
         chest = ellipsoid(x, y + 2.6, z + 0.22, (1.15, 1.05, 0.62))
         return smooth_min(shoulder, chest, 0.25)
 

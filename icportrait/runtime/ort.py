@@ -12,13 +12,14 @@ from icportrait.errors import CheckpointError, RuntimeNotAvailable
 class OrtEngine:
     """An ONNX graph in an inference session on the CPU."""
 
-    def __init__(self, path: Path, spec: ModelSpec, threads: int = 0) -> None:
+    def __init__(self, path: Path, spec: ModelSpec, threads: int = 0, lean: bool = False) -> None:
         """Load the graph and compare its inputs and outputs with the specification.
 
         Args:
             path: the ONNX file; its external data, if any, lies beside it.
             spec: what the graph must take and give.
             threads: threads for one operator; 0 takes one per physical core.
+            lean: give memory back after every operator, at the price of speed; else it is kept for the next run.
 
         Raises:
             CheckpointError: the file is missing, or its names, types or fixed sizes aren't the specification's.
@@ -32,6 +33,7 @@ class OrtEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
+        options.enable_cpu_mem_arena = not lean
         # Several engines share the cores, each in its own process: a thread that spins steals another engine's time.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self.spec = spec
