@@ -77,6 +77,7 @@ class Identity(Batched):
     """Half width of the face that hair leaves free."""
     hair_parting: Tensor
     bun_size: Tensor
+    """Radius; negative where there is none."""
     beard: Tensor
     """Strength, 0..1."""
     skin_colour: Tensor

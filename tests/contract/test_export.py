@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,34 +27,22 @@ from icportrait.errors import CheckpointError, VerificationError
 from icportrait.manifest import Manifest, file_sha256
 from icportrait.nn import Checkpoint, engine_modules, random_checkpoint, save_checkpoint
 from icportrait.policy import ServingPolicy
-from icportrait.presets import DEMO_128, Preset
+from icportrait.presets import DEMO_128
 from icportrait.runtime import load_engine
 from tests.conftest import ROOT
+from tests.tiny import TINY
 from tests.trivial_engines import write_trivial_export
 
-TINY = Preset(
-    name="custom",
-    image_size=32,
-    vae_channels=(16, 16),
-    unet_channels=(16, 32),
-    attention_levels=(False, True),
-    attention_heads=2,
-    cross_attention_dim=16,
-    prompt_tokens=2,
-    norm_num_groups=8,
-    mask_patch_px=8,
-    layers_per_block=1,
-    vae_layers_per_block=1,
-    max_unet_batch=4,
-    max_vae_batch=3,
-    max_warping_batch=2,
+# One layer a block: tracing costs time for each operation.
+SMALL = replace(
+    TINY, layers_per_block=1, vae_layers_per_block=1, max_unet_batch=4, max_vae_batch=3, max_warping_batch=2
 )
-SPECS = engine_specs(TINY)
+SPECS = engine_specs(SMALL)
 
 
 @pytest.fixture(scope="module")
 def tiny() -> Checkpoint:
-    return random_checkpoint(TINY)
+    return random_checkpoint(SMALL)
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +83,7 @@ def test_a_row_does_not_depend_on_its_batch(demo_export: Path, name: str) -> Non
 
 
 def test_fp16_weights_and_residuals_are_fp16_and_the_rest_of_the_contract_stays(tmp_path: Path) -> None:
-    manifest = export_checkpoint(random_checkpoint(TINY), {"random_weights": 0}, "fp16", tmp_path)
+    manifest = export_checkpoint(random_checkpoint(SMALL), {"random_weights": 0}, "fp16", tmp_path)
     graph = onnx.load(tmp_path / "unet.onnx").graph
     weights = [weight for weight in graph.initializer if np.prod(weight.dims) > 64]
     assert weights
@@ -154,7 +143,7 @@ def test_a_wrong_opset_is_found(tiny_export: Path) -> None:
 
 def test_a_wrong_type_is_found(tiny_export: Path) -> None:
     with pytest.raises(VerificationError, match="f_ref_00 is FLOAT, expected FLOAT16"):
-        check_names_and_types(tiny_export / "warping_network.onnx", engine_specs(TINY, "fp16")["warping_network"], 20)
+        check_names_and_types(tiny_export / "warping_network.onnx", engine_specs(SMALL, "fp16")["warping_network"], 20)
 
 
 def test_a_fixed_batch_is_found(tiny_export: Path, tmp_path: Path) -> None:
@@ -167,7 +156,7 @@ def test_a_fixed_batch_is_found(tiny_export: Path, tmp_path: Path) -> None:
 
 
 def test_a_wrong_shape_at_the_largest_batch_is_found(tmp_path: Path) -> None:
-    write_trivial_export(tmp_path, TINY)
+    write_trivial_export(tmp_path, SMALL)
 
     def one_column_less(graph: onnx.GraphProto) -> None:
         for constant in graph.initializer:

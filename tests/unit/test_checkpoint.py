@@ -31,20 +31,8 @@ from icportrait.nn import (
 )
 from icportrait.nn.geometry import preset_from_configs, unet_config, unet_from_preset, vae_config, vae_from_preset
 from icportrait.presets import DEMO_128, SD15_512, Preset
+from tests.tiny import TINY
 
-TINY = dataclasses.replace(
-    DEMO_128,
-    name="custom",
-    image_size=32,
-    vae_channels=(8, 8),
-    unet_channels=(8, 16),
-    attention_levels=(False, True),
-    attention_heads=2,
-    cross_attention_dim=12,
-    prompt_tokens=6,
-    norm_num_groups=4,
-    mask_patch_px=4,
-)
 MODELS = ("unet", "vae", "warping_network")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 

@@ -23,20 +23,8 @@ from icportrait.nn.random_weights import SCHEDULER_CONFIG
 from icportrait.presets import DEMO_128, SD15_512, Preset
 from icportrait.randomness import canvas_noise
 from icportrait.sampling import NoiseSchedule
+from tests.tiny import TINY
 
-TINY = dataclasses.replace(
-    DEMO_128,
-    name="custom",
-    image_size=32,
-    vae_channels=(8, 8),
-    unet_channels=(8, 16),
-    attention_levels=(False, True),
-    attention_heads=2,
-    cross_attention_dim=12,
-    prompt_tokens=6,
-    norm_num_groups=4,
-    mask_patch_px=4,
-)
 TINY_SIDE = TINY.latent_size
 
 
