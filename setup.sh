@@ -9,14 +9,14 @@ fail() {
     exit 1
 }
 
-[ -n "$python" ] || fail "no Python found; on Debian or Ubuntu: apt-get install python3 python3-venv"
+[ -n "$python" ] || fail "no Python found; on Debian or Ubuntu: apt-get install python3 python3-venv libpython3.11"
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 case $version in
     3.11 | 3.12) ;;
     *) fail "$python is Python $version, expected 3.11 or 3.12; name another with make BOOT_PYTHON=/path/to/python" ;;
 esac
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
-    fail "Python $version lacks the venv module; on Debian or Ubuntu: apt-get install python$version-venv"
+    fail "Python $version lacks the venv module; on Debian or Ubuntu: apt-get install python$version-venv libpython$version"
 
 "$python" icportrait/libpython.py
 

@@ -23,7 +23,7 @@ def missing_libpython() -> str:
     """What to tell a user whose Python has no shared library."""
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     return (
-        f"tritonserver's Python stub needs libpython{version}.so, which this Python ({sys.base_prefix}) lacks; "
+        f"tritonserver's Python stub needs libpython{version}.so.1.0, which this Python ({sys.base_prefix}) lacks; "
         f"on Debian or Ubuntu: apt-get install libpython{version}"
     )
 

@@ -107,12 +107,15 @@ class TritonServer:
         self.ports.check_free()
         wheel = _wheel_directory()
         environment = _environment(wheel)
-        self._backends = tempfile.TemporaryDirectory(prefix="icportrait-backends-")
-        _link_backend(wheel, Path(self._backends.name))
+        self._folder = tempfile.TemporaryDirectory(prefix="icportrait-server-")
+        folder = Path(self._folder.name)
+        _link_backend(wheel, folder / "backends")
+        # The Python backend starts its stubs through a shell, unquoted: it gets a path without spaces.
+        (folder / "repository").symlink_to(self.repository.resolve(), target_is_directory=True)
         command = [
             str(wheel / "tritonserver" / "bin" / "tritonserver"),
-            f"--model-repository={self.repository.resolve()}",
-            f"--backend-directory={self._backends.name}",
+            f"--model-repository={folder / 'repository'}",
+            f"--backend-directory={folder / 'backends'}",
             f"--cache-directory={wheel / 'tritonserver' / 'caches'}",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             *(f"--{name}-address={HOST}" for name in ("grpc", "http", "metrics")),
@@ -155,7 +158,7 @@ class TritonServer:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._process = None
-        self._backends.cleanup()
+        self._folder.cleanup()
         for region in SHM.glob(f"{self.shm_prefix}*"):
             region.unlink(missing_ok=True)
 
@@ -201,7 +204,7 @@ def _link_backend(wheel: Path, backends: Path) -> None:
     if not stub.is_file():
         raise RuntimeNotAvailable(f"the embedded tritonserver has no stub for Python {version}; use 3.11 or 3.12")
     python = backends / "python"
-    python.mkdir()
+    python.mkdir(parents=True)
     for path in (*(wheel / "tritonserver" / "backends" / "python").glob("*.*"), stub):
         (python / path.name).symlink_to(path)
 
@@ -252,6 +255,8 @@ def main(argv: list[str] | None = None) -> int:
     server = TritonServer(args.repository, Ports(args.grpc_port, args.http_port, args.metrics_port))
     _stop_on_signals()
     print(f"starting tritonserver on {args.repository}", flush=True)
+    if not GPU_DEVICE.exists():
+        print("without a GPU, what tritonserver says of CUDA and of pinned memory is no fault", flush=True)
     try:
         with server:
             print(f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}", flush=True)

@@ -35,10 +35,11 @@ PROC_NET = Path("/proc/net")
 
 @pytest.fixture
 def trivial(tmp_path: Path) -> Path:
-    """A repository whose engines do next to nothing."""
+    """A repository whose engines do next to nothing, in a folder as people name theirs."""
     write_trivial_export(tmp_path / "export", DEMO_128)
-    assemble(tmp_path / "export", tmp_path / "repository", ServingPolicy(max_pending_requests=2))
-    return tmp_path / "repository"
+    repository = tmp_path / "my portraits" / "repository"
+    assemble(tmp_path / "export", repository, ServingPolicy(max_pending_requests=2))
+    return repository
 
 
 def descendants(pid: int) -> list[int]:
@@ -49,12 +50,22 @@ def descendants(pid: int) -> list[int]:
     return children + [grandchild for child in children for grandchild in descendants(child)]
 
 
+def wait_ready(process: subprocess.Popen[str]) -> str:
+    """Read the server's lines up to the one that says it is ready, and return that."""
+    lines = []
+    for line in process.stdout:
+        if line.startswith("ready"):
+            return line
+        lines.append(line)
+    raise AssertionError(f"the server ended: {lines}")
+
+
 def shm_regions() -> set[str]:
     return {path.name for path in SHM.glob("icportrait_*")}
 
 
 @pytest.fixture
-def command(trivial: Path) -> Iterator[tuple[subprocess.Popen[str], Ports]]:
+def command(trivial: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Ports]]:
     ports = Ports.free()
     arguments = [f"--{name}-port={port}" for name, port in vars(ports).items()]
     process = subprocess.Popen(
@@ -62,6 +73,7 @@ def command(trivial: Path) -> Iterator[tuple[subprocess.Popen[str], Ports]]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=ROOT,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
     )
     yield process, ports
     process.kill()
@@ -72,8 +84,7 @@ def command(trivial: Path) -> Iterator[tuple[subprocess.Popen[str], Ports]]:
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_server_and_leaves_nothing(command, number: signal.Signals) -> None:
     process, ports = command
-    assert process.stdout.readline().startswith("starting tritonserver")
-    assert process.stdout.readline().startswith(f"ready: gRPC {HOST}:{ports.grpc}")
+    assert wait_ready(process).startswith(f"ready: gRPC {HOST}:{ports.grpc}")
     children = descendants(process.pid)
     assert len(children) >= 8, "tritonserver and a stub for each Python model"
     regions = {name for name in shm_regions() if f"_{ports.grpc}_" in name}
@@ -87,7 +98,7 @@ def test_a_signal_ends_the_server_and_leaves_nothing(command, number: signal.Sig
     assert not regions & shm_regions()
 
 
-def test_a_signal_while_starting_ends_it_too(command) -> None:
+def test_a_signal_while_starting_ends_it_too(command, tmp_path: Path) -> None:
     process, ports = command
     while not descendants(process.pid):
         assert process.poll() is None
@@ -95,11 +106,12 @@ def test_a_signal_while_starting_ends_it_too(command) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 0
     assert not {name for name in shm_regions() if f"_{ports.grpc}_" in name}
+    assert not list(tmp_path.glob("icportrait-server-*"))
 
 
 def test_the_server_dies_with_its_parent(command) -> None:
     process, _ = command
-    assert [process.stdout.readline().split()[0] for _ in range(2)] == ["starting", "ready:"]
+    wait_ready(process)
     children = descendants(process.pid)
     process.kill()
     process.wait(10)
@@ -185,7 +197,7 @@ def test_requests_that_run_when_the_server_stops_are_told_so_and_do_not_hold_it(
     command, pictures: dict[str, bytes]
 ) -> None:
     process, ports = command
-    assert [process.stdout.readline().split()[0] for _ in range(2)] == ["starting", "ready:"]
+    wait_ready(process)
 
     def call(_: int) -> str:
         try:
