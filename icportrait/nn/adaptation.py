@@ -56,7 +56,8 @@ def from_stable_diffusion(
             f"{directory}: the prompt embedding has {embedding.shape[2]} channels, "
             f"expected the UNet's cross_attention_dim, {preset.cross_attention_dim}"
         )
-    scheduler_config = read_scheduler_config(directory)
+    # DDIMScheduler's default clamps its predictions to -1..1: right for pixels, wrong for latents, which exceed that.
+    scheduler_config = read_scheduler_config(directory, clip_sample=False)
     unet = read_model(UNet2DConditionModel, directory / "unet")
     vae = read_model(AutoencoderKL, directory / "vae")
     network = WarpingNetwork.from_unet(preset, unet, embedding)

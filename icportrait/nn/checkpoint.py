@@ -141,14 +141,14 @@ def read_index(directory: Path) -> dict[str, Any]:
     return index
 
 
-def read_scheduler_config(directory: Path) -> dict[str, Any]:
-    """Read ``scheduler/scheduler_config.json`` and make sure that our samplers can follow it.
+def read_scheduler_config(directory: Path, **changes: Any) -> dict[str, Any]:
+    """Read ``scheduler/scheduler_config.json``, with ``changes``, and make sure that our samplers can follow it.
 
     Raises:
         CheckpointError: it is missing, or asks for something that isn't supported.
     """
     path = directory / "scheduler" / "scheduler_config.json"
-    config = read_json(path)
+    config = read_json(path) | changes
     try:
         NoiseSchedule.from_config(config)
     except CheckpointError as error:

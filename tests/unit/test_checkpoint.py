@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import PNDMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -489,6 +489,13 @@ def test_the_adapted_model_predicts_what_its_base_does(base: StableDiffusion) ->
     assert checkpoint.scheduler_config["beta_end"] == 0.012
     assert checkpoint.guidance_scale == 1.0
     assert not (base.directory / "sprung").exists()
+
+
+def test_a_scheduler_that_clips_pixels_is_taken_over_without_clipping(base: StableDiffusion) -> None:
+    DDIMScheduler(beta_schedule="scaled_linear").save_pretrained(base.directory / "scheduler")
+    config = json.loads((base.directory / "scheduler" / "scheduler_config.json").read_text())
+    assert config["clip_sample"] is True
+    assert from_stable_diffusion(base.directory).scheduler_config == config | {"clip_sample": False}
 
 
 def test_the_control_nets_start_as_the_bases_encoder(base: StableDiffusion) -> None:
