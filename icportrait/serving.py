@@ -41,7 +41,7 @@ class FrontStage:
     def __init__(self, manifest: Manifest, policy: ServingPolicy) -> None:
         self._default_guidance = manifest.guidance_scale
         self._schedule = NoiseSchedule.from_config(manifest.scheduler_config)
-        self._slots = policy.slots
+        self._slots = min(policy.slots, manifest.preset.max_unet_batch)
 
     def __call__(self, tensors: Mapping[str, Array]) -> Tensors:
         """The public inputs by name -> ``profile``, ``reference`` and ``request``, each [1].
