@@ -15,10 +15,9 @@ from PIL import Image, ImageDraw, ImageFont
 from icportrait.errors import IcPortraitError
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
-from icportrait.request import parse_request
 from icportrait.runtime import load_engine
 from icportrait.server import Ports, TritonServer
-from icportrait.serving import PreprocessStage, bytes_tensor
+from icportrait.serving import FrontStage, PreprocessStage, bytes_tensor
 
 EXAMPLES = Path(__file__).parent
 SEED = 7
@@ -69,12 +68,15 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _comparison(args: argparse.Namespace, portrait: Image.Image) -> Image.Image:
     """Profile, reference, what stays visible of it, the flow and the portrait, side by side with their names."""
-    pictures = {name: bytes_tensor(path.read_bytes()) for name, path in _inputs(args).items()}
     manifest = Manifest.read(args.export)
-    whole, hidden = (
-        _preprocess(manifest, {**pictures, "seed": np.array([SEED]), "mask_ratio": np.array([ratio], np.float32)})
-        for ratio in (0.0, 0.8)
-    )
+    front, preprocess = FrontStage(manifest, ServingPolicy()), PreprocessStage(manifest.preset)
+    request = {
+        "profile": bytes_tensor(args.profile.read_bytes()),
+        "reference": bytes_tensor(args.reference.read_bytes()),
+        "seed": np.array([SEED]),
+    }
+    hidden = preprocess(front(request))
+    whole = preprocess(front({**request, "mask_ratio": np.array([0.0], np.float32)}))
     flow = _flow(args.export, manifest, hidden)
     panels = {
         "profile": Image.fromarray(whole["profile_pixels"][0]),
@@ -91,16 +93,6 @@ def _comparison(args: argparse.Namespace, portrait: Image.Image) -> Image.Image:
         sheet.paste(panel.resize((PANEL_PX, PANEL_PX), resample), (column * PANEL_PX, 28))
         draw.text((column * PANEL_PX + 8, 4), name, fill="black", font=font)
     return sheet
-
-
-def _inputs(args: argparse.Namespace) -> dict[str, Path]:
-    return {"profile": args.profile, "reference": args.reference}
-
-
-def _preprocess(manifest: Manifest, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    request, profile, reference = parse_request(tensors, manifest.guidance_scale)
-    stage = PreprocessStage(manifest.preset)
-    return stage({"profile": [profile], "reference": [reference], "request": [request.to_json()]})
 
 
 def _flow(export: Path, manifest: Manifest, tensors: dict[str, np.ndarray]) -> np.ndarray:

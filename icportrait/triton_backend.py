@@ -99,11 +99,11 @@ class DenoiseModel:
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            sender = request.get_response_sender()
+            answer = _answer_with(request.get_response_sender())
             tensors = _inputs(request, self.context.input_names)
-            failed = attempt(self.context.name, lambda: self._stage.submit(tensors, _answer_with(sender)))  # noqa: B023
+            failed = attempt(self.context.name, lambda: self._stage.submit(tensors, answer))  # noqa: B023
             if isinstance(failed, IcPortraitError):
-                _answer_with(sender)(failed)
+                answer(failed)
 
     def finalize(self) -> None:
         self._stage.close()

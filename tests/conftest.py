@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from export.__main__ import export_checkpoint
 from icportrait.nn import Checkpoint, random_checkpoint
@@ -49,3 +50,12 @@ def pictures() -> dict[str, bytes]:
         "profile": (EXAMPLES / "hopper.jpg").read_bytes(),
         "reference": (EXAMPLES / "astronaut.jpg").read_bytes(),
     }
+
+
+@pytest.fixture
+def one_thread_and_one_seed() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # on tiny networks, threads cost more than they bring
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(before)

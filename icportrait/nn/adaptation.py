@@ -8,9 +8,8 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 
 from icportrait.errors import CheckpointError
-from icportrait.nn.checkpoint import PIPELINE_CLASS, Checkpoint, read_scheduler_config
+from icportrait.nn.checkpoint import PIPELINE_CLASS, Checkpoint, read_preset, read_scheduler_config
 from icportrait.nn.component_files import read_json, read_model
-from icportrait.nn.geometry import preset_from_configs
 from icportrait.nn.prompt import encode_prompt, read_prompt_embedding
 from icportrait.nn.warping import WarpingNetwork
 
@@ -42,15 +41,7 @@ def from_stable_diffusion(
     if index.is_file() and read_json(index).get("_class_name") == PIPELINE_CLASS:
         raise CheckpointError(f"{directory}: is an IC-Portrait checkpoint already; read it with load_checkpoint")
     embedding = _prompt_embedding(directory, prompt_embedding, prompt)
-    try:
-        preset = preset_from_configs(
-            read_json(directory / "unet" / "config.json"),
-            read_json(directory / "vae" / "config.json"),
-            prompt_tokens=embedding.shape[1],
-            image_size=image_size,
-        )
-    except CheckpointError as error:
-        raise CheckpointError(f"{directory}: {error}") from error
+    preset = read_preset(directory, prompt_tokens=embedding.shape[1], image_size=image_size)
     if embedding.shape[2] != preset.cross_attention_dim:
         raise CheckpointError(
             f"{directory}: the prompt embedding has {embedding.shape[2]} channels, "

@@ -141,6 +141,26 @@ def read_index(directory: Path) -> dict[str, Any]:
     return index
 
 
+def read_preset(
+    directory: Path, *, prompt_tokens: int, image_size: int | None = None, mask_patch_px: int | None = None
+) -> Preset:
+    """The geometry that ``unet/config.json`` and ``vae/config.json`` describe; see ``preset_from_configs``.
+
+    Raises:
+        CheckpointError: a file is missing, or the geometry isn't supported.
+    """
+    try:
+        return preset_from_configs(
+            read_json(directory / "unet" / "config.json"),
+            read_json(directory / "vae" / "config.json"),
+            prompt_tokens=prompt_tokens,
+            image_size=image_size,
+            mask_patch_px=mask_patch_px,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{directory}: {error}") from error
+
+
 def read_scheduler_config(directory: Path, **changes: Any) -> dict[str, Any]:
     """Read ``scheduler/scheduler_config.json``, with ``changes``, and make sure that our samplers can follow it.
 
@@ -180,16 +200,12 @@ def _preset(directory: Path, fields: dict[str, Any], prompt_embedding: Tensor) -
             f"{directory / 'prompt_embedding.safetensors'}: prompt_embedding is {list(prompt_embedding.shape)}, "
             "expected [1, tokens, cross_attention_dim]"
         )
-    try:
-        preset = preset_from_configs(
-            read_json(directory / "unet" / "config.json"),
-            read_json(directory / "vae" / "config.json"),
-            prompt_tokens=prompt_embedding.shape[1],
-            image_size=fields["image_size"],
-            mask_patch_px=fields["mask_patch_px"],
-        )
-    except CheckpointError as error:
-        raise CheckpointError(f"{directory}: {error}") from error
+    preset = read_preset(
+        directory,
+        prompt_tokens=prompt_embedding.shape[1],
+        image_size=fields["image_size"],
+        mask_patch_px=fields["mask_patch_px"],
+    )
     if prompt_embedding.shape[2] != preset.cross_attention_dim:
         raise CheckpointError(
             f"{directory / 'prompt_embedding.safetensors'}: prompt_embedding has {prompt_embedding.shape[2]} channels, "

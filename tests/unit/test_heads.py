@@ -6,15 +6,14 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
-torch = pytest.importorskip("torch")
-
-from training import pairs as pairs_module  # noqa: E402
-from training.appearance import Part  # noqa: E402
-from training.correspondence import correspondence  # noqa: E402
-from training.drawing import FIRST_EVALUATION_SEED  # noqa: E402
-from training.heads import Identity, Rendering, View, draw_identities, draw_views, render  # noqa: E402
-from training.pairs import PairCache, render_pairs, training_batch  # noqa: E402
+from training import pairs as pairs_module
+from training.appearance import Part
+from training.correspondence import correspondence
+from training.drawing import FIRST_EVALUATION_SEED
+from training.heads import Identity, Rendering, View, draw_identities, draw_views, render
+from training.pairs import PairCache, render_pairs, training_batch
 
 SEEDS = (3, 14, 15, 92)
 

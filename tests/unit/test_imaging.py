@@ -554,10 +554,6 @@ class TestFaces:
         ("file", "face"), [("astronaut.jpg", (175, 70, 272, 170)), ("hopper.jpg", (165, 120, 370, 335))]
     )
 
-    @pytest.fixture(autouse=True)
-    def _opencv(self):
-        pytest.importorskip("cv2")
-
     def example(self, file):
         return decode_picture((EXAMPLES / file).read_bytes(), "profile")
 

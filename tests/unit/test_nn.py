@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,15 +25,7 @@ from icportrait.sampling import NoiseSchedule
 from tests.tiny import TINY
 
 TINY_SIDE = TINY.latent_size
-
-
-@pytest.fixture(autouse=True)
-def _one_thread_and_one_seed() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # on networks this small, threads cost more than they bring
-    torch.manual_seed(0)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread_and_one_seed")
 
 
 @pytest.fixture
