@@ -3,6 +3,7 @@
 PRESET ?= demo-128
 PRECISION ?= fp32
 RUNTIME ?= onnxruntime
+CHECKPOINT ?= checkpoints/demo-128
 GRPC_PORT ?= 8001
 HTTP_PORT ?= 8000
 METRICS_PORT ?= 8002
@@ -14,8 +15,17 @@ STAMP := $(VENV)/.setup-stamp
 EXPORT := build/export/$(PRESET)-$(PRECISION)
 REPOSITORY := build/repository/$(RUNTIME)
 
+# Of the larger presets there are no weights here: random ones show that the path works.
+ifeq ($(PRESET),demo-128)
+WEIGHTS := --checkpoint $(CHECKPOINT)
+WEIGHT_FILES := $(CHECKPOINT)/model_index.json $(wildcard $(CHECKPOINT)/*.safetensors $(CHECKPOINT)/*/*.*)
+else
+WEIGHTS := --random-weights --preset $(PRESET)
+WEIGHT_FILES :=
+endif
+
 .DEFAULT_GOAL := help
-.PHONY: help setup demo serve export repository configs test lint format clean
+.PHONY: FORCE help setup demo serve export repository configs heads test lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -26,13 +36,19 @@ $(STAMP): setup.sh pyproject.toml client/pyproject.toml constraints.txt
 	@BOOT_PYTHON="$(BOOT_PYTHON)" sh setup.sh $(VENV)
 	@touch $@
 
-demo: repository ## two pictures -> a portrait, through the real server
+demo: repository ## rendered heads and photographs -> portraits, through the real server
 	@$(PYTHON) -m examples.demo --export $(EXPORT) --repository $(REPOSITORY)
 
 export: $(EXPORT)/manifest.json ## export the preset's engines to verified ONNX
 
-$(EXPORT)/manifest.json: $(STAMP) $(wildcard export/*.py icportrait/nn/*.py) icportrait/contract.py icportrait/presets.py
-	@$(PYTHON) -m export --random-weights --preset $(PRESET) --precision $(PRECISION) --out $(EXPORT)
+$(EXPORT)/manifest.json: $(STAMP) $(EXPORT).weights $(WEIGHT_FILES) \
+		$(wildcard export/*.py icportrait/nn/*.py) icportrait/contract.py icportrait/presets.py
+	@$(PYTHON) -m export $(WEIGHTS) --precision $(PRECISION) --out $(EXPORT)
+
+# Older than the export while the same weights are asked for, so that another CHECKPOINT exports again.
+$(EXPORT).weights: FORCE
+	@mkdir -p $(@D)
+	@echo '$(WEIGHTS)' | cmp -s - $@ || echo '$(WEIGHTS)' > $@
 
 repository: $(EXPORT)/manifest.json ## assemble build/repository/<runtime> from triton_repo/ and the export
 	@$(PYTHON) -m icportrait.repository --export $(EXPORT) --out $(REPOSITORY) --runtime $(RUNTIME)
@@ -43,6 +59,9 @@ serve: repository ## run the embedded tritonserver on loopback until Ctrl-C
 
 configs: $(STAMP) ## regenerate the committed config.pbtxt files and the client's contract
 	@$(PYTHON) -m icportrait.repository --configs
+
+heads: $(STAMP) ## render the committed heads of the demo and of the client's sweep again
+	@$(PYTHON) -m training.example_heads
 
 test: lint ## lint, types, and the unit, contract and e2e tests
 	@$(PYTHON) -m pytest

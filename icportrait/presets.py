@@ -98,13 +98,13 @@ class Preset:
 DEMO_128 = Preset(
     name="demo-128",
     image_size=128,
-    vae_channels=(32, 64, 96),
+    vae_channels=(16, 32, 64),
     unet_channels=(32, 64, 96, 96),
-    attention_levels=(False, True, True, False),
+    attention_levels=(False, False, True, False),
     attention_heads=2,
     cross_attention_dim=64,
     prompt_tokens=4,
-    norm_num_groups=16,
+    norm_num_groups=8,
     mask_patch_px=8,
     max_warping_batch=8,
 )

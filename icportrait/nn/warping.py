@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from icportrait.nn.control_unet import ControlUNet
 from icportrait.nn.matching import best_match, cost_volume, gather_features, join_canvas, split_canvas
+from icportrait.nn.matching_head import MatchingHead
 from icportrait.presets import Preset
 
 
@@ -37,9 +38,10 @@ class WarpingNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
             nn.Conv2d(residual.channels, residual.channels, kernel_size=1) for residual in preset.residuals
         )
         self._reset_zero_convs()
-        # Features are matched where they have seen most of the canvas: at the last residual of each resolution.
+        # The last residual of each resolution: it has seen most of the canvas.
         levels = [residual.level for residual in preset.residuals]
         self.matching_residuals = [len(levels) - 1 - levels[::-1].index(level) for level in range(preset.levels)]
+        self.matching_head = MatchingHead(preset.unet_channels)
         prompt_shape = (1, preset.prompt_tokens, preset.cross_attention_dim)
         self.prompt_embedding: Tensor
         self.register_buffer("prompt_embedding", torch.zeros(prompt_shape))
@@ -64,13 +66,8 @@ class WarpingNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
             + x in the profile's grid), finest first, then ``match_confidence`` [batch] float32, the mean over the
             finest level's positions of the best cosine similarity.
         """
-        dtype = self.matching_net.conv_in.weight.dtype
-        latents = join_canvas(profile_latent, reference_latent)
-        visible = join_canvas(torch.ones_like(visibility), visibility)
-        canvas = torch.cat((latents, visible), dim=1).to(dtype)
-
-        matching = self.matching_net(canvas, self.prompt_embedding)
-        matches = [best_match(cost_volume(*split_canvas(matching[residual]))) for residual in self.matching_residuals]
+        canvas = self.canvas(profile_latent, reference_latent, visibility)
+        matches = [best_match(cost_volume(source, target)) for source, target in self.matching_features(canvas)]
         appearance = self.appearance_net(canvas, self.prompt_embedding)
         f_ref = self.inject(appearance, known_flows or [flow for flow, _ in matches])
 
@@ -78,6 +75,20 @@ class WarpingNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         flows = [flow.to(torch.int32).view(-1, size, size) for (flow, _), size in zip(matches, sizes, strict=True)]
         _, finest_confidence = matches[0]
         return (*f_ref, *flows, finest_confidence.mean(dim=1))
+
+    def canvas(self, profile_latent: Tensor, reference_latent: Tensor, visibility: Tensor) -> Tensor:
+        """What both nets see, in the weights' type: [batch, latent_channels + 1, s, 2 s]. Arguments are ``forward``'s."""
+        latents = join_canvas(profile_latent, reference_latent)
+        visible = join_canvas(torch.ones_like(visibility), visibility)
+        return torch.cat((latents, visible), dim=1).to(self.matching_net.conv_in.weight.dtype)
+
+    def matching_features(self, canvas: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """What is matched: the profile's and the reference's features, each [batch, D, s_L, s_L], finest level first."""
+        features = self.matching_net(canvas, self.prompt_embedding)
+        halves: list[tuple[Tensor, Tensor]] = self.matching_head(
+            [split_canvas(features[residual]) for residual in self.matching_residuals]
+        )
+        return halves
 
     def inject(self, appearance: list[Tensor], flows: list[Tensor]) -> list[Tensor]:
         """Warp the appearance features and project them: zero_conv_k([A_s | warp(A_s) + A_t]).
@@ -110,6 +121,7 @@ class WarpingNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         network.to_empty(device=unet.device)
         network.matching_net.copy_encoder(unet)
         network.appearance_net.copy_encoder(unet)
+        network.matching_head.reset()
         network._reset_zero_convs()
         network.prompt_embedding.copy_(prompt_embedding)
         network.eval()

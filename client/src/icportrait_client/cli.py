@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -26,8 +28,11 @@ _OPTIONS = (
     ("--scheduler", "scheduler", "the sampler"),
     ("--profile-box", "profile_box", "the profile's crop, as shares of its width and height"),
     ("--reference-box", "reference_box", "the reference's crop, likewise"),
-    ("--format", "output_format", "how the portraits are encoded"),
+    ("--format", "output_format", "how OUT is encoded"),
 )
+_SET_BY_SWEEP = ("num_portraits", "reference_box", "output_format")
+"""What is the same in all requests of a sweep. ``--format`` is the strip's."""
+_DRAWN_SEEDS = 2**31
 _SUFFIX_FORMATS = {"jpg": "jpeg"}
 _INTERRUPTED = 130
 
@@ -51,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except InvalidRequest as error:
         parser.error(str(error))
     try:
-        _generate(args)
+        args.run(args)
     except (PortraitError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 1
@@ -66,6 +71,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"icportrait {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="two pictures in, portraits out")
+    generate.set_defaults(run=_generate)
     generate.add_argument("--profile", required=True, metavar="PICTURE", help="who it is: JPEG, PNG or WebP")
     generate.add_argument("--reference", required=True, metavar="PICTURE", help="the view and the light")
     generate.add_argument(
@@ -76,23 +82,48 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT",
         help="file to write; several portraits get -1, -2 and so on before the suffix",
     )
-    generate.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
-    generate.add_argument(
+    _add_connection(generate)
+    _add_options(generate)
+    sweep = commands.add_parser("sweep", help="one picture of a profile under eight lights and in eight views")
+    sweep.set_defaults(run=_sweep)
+    sweep.add_argument("--profile", required=True, metavar="PICTURE", help="who it is: JPEG, PNG or WebP")
+    sweep.add_argument(
+        "-o",
+        "--output",
+        "--out",
+        default=Path("sweep.png"),
+        type=Path,
+        metavar="OUT",
+        help="file to write (default: %(default)s)",
+    )
+    _add_connection(sweep)
+    _add_options(sweep, without=("num_portraits", "reference_box"))
+    return parser
+
+
+def _add_connection(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
+    command.add_argument(
         "--timeout",
         default=DEFAULT_TIMEOUT_S,
         type=float,
         metavar="SECONDS",
-        help="how long to wait for the answer (default: %(default)g)",
+        help="how long to wait for an answer (default: %(default)g)",
     )
+
+
+def _add_options(command: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
     for flag, name, meaning in _OPTIONS:
-        generate.add_argument(flag, dest=name, **_argument(load_contract().inputs[name], meaning))
-    generate.add_argument("--json", action="store_true", help="print the metadata as JSON instead of a table")
-    return parser
+        if name not in without:
+            command.add_argument(flag, dest=name, **_argument(load_contract().inputs[name], meaning))
+    command.add_argument("--json", action="store_true", help="print the metadata as JSON instead of a table")
 
 
 def _argument(spec: InputSpec, meaning: str) -> dict[str, Any]:
     """The keywords of ``add_argument`` for one input."""
     default = "chosen by the server" if spec.default is None else spec.default
+    if spec.name == "seed":
+        default = "drawn at random"
     if spec.name == "output_format":
         default = f"by OUT's suffix, else {spec.default}"
     if spec.choices:
@@ -119,9 +150,7 @@ def _format_of(output: Path) -> str | None:
 
 
 def _generate(args: argparse.Namespace) -> None:
-    # Found before the portrait is paid for, not after.
-    if args.output.is_dir() or not args.output.parent.is_dir():
-        raise InvalidRequest(f"--output: '{args.output}', expected a file's path in a directory that exists")
+    _check_output(args.output)
     from icportrait_client.client import PortraitClient
 
     options = {name: getattr(args, name) for _, name, _ in _OPTIONS}
@@ -131,13 +160,52 @@ def _generate(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps({"files": [str(path) for path in paths], **portraits.metadata}, indent=2))
     else:
-        print(_table(paths, portraits))
+        print(_table([*_file_rows(paths), *_stage_rows(portraits)]))
 
 
-def _table(paths: Sequence[Path], portraits: Portraits) -> str:
-    rows = [(str(path), f"{len(image) / 1000:.1f}", "kB") for path, image in zip(paths, portraits.images, strict=True)]
+def _sweep(args: argparse.Namespace) -> None:
+    _check_output(args.output)
+    from icportrait_client.client import PortraitClient
+    from icportrait_client.sweep import ROWS, save_strip, strip, sweep
+
+    options = {name: getattr(args, name) for _, name, _ in _OPTIONS if name not in _SET_BY_SWEEP}
+    if options["seed"] is None:
+        options["seed"] = random.randrange(_DRAWN_SEEDS)
+    count, started = sum(map(len, ROWS)), time.monotonic()
+    with PortraitClient(args.url, timeout_s=args.timeout) as client:
+        portraits = sweep(client.generate, args.profile, options, lambda answered: _show_progress(answered, count))
+    save_strip(strip(args.profile, portraits), args.output, args.output_format or "png")
+    if args.json:
+        answers = [{reference.kind: reference.degrees, **portraits[reference].metadata} for reference in portraits]
+        print(json.dumps({"files": [str(args.output)], "portraits": answers}, indent=2))
+    else:
+        elapsed_s = time.monotonic() - started
+        rows = [(f"{count} portraits", f"{elapsed_s:.1f}", "s"), ("seed", str(options["seed"]), "")]
+        print(_table([*_file_rows([args.output]), *rows]))
+
+
+def _check_output(output: Path) -> None:
+    # Found before the portrait is paid for, not after.
+    if output.is_dir() or not output.parent.is_dir():
+        raise InvalidRequest(f"--output: '{output}', expected a file's path in a directory that exists")
+
+
+def _show_progress(done: int, count: int) -> None:
+    """A line that is written over on a terminal, and lines in a log."""
+    end = "\r" if sys.stderr.isatty() and done < count else "\n"
+    print(f"{done:2} of {count} portraits", end=end, file=sys.stderr, flush=True)
+
+
+def _file_rows(paths: Iterable[Path]) -> list[tuple[str, str, str]]:
+    return [(str(path), f"{path.stat().st_size / 1000:.1f}", "kB") for path in paths]
+
+
+def _stage_rows(portraits: Portraits) -> list[tuple[str, str, str]]:
     stage_ms = portraits.metadata.get("stage_ms", {})
-    for stage, duration_ms in [*stage_ms.items(), ("total", sum(stage_ms.values()))]:
-        rows.append((stage, f"{duration_ms:.1f}", "ms"))
+    stages = [*stage_ms.items(), ("total", sum(stage_ms.values()))]
+    return [(stage, f"{duration_ms:.1f}", "ms") for stage, duration_ms in stages]
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> str:
     names, figures = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return "\n".join(f"{name:<{names}}  {figure:>{figures}} {unit}" for name, figure, unit in rows)
+    return "\n".join(f"{name:<{names}}  {figure:>{figures}} {unit}".rstrip() for name, figure, unit in rows)

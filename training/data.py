@@ -1,0 +1,142 @@
+"""Batches of pairs to train on: rendered ones, or views of real people from a folder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from icportrait.presets import Preset
+from training.pairs import PairCache, PairSet, training_batch
+from training.recipe import Data, RecipeError
+
+EXAMPLES = 8
+_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B pairs. Pictures are ``[B, 3, S, S]`` float32 in -1..1."""
+
+    profile: Tensor
+    reference: Tensor
+    """Not hidden yet."""
+    target: Tensor
+    flows: list[Tensor] | None
+    """Profile cell for each target cell, ``[B, s_L^2]`` int64, finest level first; None where no truth is known."""
+    visibles: list[Tensor] | None
+    """Where the profile shows what the target's cell shows: ``[B, s_L^2]`` bool."""
+
+
+class RenderedPairs:
+    """Rendered heads with their true correspondence, in memory."""
+
+    def __init__(self, data: Data, preset: Preset, device: torch.device | str = "cpu") -> None:
+        """Read the pairs from the cache and render those that it lacks."""
+        self.grids = tuple(preset.level_size(level) for level in range(preset.levels))
+        cache = PairCache(
+            Path(data.cache), data.seed, 1.0, preset.image_size, grids=self.grids, device=device
+        )
+        shards = [cache.shard(index) for index in tqdm(range(-(-data.pairs // 64)), "pairs", unit="x64")]
+        self.pairs = PairSet.cat(shards)[: data.pairs]
+        self.held_out = training_batch(
+            0, EXAMPLES, 1.0, preset.image_size, evaluation=True, grids=self.grids, device=device
+        ).to("cpu")
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(self, index: Tensor, flip: Tensor, same: Tensor) -> Batch:
+        """Take pairs.
+
+        Args:
+            index: which, ``[B]``.
+            flip: which of them to mirror, ``[B]`` bool.
+            same: whose reference is the target itself, ``[B]`` bool; of the others it shows another identity.
+        """
+        return self._batch(self.pairs[index], flip, same)
+
+    def examples(self) -> Batch:
+        """``EXAMPLES`` pairs to look at, of people who are never trained on."""
+        no = torch.zeros(len(self.held_out), dtype=torch.bool)
+        return self._batch(self.held_out, no, no)
+
+    def _batch(self, pairs: PairSet, flip: Tensor, same: Tensor) -> Batch:
+        profile, reference, target = pairs.images()
+        reference = torch.where(_rows(same, 4), target, reference)
+        flows, visibles = [], []
+        for grid in self.grids:
+            flow, visible = pairs.flow(grid, self.grids)
+            flows.append(torch.where(_rows(flip, 2), _mirrored(flow, grid), flow))
+            visibles.append(torch.where(_rows(flip, 2), visible.view(-1, grid, grid).flip(2).flatten(1), visible))
+        return Batch(*_flipped((profile, reference, target), flip), flows, visibles)
+
+
+class PictureFolder:
+    """Two views of one identity a pair, from a folder that has a folder of pictures for each identity.
+
+    No correspondence is known, and the reference is always the target, as in the paper's data.
+    """
+
+    def __init__(self, data: Data, preset: Preset) -> None:
+        folder = Path(data.pictures)
+        identities = sorted(path for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+        views = [
+            sorted(path for path in identity.iterdir() if path.suffix.lower() in _SUFFIXES) for identity in identities
+        ]
+        self.pairs = [(a, b) for pictures in views for a in pictures for b in pictures if a != b]
+        self.size = preset.image_size
+        if not self.pairs:
+            raise RecipeError(
+                f"data.pictures: {folder} has no folder with two pictures, expected <identity>/<view>.jpg, .png or .webp"
+            )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def batch(self, index: Tensor, flip: Tensor, same: Tensor) -> Batch:
+        """As ``RenderedPairs.batch``; ``same`` has no effect."""
+        chosen = [self.pairs[item] for item in index.tolist()]
+        profile, target = (torch.stack([self._read(pair[side]) for pair in chosen]) for side in range(2))
+        profile, target = _flipped((profile, target), flip)
+        return Batch(profile, target, target, None, None)
+
+    def examples(self) -> Batch:
+        """The first ``EXAMPLES`` pairs: a folder holds nobody back."""
+        index = torch.arange(min(EXAMPLES, len(self)))
+        no = torch.zeros(len(index), dtype=torch.bool)
+        return self.batch(index, no, no)
+
+    def _read(self, path: Path) -> Tensor:
+        with Image.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture).convert("RGB")
+        square = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.LANCZOS)
+        return torch.from_numpy(np.asarray(square)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+Source = RenderedPairs | PictureFolder
+
+
+def open_source(data: Data, preset: Preset, device: torch.device | str = "cpu") -> Source:
+    """The folder of pictures where the recipe names one, else rendered pairs."""
+    return PictureFolder(data, preset) if data.pictures else RenderedPairs(data, preset, device)
+
+
+def _rows(chosen: Tensor, dimensions: int) -> Tensor:
+    return chosen.view(-1, *(1,) * (dimensions - 1))
+
+
+def _flipped(pictures: Sequence[Tensor], flip: Tensor) -> list[Tensor]:
+    return [torch.where(_rows(flip, 4), picture.flip(3), picture) for picture in pictures]
+
+
+def _mirrored(flow: Tensor, grid: int) -> Tensor:
+    """The flow between the mirrored pictures."""
+    y, x = torch.div(flow, grid, rounding_mode="floor"), flow % grid
+    return (y * grid + grid - 1 - x).view(-1, grid, grid).flip(2).flatten(1)

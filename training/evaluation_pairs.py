@@ -1,0 +1,47 @@
+"""Pairs to evaluate on: identities that no training ever sees, and references that show another person, as in use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from icportrait.presets import Preset
+from training.correspondence import correspondence
+from training.pairs import PairSet, render_pairs
+
+
+@dataclass(frozen=True)
+class EvaluationPairs(PairSet):
+    """N pairs, and what their targets show."""
+
+    target_part: Tensor
+    """``Part`` at each pixel's centre: ``[N, S, S]`` uint8."""
+
+
+def evaluation_pairs(
+    preset: Preset, seed: int, count: int, first: int = 0, device: torch.device | str = "cpu"
+) -> EvaluationPairs:
+    """Pairs ``first`` to ``first + count`` of a seed's endless row, on the CPU, with flows for the preset's levels."""
+    rendered = render_pairs(seed, count, 1.0, preset.image_size, evaluation=True, first=first, device=device)
+    found = [correspondence(rendered.profile, rendered.target, grid) for grid in grids(preset)]
+    profile, reference, target = (
+        (rendering.image * 255).round().to(torch.uint8)
+        for rendering in (rendered.profile, rendered.reference, rendered.target)
+    )
+    return EvaluationPairs(
+        profile=profile,
+        reference=reference,
+        target=target,
+        target_head=rendered.target.head_mask,
+        same_identity=rendered.same_identity,
+        flows=torch.cat([flow for flow, _ in found], dim=1).to(torch.int16),
+        visibles=torch.cat([visible for _, visible in found], dim=1),
+        target_part=rendered.target.part,
+    ).to("cpu")
+
+
+def grids(preset: Preset) -> list[int]:
+    """Cells across a picture at each level, finest first."""
+    return [preset.level_size(level) for level in range(preset.levels)]

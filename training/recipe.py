@@ -1,0 +1,148 @@
+"""What a training run does: one frozen dataclass a stage, read from a TOML file and the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from icportrait.errors import IcPortraitError
+
+Flows = ("true", "matched")
+
+
+class RecipeError(IcPortraitError):
+    """A recipe file or an override doesn't fit its stage."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What every stage has."""
+
+    stage: ClassVar[str]
+
+    steps: int = 1000
+    """Optimizer steps of the whole run; the learning rate falls to zero over them."""
+    batch: int = 16
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    ema_decay: float = 0.999
+    """Of the running mean of the weights that samples are made with and that is saved as the checkpoint."""
+    gradient_norm: float = 1.0
+    """Gradients are scaled down to this norm."""
+    seed: int = 0
+    """Of the weights where there is no base, and of everything that is drawn while training."""
+    bf16: bool = True
+    """Run the networks under bfloat16 autocast."""
+    keep_latents: bool = True
+    """Keep every picture's latent once it is encoded; for data that is seen many times and fits into memory."""
+    flip: bool = True
+    """Mirror half of the pairs."""
+    mask_ratio: float = 0.8
+    """Share of the reference that is hidden."""
+    same_identity_share: float = 0.25
+    """Part of the rendered pairs whose reference is the target itself, as in the paper's data."""
+    sample_every: int = 500
+    save_every: int = 500
+
+
+@dataclass(frozen=True)
+class VaeRecipe(Recipe):
+    """The autoencoder."""
+
+    stage: ClassVar[str] = "vae"
+
+    crop_px: int = 64
+    """Side of the random crops that are trained on; the picture's side for whole pictures."""
+    kl_weight: float = 2e-4
+    """Weight of the mean KL divergence of a latent number, beside the mean absolute error of a pixel in -1..1."""
+
+
+@dataclass(frozen=True)
+class MatchingRecipe(Recipe):
+    """View-consistent adaptation: the matching net."""
+
+    stage: ClassVar[str] = "matching"
+
+    temperature: float = 0.05
+    """Of the softmax over the cost volume, at the start; cosines are divided by it."""
+    final_temperature: float = 0.02
+    spread_cells: float = 0.7
+    """Standard deviation of the distribution about the true cell that the softmax is trained to give."""
+
+
+@dataclass(frozen=True)
+class AppearanceRecipe(Recipe):
+    """Lighting-aware stitching: the appearance net, the zero convolutions and the UNet."""
+
+    stage: ClassVar[str] = "appearance"
+
+    flows: str = "matched"
+    """``true``: warp by the data's correspondence; ``matched``: by the matching net's, which isn't trained here."""
+    f_ref_drop: float = 0.1
+    """Part of the rows that are denoised without ``F_ref``, for guidance (arXiv 2207.12598)."""
+    train_unet: bool = True
+    """Also train the UNet; a base that can draw already may be left as it is."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the pairs come from."""
+
+    pairs: int = 8192
+    """Rendered pairs."""
+    seed: int = 0
+    cache: str = "build/pairs"
+    """Folder for rendered pairs."""
+    pictures: str = ""
+    """A folder with one folder of views an identity, used in place of rendered pairs."""
+
+
+STAGES: dict[str, type[Recipe]] = {recipe.stage: recipe for recipe in (VaeRecipe, MatchingRecipe, AppearanceRecipe)}
+
+
+def load_recipe(path: Path, stage: str, overrides: list[str]) -> tuple[str, Data, Recipe]:
+    """Read a stage's recipe.
+
+    Args:
+        path: a TOML file with ``preset``, the tables ``[data]`` and ``[all]``, and a table for each stage.
+        stage: one of ``STAGES``.
+        overrides: ``key=value`` in TOML, for the stage, or ``data.key=value``.
+
+    Returns:
+        The preset's name, empty where the base decides, the data and the recipe.
+
+    Raises:
+        RecipeError: the file can't be read, or something in it isn't known or isn't of its field's type.
+    """
+    try:
+        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise RecipeError(f"{path}: {error}") from error
+    if unknown := sorted(tables.keys() - {"preset", "data", "all", *STAGES}):
+        raise RecipeError(f"{path}: {unknown[0]} is unknown, expected preset, [data], [all] or [{'], ['.join(STAGES)}]")
+    data, settings = dict(tables.get("data", {})), tables.get("all", {}) | tables.get(stage, {})
+    for text in overrides:
+        try:
+            ((key, value),) = tomllib.loads(text.removeprefix("data.")).items()
+        except (tomllib.TOMLDecodeError, ValueError) as error:
+            raise RecipeError(f"--set {text}: expected key=value in TOML, such as steps=100") from error
+        (data if text.startswith("data.") else settings)[key] = value
+    return tables.get("preset", ""), _build(Data, data, path), _build(STAGES[stage], settings, path)
+
+
+def _build(kind: type[Any], values: dict[str, Any], path: Path) -> Any:
+    known = {field.name: type(field.default) for field in dataclasses.fields(kind)}
+    for key, value in values.items():
+        if key not in known:
+            raise RecipeError(f"{path}: {key} is unknown to {kind.__name__}, expected one of {', '.join(known)}")
+        if known[key] is float and type(value) is int:
+            values[key] = float(value)
+        elif type(value) is not known[key]:
+            raise RecipeError(f"{path}: {key} is {value!r}, expected {known[key].__name__}")
+    if values.get("flows", "true") not in Flows:
+        raise RecipeError(f"{path}: flows is {values['flows']!r}, expected one of {', '.join(Flows)}")
+    return kind(**values)

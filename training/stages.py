@@ -1,0 +1,310 @@
+"""The three things that are trained, each as a loss over a batch of pairs."""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional
+
+from icportrait.masking import HIDDEN_LEVEL
+from icportrait.nn.checkpoint import Checkpoint
+from icportrait.nn.matching import best_match, cost_volume, join_canvas, split_canvas
+from icportrait.sampling import NoiseSchedule
+from training.data import Batch, Source
+from training.grids import flow_colours, picture_grid
+from training.portraits import make_portraits, through_vae, whole_levels
+from training.recipe import AppearanceRecipe, MatchingRecipe, Recipe, RecipeError, VaeRecipe
+
+SAMPLE_STEPS = 10
+_HIDDEN = HIDDEN_LEVEL / 127.5 - 1
+
+
+class Stage(ABC):
+    """What is trained, and the loss that it is trained with."""
+
+    def __init__(self, checkpoint: Checkpoint, source: Source, recipe: Recipe) -> None:
+        self.checkpoint, self.source, self.recipe = checkpoint, source, recipe
+        self.preset = checkpoint.preset
+        for model in (checkpoint.unet, checkpoint.vae, checkpoint.warping_network):
+            model.requires_grad_(False).eval()
+        self.trained = self.modules()
+        self.trained.requires_grad_(True).train()
+        self.device = next(self.trained.parameters()).device
+
+    @abstractmethod
+    def modules(self) -> nn.ModuleDict:
+        """The modules that are trained, by name."""
+
+    @abstractmethod
+    def loss(self, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+        """One batch's losses; ``loss``, the first, is the one that is minimised.
+
+        Args:
+            progress: how much of the run is done, 0..1.
+            generator: on the CPU; everything that is random is drawn from it.
+        """
+
+    @abstractmethod
+    def samples(self) -> Image.Image:
+        """What the checkpoint as it is makes of the source's examples."""
+
+    def finished(self) -> Checkpoint:
+        """The checkpoint as it is saved."""
+        return self.checkpoint
+
+    def draw(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
+        """A batch on the stage's device, and the numbers of its pairs that tell mirrored pairs apart, ``[B]``."""
+        size = self.recipe.batch
+        index = torch.randint(len(self.source), (size,), generator=generator)
+        flip = torch.rand(size, generator=generator) < (0.5 if self.recipe.flip else 0.0)
+        same = torch.rand(size, generator=generator) < self.recipe.same_identity_share
+        batch = self.source.batch(index, flip, same)
+        move: Any = lambda value: [tensor.to(self.device) for tensor in value] if isinstance(value, list) else (  # noqa: E731
+            None if value is None else value.to(self.device)
+        )
+        moved = Batch(*(move(getattr(batch, name)) for name in batch.__dataclass_fields__))
+        return moved, index * 2 + flip
+
+
+class VaeStage(Stage):
+    """The autoencoder: mean absolute error of pixels and a little KL divergence (arXiv 2112.10752, section 3.1)."""
+
+    recipe: VaeRecipe
+
+    def modules(self) -> nn.ModuleDict:
+        return nn.ModuleDict({"vae": self.checkpoint.vae})
+
+    def loss(self, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+        batch, _ = self.draw(generator)
+        kind = torch.randint(3, (self.recipe.batch,), generator=generator).to(self.device)
+        pictures = torch.stack((batch.profile, batch.reference, batch.target), dim=1)
+        pictures = pictures[torch.arange(len(kind), device=self.device), kind]
+        crop, side = self.recipe.crop_px, self.preset.image_size
+        if crop < side:
+            corners = torch.randint(side - crop + 1, (self.recipe.batch, 2), generator=generator).tolist()
+            pictures = torch.stack(
+                [picture[:, y : y + crop, x : x + crop] for picture, (y, x) in zip(pictures, corners, strict=True)]
+            )
+        posterior = self.checkpoint.vae.encode(pictures).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(self.device)
+        restored = self.checkpoint.vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
+        error = (restored - pictures).abs().mean()
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        with torch.no_grad():
+            mse = ((restored.clamp(-1, 1) - pictures) / 2).square().flatten(1).mean(1)
+            psnr = (-10 * mse.log10()).mean()
+        return {"loss": error + self.recipe.kl_weight * kl, "error": error, "kl": kl, "psnr": psnr}
+
+    def samples(self) -> Image.Image:
+        pictures = self.source.examples().target
+        return picture_grid({"picture": whole_levels(pictures), "restored": through_vae(self.checkpoint, pictures)})
+
+    @torch.no_grad()
+    def finished(self) -> Checkpoint:
+        """Latents get mean 0 and deviation 1 in every channel, once they are scaled by the VAE's factor."""
+        generator = torch.Generator().manual_seed(self.recipe.seed)
+        targets = torch.cat([self.draw(generator)[0].target for _ in range(8)])
+        vae = copy.deepcopy(self.checkpoint.vae).eval()
+        latents = vae.encode(targets).latent_dist.mode().float().transpose(0, 1).flatten(1)
+        mean, deviation = latents.mean(1), latents.std(1)
+        self.checkpoint.vae.load_state_dict(_rescaled(vae, mean, deviation).state_dict())
+        return self.checkpoint
+
+
+def _rescaled(vae: AutoencoderKL, mean: Tensor, deviation: Tensor) -> AutoencoderKL:
+    """The same autoencoder with latents (z - mean) / (deviation * scaling factor)."""
+    gain, channels = 1 / (deviation * vae.config.scaling_factor), len(mean)
+    encoder, decoder = vae.quant_conv, vae.post_quant_conv
+    encoder.bias[:channels].sub_(mean).mul_(gain)
+    encoder.weight[:channels].mul_(gain[:, None, None, None])
+    encoder.bias[channels:].add_(2 * gain.log())
+    decoder.bias.add_(decoder.weight[:, :, 0, 0] @ mean)
+    decoder.weight.div_(gain[None, :, None, None])
+    return vae
+
+
+class _CanvasStage(Stage):
+    """A stage that sees canvases: the profile's latent and the hidden reference's."""
+
+    def __init__(self, checkpoint: Checkpoint, source: Source, recipe: Recipe) -> None:
+        super().__init__(checkpoint, source, recipe)
+        self._kept: dict[tuple[str, int], Tensor] = {}
+
+    @torch.no_grad()
+    def encode(self, pictures: Tensor) -> Tensor:
+        """Latents ``[B, C, s, s]`` of pictures ``[B, 3, S, S]`` in -1..1, as ``engine_modules.VaeEncoder`` has them."""
+        config = self.checkpoint.vae.config
+        mean: Tensor = self.checkpoint.vae.encode(pictures).latent_dist.mode().float()
+        return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+
+    def encode_known(self, kind: str, numbers: Tensor, pictures: Tensor) -> Tensor:
+        """As ``encode``, of pictures that come again under the same numbers."""
+        if not self.recipe.keep_latents:
+            return self.encode(pictures)
+        keys = [(kind, number) for number in numbers.tolist()]
+        if new := [row for row, key in enumerate(keys) if key not in self._kept]:
+            for row, latent in zip(new, self.encode(pictures[new]).half(), strict=True):
+                self._kept[keys[row]] = latent.clone()
+        return torch.stack([self._kept[key].float() for key in keys])
+
+    def canvas(self, batch: Batch, numbers: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """The profile's latent ``[B, C, s, s]``, and the canvas with it and the hidden reference."""
+        visibility = self.visibility(len(numbers), generator).to(self.device)
+        factor = self.preset.vae_factor
+        shown = visibility.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+        hidden = torch.where(shown > 0, batch.reference, _HIDDEN)
+        profile = self.encode_known("profile", numbers, batch.profile)
+        return profile, self.checkpoint.warping_network.canvas(profile, self.encode(hidden), visibility)
+
+    def visibility(self, count: int, generator: torch.Generator) -> Tensor:
+        """Masks ``[count, 1, s, s]`` of the same kind as ``masking.reference_visibility``'s."""
+        across = self.preset.image_size // self.preset.mask_patch_px
+        hidden = round(self.recipe.mask_ratio * across**2)
+        order = torch.rand(count, across**2, generator=generator).argsort(1)
+        visible = torch.ones(count, across**2).scatter_(1, order[:, :hidden], 0.0).view(count, 1, across, across)
+        cells = self.preset.mask_patch_px // self.preset.vae_factor
+        return visible.repeat_interleave(cells, 2).repeat_interleave(cells, 3)
+
+
+    def samples(self) -> Image.Image:
+        examples = self.source.examples()
+        known = getattr(self.recipe, "flows", "") == "true"
+        made = make_portraits(
+            self.checkpoint,
+            examples.profile,
+            examples.reference,
+            range(len(examples.profile)),
+            num_inference_steps=SAMPLE_STEPS,
+            known_flows=examples.flows if known else None,
+        )
+        columns = {
+            "profile": whole_levels(examples.profile),
+            "reference": whole_levels(examples.reference),
+            "visible": made.visible,
+            "flow": flow_colours(made.flows[0]),
+            "portrait": made.picture,
+            "target": whole_levels(examples.target),
+        }
+        if examples.flows is not None:
+            columns["true flow"] = flow_colours(examples.flows[0])
+        return picture_grid(columns)
+
+
+class MatchingStage(_CanvasStage):
+    """The matching net, through a softmax over the cost volume, since the argmax that is served has no gradient.
+
+    Where the data has the true correspondence: the cross entropy between the softmax and a Gaussian about the true
+    source cell, over the target cells that the profile shows. Where it has none: the mean absolute difference between
+    the target's latent and the profile's, moved by the softmax, which two views of one person make small only where
+    the same places are found (self-supervision, as by Jabri et al., arXiv 2006.14613, in spirit).
+    """
+
+    recipe: MatchingRecipe
+
+    def modules(self) -> nn.ModuleDict:
+        network = self.checkpoint.warping_network
+        return nn.ModuleDict({"matching_net": network.matching_net, "matching_head": network.matching_head})
+
+    def loss(self, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+        batch, numbers = self.draw(generator)
+        profile, canvas = self.canvas(batch, numbers, generator)
+        costs = [cost_volume(*pair) for pair in self.checkpoint.warping_network.matching_features(canvas)]
+        start, end = self.recipe.temperature, self.recipe.final_temperature
+        temperature = start * (end / start) ** progress
+        if batch.flows is None or batch.visibles is None:
+            target = self.encode_known("target", numbers, batch.target)
+            terms = [_photometric(cost / temperature, profile, target) for cost in costs]
+            return {"loss": torch.stack(terms).mean()}
+        terms, shares = [], []
+        for cost, flow, visible in zip(costs, batch.flows, batch.visibles, strict=True):
+            rows, wanted = cost[visible], flow[visible]
+            side = math.isqrt(cost.shape[-1])
+            truth = functional.softmax(-_squared_distance(wanted, side) / (2 * self.recipe.spread_cells**2), dim=1)
+            terms.append(functional.cross_entropy(rows / temperature, truth))
+            with torch.no_grad():
+                found, _ = best_match(rows)
+                shares.append((_squared_distance(wanted, side).gather(1, found[:, None]) <= 1).float().mean())
+        return {"loss": torch.stack(terms).mean(), "finest": terms[0], "within_one_cell": shares[0]}
+
+
+def _squared_distance(cells: Tensor, side: int) -> Tensor:
+    """From each of N cells y * side + x to every cell: ``[N, side * side]``, in cells."""
+    every = torch.arange(side * side, device=cells.device)
+    dy = torch.div(cells, side, rounding_mode="floor")[:, None] - torch.div(every, side, rounding_mode="floor")
+    dx = cells[:, None] % side - every % side
+    return (dy**2 + dx**2).float()
+
+
+def _photometric(logits: Tensor, profile: Tensor, target: Tensor) -> Tensor:
+    side = math.isqrt(logits.shape[-1])
+    source, wanted = (functional.adaptive_avg_pool2d(latent, side).flatten(2) for latent in (profile, target))
+    moved = source @ logits.softmax(-1).transpose(1, 2)
+    return (moved - wanted).abs().mean()
+
+
+class AppearanceStage(_CanvasStage):
+    """Appearance net, zero convolutions and UNet, by the diffusion loss over the canvas's right half.
+
+    The left half is held as in serving: the profile's latent with its own noise at the row's level. Matches are hard,
+    as they are served, so that nothing is lost when the softmax that matching was trained with goes away.
+    """
+
+    recipe: AppearanceRecipe
+
+    def __init__(self, checkpoint: Checkpoint, source: Source, recipe: Recipe) -> None:
+        super().__init__(checkpoint, source, recipe)
+        self.schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
+        self.alphas_cumprod = torch.tensor(self.schedule.alphas_cumprod, dtype=torch.float32)
+
+    def modules(self) -> nn.ModuleDict:
+        network = self.checkpoint.warping_network
+        modules = nn.ModuleDict({"appearance_net": network.appearance_net, "zero_convs": network.zero_convs})
+        if self.recipe.train_unet:
+            modules["unet"] = self.checkpoint.unet
+        return modules
+
+    def loss(self, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+        batch, numbers = self.draw(generator)
+        profile, canvas = self.canvas(batch, numbers, generator)
+        target = self.encode_known("target", numbers, batch.target)
+        if self.recipe.flows == "true" and batch.flows is None:
+            raise RecipeError('flows is "true", but no correspondence is known for a folder of pictures')
+        network = self.checkpoint.warping_network
+        flows = batch.flows
+        if flows is None or self.recipe.flows == "matched":
+            with torch.no_grad():
+                flows = [best_match(cost_volume(*pair))[0] for pair in network.matching_features(canvas)]
+        f_ref = network.inject(network.appearance_net(canvas, network.prompt_embedding), flows)
+        kept = (torch.rand(len(numbers), generator=generator) >= self.recipe.f_ref_drop).to(self.device)
+        f_ref = [residual * kept.view(-1, 1, 1, 1) for residual in f_ref]
+
+        timestep = torch.randint(len(self.alphas_cumprod), (len(numbers),), generator=generator)
+        signal = self.alphas_cumprod[timestep].sqrt().view(-1, 1, 1, 1).to(self.device)
+        noise_level = (1 - signal**2).sqrt()
+        clean = join_canvas(profile, target)
+        noise = torch.randn(clean.shape, generator=generator).to(self.device)
+        prediction = self.checkpoint.unet(
+            signal * clean + noise_level * noise,
+            timestep.to(self.device),
+            self.checkpoint.prompt_embedding.to(self.device).expand(len(numbers), -1, -1),
+            down_block_additional_residuals=f_ref[:-1],
+            mid_block_additional_residual=f_ref[-1],
+            return_dict=False,
+        )[0].float()
+        wanted = noise if self.schedule.prediction_type == "epsilon" else signal * noise - noise_level * clean
+        _, right = split_canvas((prediction - wanted).square())
+        by_row = right.flatten(1).mean(1)
+        with torch.no_grad():
+            # The error of the clean latent that the prediction stands for, where the noise is strongest.
+            early = kept & (timestep >= len(self.alphas_cumprod) // 2).to(self.device)
+        return {"loss": by_row.mean(), "early": by_row[early].mean() if early.any() else by_row.mean()}
+
+
+STAGE_CLASSES: dict[str, type[Stage]] = {"vae": VaeStage, "matching": MatchingStage, "appearance": AppearanceStage}
