@@ -104,7 +104,7 @@ DEMO_128 = Preset(
     attention_heads=2,
     cross_attention_dim=64,
     prompt_tokens=4,
-    norm_num_groups=8,
+    norm_num_groups=4,
     mask_patch_px=8,
     max_warping_batch=8,
 )

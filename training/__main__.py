@@ -23,6 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--base", type=Path, help="checkpoint to start from, ours or Stable Diffusion 1.5's layout")
     parser.add_argument("--out", type=Path, required=True, help="the run's directory")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    parser.add_argument(
+        "--until", type=int, metavar="STEP", help="stop there; --resume goes on (default: recipe's end)"
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change the recipe; repeatable")
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
@@ -57,7 +60,7 @@ def _train(args: argparse.Namespace, preset: str, data: Data, recipe: Recipe) ->
     trainer = Trainer(STAGE_CLASSES[args.stage](checkpoint, source, recipe), args.out)
     if args.resume:
         trainer.resume()
-    trainer.run()
+    trainer.run(args.until)
 
 
 def _base(directory: Path | None, preset: str, seed: int) -> Checkpoint:

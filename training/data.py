@@ -33,6 +33,15 @@ class Batch:
     visibles: list[Tensor] | None
     """Where the profile shows what the target's cell shows: ``[B, s_L^2]`` bool."""
 
+    def to(self, device: torch.device | str) -> Batch:
+        return Batch(
+            self.profile.to(device),
+            self.reference.to(device),
+            self.target.to(device),
+            None if self.flows is None else [flow.to(device) for flow in self.flows],
+            None if self.visibles is None else [visible.to(device) for visible in self.visibles],
+        )
+
 
 class RenderedPairs:
     """Rendered heads with their true correspondence, in memory."""
@@ -40,9 +49,7 @@ class RenderedPairs:
     def __init__(self, data: Data, preset: Preset, device: torch.device | str = "cpu") -> None:
         """Read the pairs from the cache and render those that it lacks."""
         self.grids = tuple(preset.level_size(level) for level in range(preset.levels))
-        cache = PairCache(
-            Path(data.cache), data.seed, 1.0, preset.image_size, grids=self.grids, device=device
-        )
+        cache = PairCache(Path(data.cache), data.seed, 1.0, preset.image_size, grids=self.grids, device=device)
         shards = [cache.shard(index) for index in tqdm(range(-(-data.pairs // 64)), "pairs", unit="x64")]
         self.pairs = PairSet.cat(shards)[: data.pairs]
         self.held_out = training_batch(
@@ -75,7 +82,8 @@ class RenderedPairs:
             flow, visible = pairs.flow(grid, self.grids)
             flows.append(torch.where(_rows(flip, 2), _mirrored(flow, grid), flow))
             visibles.append(torch.where(_rows(flip, 2), visible.view(-1, grid, grid).flip(2).flatten(1), visible))
-        return Batch(*_flipped((profile, reference, target), flip), flows, visibles)
+        profile, reference, target = _flipped((profile, reference, target), flip)
+        return Batch(profile, reference, target, flows, visibles)
 
 
 class PictureFolder:
@@ -94,7 +102,7 @@ class PictureFolder:
         self.size = preset.image_size
         if not self.pairs:
             raise RecipeError(
-                f"data.pictures: {folder} has no folder with two pictures, expected <identity>/<view>.jpg, .png or .webp"
+                f"data.pictures: {folder} has no folder with two pictures, expected <person>/<view>.jpg, .png or .webp"
             )
 
     def __len__(self) -> int:

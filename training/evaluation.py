@@ -29,8 +29,9 @@ IDENTITY_PARTS = (Part.SKIN, Part.HAIR, Part.IRIS, Part.LIPS)
 LEAST_PIXELS = 8
 """A part of a target with fewer pixels, such as the iris of an eye that is turned away, has no colour to compare."""
 SAMPLES = 8
+_MEASURED_TOGETHER = 32  # one picture's SSIM takes some MB on the way
 FIGURE_TITLES = (
-    f"{'head':^24}{'whole picture':^24}{'delta E of mean colours':^28}",
+    f"{'head':^24}{'whole picture':^24}{'  delta E of mean colours'}",
     f"{'PSNR dB':>9}{'SSIM':>7}{'dE':>8}" * 2 + "".join(f"{part.name.lower():>7}" for part in IDENTITY_PARTS),
 )
 """Two lines above a column of ``figure_row``."""
@@ -204,6 +205,13 @@ def picture_figures(pictures: Tensor, pairs: EvaluationPairs) -> dict[str, Tenso
         pictures: ``[N, 3, S, S]`` uint8.
         pairs: N pairs.
     """
+    starts = range(0, len(pairs), _MEASURED_TOGETHER)
+    chunks = [slice(start, start + _MEASURED_TOGETHER) for start in starts]
+    measured = [_chunk_figures(pictures[chunk], pairs[chunk]) for chunk in chunks]
+    return {name: torch.cat([figures[name] for figures in measured]) for name in measured[0]}
+
+
+def _chunk_figures(pictures: Tensor, pairs: EvaluationPairs) -> dict[str, Tensor]:
     figures = {}
     for region, mask in (("head", pairs.target_head), ("whole", None)):
         figures[f"{region}_psnr_db"] = psnr(pictures, pairs.target, mask)

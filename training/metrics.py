@@ -46,19 +46,16 @@ def ssim_map(pictures: Tensor, truth: Tensor) -> Tensor:
     Returns:
         ``[N, h - 10, w - 10]`` float32: only where the window lies within the picture.
     """
-    offsets = torch.arange(_WINDOW, device=pictures.device) - _WINDOW // 2
-    window = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
-    window = window / window.sum()
-
-    def blur(values: Tensor) -> Tensor:
-        values = values.flatten(0, 1).unsqueeze(1)
-        blurred = functional.conv2d(functional.conv2d(values, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
-        return blurred.view(-1, 3, *blurred.shape[2:])
-
     x, y = pictures.float(), truth.float()
-    mean_x, mean_y = blur(x), blur(y)
-    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
-    covariance = blur(x * y) - mean_x * mean_y
+    values = torch.cat((x, y, x * x, y * y, x * y), dim=1)
+    offsets = torch.arange(_WINDOW, device=x.device) - _WINDOW // 2
+    window = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
+    # The window is a product of a column and a row; a group for each channel, as torch is slow with single channels.
+    column = (window / window.sum()).view(1, 1, -1, 1).expand(values.shape[1], -1, -1, -1)
+    values = functional.conv2d(values, column, groups=values.shape[1])
+    values = functional.conv2d(values, column.transpose(2, 3), groups=values.shape[1])
+    mean_x, mean_y, mean_xx, mean_yy, mean_xy = values.chunk(5, dim=1)
+    variance_x, variance_y, covariance = mean_xx - mean_x**2, mean_yy - mean_y**2, mean_xy - mean_x * mean_y
     similarity = (2 * mean_x * mean_y + _C1) * (2 * covariance + _C2)
     similarity = similarity / ((mean_x**2 + mean_y**2 + _C1) * (variance_x + variance_y + _C2))
     return similarity.mean(dim=1)
@@ -66,8 +63,7 @@ def ssim_map(pictures: Tensor, truth: Tensor) -> Tensor:
 
 def colour_error(pictures: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
     """Mean colour difference of pixels: delta E of CIE 1976, of which about 2 can just be seen."""
-    difference = (lab(pictures.movedim(1, -1)) - lab(truth.movedim(1, -1))).norm(dim=-1)
-    return masked_mean(difference, mask)
+    return masked_mean(_delta_e(pictures.movedim(1, -1), truth.movedim(1, -1)), mask)
 
 
 def mean_colour_error(pictures: Tensor, truth: Tensor, mask: Tensor, least_pixels: int) -> Tensor:
@@ -80,8 +76,7 @@ def mean_colour_error(pictures: Tensor, truth: Tensor, mask: Tensor, least_pixel
         torch.stack([masked_mean(channel, mask) for channel in picture.float().unbind(1)], dim=-1)
         for picture in (pictures, truth)
     ]
-    difference = (lab(means[0]) - lab(means[1])).norm(dim=-1)
-    return torch.where(mask.sum(dim=(1, 2)) >= least_pixels, difference, torch.nan)
+    return torch.where(mask.sum(dim=(1, 2)) >= least_pixels, _delta_e(*means), torch.nan)
 
 
 def lab(colours: Tensor) -> Tensor:
@@ -92,6 +87,11 @@ def lab(colours: Tensor) -> Tensor:
     xyz = linear @ (to_xyz / to_xyz.sum(dim=1, keepdim=True)).T  # relative to white, which is (1, 1, 1) in linear sRGB
     x, y, z = torch.where(xyz > (6 / 29) ** 3, xyz.clamp(min=0) ** (1 / 3), xyz * 841 / 108 + 4 / 29).unbind(-1)
     return torch.stack((116 * y - 16, 500 * (x - y), 200 * (y - z)), dim=-1)
+
+
+def _delta_e(colours: Tensor, others: Tensor) -> Tensor:
+    """Distance in CIE L*a*b* of sRGB colours ``[..., 3]``: ``[...]``."""
+    return (lab(colours) - lab(others)).square().sum(dim=-1).sqrt()
 
 
 def end_point_error(flow: Tensor, truth: Tensor, grid: int) -> Tensor:

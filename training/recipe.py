@@ -72,6 +72,8 @@ class MatchingRecipe(Recipe):
     final_temperature: float = 0.02
     spread_cells: float = 0.7
     """Standard deviation of the distribution about the true cell that the softmax is trained to give."""
+    unseen_weight: float = 0.25
+    """Of the loss at target cells whose place the profile doesn't show; 1 at those that it shows."""
 
 
 @dataclass(frozen=True)

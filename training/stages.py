@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
 
 import torch
 from diffusers import AutoencoderKL
@@ -66,11 +65,7 @@ class Stage(ABC):
         flip = torch.rand(size, generator=generator) < (0.5 if self.recipe.flip else 0.0)
         same = torch.rand(size, generator=generator) < self.recipe.same_identity_share
         batch = self.source.batch(index, flip, same)
-        move: Any = lambda value: [tensor.to(self.device) for tensor in value] if isinstance(value, list) else (  # noqa: E731
-            None if value is None else value.to(self.device)
-        )
-        moved = Batch(*(move(getattr(batch, name)) for name in batch.__dataclass_fields__))
-        return moved, index * 2 + flip
+        return batch.to(self.device), index * 2 + flip
 
 
 class VaeStage(Stage):
@@ -141,8 +136,9 @@ class _CanvasStage(Stage):
     def encode(self, pictures: Tensor) -> Tensor:
         """Latents ``[B, C, s, s]`` of pictures ``[B, 3, S, S]`` in -1..1, as ``engine_modules.VaeEncoder`` has them."""
         config = self.checkpoint.vae.config
-        mean: Tensor = self.checkpoint.vae.encode(pictures).latent_dist.mode().float()
-        return (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+        mean = self.checkpoint.vae.encode(pictures).latent_dist.mode().float()
+        latent: Tensor = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
+        return latent
 
     def encode_known(self, kind: str, numbers: Tensor, pictures: Tensor) -> Tensor:
         """As ``encode``, of pictures that come again under the same numbers."""
@@ -172,7 +168,6 @@ class _CanvasStage(Stage):
         cells = self.preset.mask_patch_px // self.preset.vae_factor
         return visible.repeat_interleave(cells, 2).repeat_interleave(cells, 3)
 
-
     def samples(self) -> Image.Image:
         examples = self.source.examples()
         known = getattr(self.recipe, "flows", "") == "true"
@@ -201,9 +196,12 @@ class MatchingStage(_CanvasStage):
     """The matching net, through a softmax over the cost volume, since the argmax that is served has no gradient.
 
     Where the data has the true correspondence: the cross entropy between the softmax and a Gaussian about the true
-    source cell, over the target cells that the profile shows. Where it has none: the mean absolute difference between
-    the target's latent and the profile's, moved by the softmax, which two views of one person make small only where
-    the same places are found (self-supervision, as by Jabri et al., arXiv 2006.14613, in spirit).
+    source cell. Target cells without a head have cell 0 for theirs, so that what is warped tells the UNet where the
+    head is; what the profile doesn't show of the head has the nearest place that it does.
+
+    Where the data has none, self-supervision (as in arXiv 1806.09594): the mean absolute difference between the
+    target's latent and the profile's, moved by the softmax, which two views of one person make small only where the
+    same places are found.
     """
 
     recipe: MatchingRecipe
@@ -224,22 +222,24 @@ class MatchingStage(_CanvasStage):
             return {"loss": torch.stack(terms).mean()}
         terms, shares = [], []
         for cost, flow, visible in zip(costs, batch.flows, batch.visibles, strict=True):
-            rows, wanted = cost[visible], flow[visible]
-            side = math.isqrt(cost.shape[-1])
-            truth = functional.softmax(-_squared_distance(wanted, side) / (2 * self.recipe.spread_cells**2), dim=1)
-            terms.append(functional.cross_entropy(rows / temperature, truth))
+            squared_distance = _squared_distances(math.isqrt(cost.shape[-1]), cost.device)
+            truth = functional.softmax(-squared_distance / (2 * self.recipe.spread_cells**2), dim=1)[flow]
+            by_cell = functional.cross_entropy(
+                (cost / temperature).transpose(1, 2), truth.transpose(1, 2), reduction="none"
+            )
+            weight = torch.where(visible, 1.0, self.recipe.unseen_weight)
+            terms.append((by_cell * weight).sum() / weight.sum())
             with torch.no_grad():
-                found, _ = best_match(rows)
-                shares.append((_squared_distance(wanted, side).gather(1, found[:, None]) <= 1).float().mean())
+                found, _ = best_match(cost)
+                shares.append((squared_distance[flow, found][visible] <= 1).float().mean())
         return {"loss": torch.stack(terms).mean(), "finest": terms[0], "within_one_cell": shares[0]}
 
 
-def _squared_distance(cells: Tensor, side: int) -> Tensor:
-    """From each of N cells y * side + x to every cell: ``[N, side * side]``, in cells."""
-    every = torch.arange(side * side, device=cells.device)
-    dy = torch.div(cells, side, rounding_mode="floor")[:, None] - torch.div(every, side, rounding_mode="floor")
-    dx = cells[:, None] % side - every % side
-    return (dy**2 + dx**2).float()
+def _squared_distances(side: int, device: torch.device) -> Tensor:
+    """Between all cells y * side + x of a square grid: ``[side * side, side * side]`` float32, in cells."""
+    cells = torch.arange(side * side, device=device)
+    y, x = torch.div(cells, side, rounding_mode="floor"), cells % side
+    return ((y[:, None] - y) ** 2 + (x[:, None] - x) ** 2).float()
 
 
 def _photometric(logits: Tensor, profile: Tensor, target: Tensor) -> Tensor:

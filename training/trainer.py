@@ -45,7 +45,7 @@ class Trainer:
         self.stage, self.recipe, self.directory = stage, stage.recipe, Path(directory)
         self.step, self.seconds = 0, 0.0
         recipe = self.recipe
-        modules = stage.trained.to(memory_format=torch.channels_last)
+        modules = stage.trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.mean = AveragedModel(modules, multi_avg_fn=_running_mean(recipe.ema_decay))
         parameters = [parameter for parameter in modules.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(
@@ -213,4 +213,3 @@ def _plot(losses: list[dict[str, float]], path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path, dpi=80)
     pyplot.close(figure)
-

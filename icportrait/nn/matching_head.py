@@ -1,4 +1,4 @@
-"""What the matching net's features need before they are compared: coarse levels' knowledge at fine levels' precision."""
+"""The last step before features are compared: what coarse levels know, at the precision of fine levels."""
 
 from __future__ import annotations
 
@@ -35,11 +35,13 @@ class MatchingHead(nn.Module):
     def reset(self) -> None:
         """Start as a projection that keeps cosines nearly, so that a trained base's features match as they are."""
         generator = torch.Generator().manual_seed(0)
-        for lateral, smooth in zip(self.laterals, self.smooths, strict=True):
-            lateral.weight.normal_(0, lateral.out_channels**-0.5, generator=generator)
-            nn.init.dirac_(smooth.weight)
-            lateral.bias.zero_()
-            smooth.bias.zero_()
+        for conv in (*self.laterals, *self.smooths):
+            assert isinstance(conv, nn.Conv2d) and conv.bias is not None
+            if conv.kernel_size == (1, 1):
+                conv.weight.normal_(0, conv.out_channels**-0.5, generator=generator)
+            else:
+                nn.init.dirac_(conv.weight)
+            conv.bias.zero_()
 
     def forward(self, features: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
         """Mix the levels.
@@ -51,16 +53,14 @@ class MatchingHead(nn.Module):
             As many, with the same number of channels each.
         """
         mixed: list[tuple[Tensor, Tensor]] = []
-        below: tuple[Tensor, ...] = ()
-        for lateral, smooth, halves in zip(
-            reversed(self.laterals), reversed(self.smooths), reversed(features), strict=True
-        ):
-            own = [lateral(half) for half in halves]
+        below: list[Tensor] = []
+        for level in reversed(range(len(features))):
+            own: list[Tensor] = [self.laterals[level](half) for half in features[level]]
             if below:
                 own = [half + _doubled(coarse) for half, coarse in zip(own, below, strict=True)]
-            below = tuple(own)
-            source, target = (smooth(half) for half in own)
+            source, target = (self.smooths[level](half) for half in own)
             mixed.insert(0, (source, target))
+            below = own
         return mixed
 
 
