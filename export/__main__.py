@@ -94,7 +94,10 @@ def export_checkpoint(
         contract_hash=contract_hash(checkpoint.preset, precision),
         engines=engines,
         scheduler_config=checkpoint.scheduler_config,
-        guidance_scale=checkpoint.guidance_scale,
+        defaults={
+            "guidance_scale": checkpoint.guidance_scale,
+            "num_inference_steps": checkpoint.num_inference_steps,
+        },
         source=source,
         versions={
             "torch": torch.__version__,

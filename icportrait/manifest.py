@@ -35,7 +35,8 @@ class Manifest:
     contract_hash: str
     engines: dict[str, EngineFile]
     scheduler_config: dict[str, Any]
-    guidance_scale: float
+    defaults: dict[str, Any]
+    """What the checkpoint chooses where a request doesn't say: ``guidance_scale`` and ``num_inference_steps``."""
     source: dict[str, Any]
     """``{"checkpoint": path}`` or ``{"random_weights": seed}``."""
     versions: dict[str, str]

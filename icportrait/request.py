@@ -73,7 +73,7 @@ INPUTS = (
     RequestInput("reference", DType.BYTES, required=True),
     RequestInput("seed", DType.INT64, minimum=0, maximum=MAX_SEED),
     RequestInput("num_portraits", DType.INT32, default=1, minimum=1, maximum=8),
-    RequestInput("num_inference_steps", DType.INT32, default=20, minimum=1, maximum=150),
+    RequestInput("num_inference_steps", DType.INT32, minimum=1, maximum=150),
     RequestInput("guidance_scale", DType.FLOAT32, minimum=1.0, maximum=20.0),
     RequestInput("mask_ratio", DType.FLOAT32, default=0.8, minimum=0.0, maximum=0.98),
     RequestInput("scheduler", DType.BYTES, default="dpmpp_2m", choices=SCHEDULERS),
@@ -116,12 +116,12 @@ class PortraitRequest:
         return cls(**fields)
 
 
-def parse_request(tensors: Mapping[str, Array], default_guidance: float) -> tuple[PortraitRequest, bytes, bytes]:
+def parse_request(tensors: Mapping[str, Array], defaults: Mapping[str, Any]) -> tuple[PortraitRequest, bytes, bytes]:
     """Check the public inputs and fill in what is absent.
 
     Args:
         tensors: the request's tensors by name.
-        default_guidance: the checkpoint's guidance scale.
+        defaults: by input, the checkpoint's own: ``Manifest.defaults``.
 
     Returns:
         The request, the profile's bytes and the reference's bytes (base64 text where the encoding says so).
@@ -139,11 +139,9 @@ def parse_request(tensors: Mapping[str, Array], default_guidance: float) -> tupl
         elif field.required:
             raise InvalidRequest(f"{name}: missing, expected the bytes of a JPEG, PNG or WebP picture")
         else:
-            values[name] = field.default
+            values[name] = defaults.get(name, field.default)
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**31)
-    if values["guidance_scale"] is None:
-        values["guidance_scale"] = default_guidance
     profile, reference = values.pop("profile"), values.pop("reference")
     return PortraitRequest(**values), profile, reference
 

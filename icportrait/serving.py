@@ -39,7 +39,7 @@ class FrontStage:
     """The public inputs to the ensemble's: everything that can be refused without looking into the pictures."""
 
     def __init__(self, manifest: Manifest, policy: ServingPolicy) -> None:
-        self._default_guidance = manifest.guidance_scale
+        self._defaults = manifest.defaults
         self._schedule = NoiseSchedule.from_config(manifest.scheduler_config)
         self._slots = min(policy.slots, manifest.preset.max_unet_batch)
 
@@ -50,7 +50,7 @@ class FrontStage:
             InvalidRequest: an input is missing, unknown, too large or out of range, or the checkpoint's schedule or
                 the server's slots can't hold the request.
         """
-        request, profile, reference = parse_request(tensors, self._default_guidance)
+        request, profile, reference = parse_request(tensors, self._defaults)
         for name, data in (("profile", profile), ("reference", reference)):
             # Base64 with its line ends is less than twice the file; the exact check comes when it is decoded.
             check_file_bytes(len(data) if request.encoding == "binary" else (len(data) + 1) // 2, name)

@@ -15,6 +15,9 @@ from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.repository import assemble
 from icportrait.server import Ports, TritonServer
+from tests.tiny import TINY
+from training.data import RenderedPairs
+from training.recipe import Data
 
 # torch's exporter writes a record with a stack trace for every operation; pytest would format and keep them all.
 logging.getLogger("torch.__trace").propagate = False
@@ -50,6 +53,21 @@ def pictures() -> dict[str, bytes]:
         "profile": (EXAMPLES / "hopper.jpg").read_bytes(),
         "reference": (EXAMPLES / "astronaut.jpg").read_bytes(),
     }
+
+
+@pytest.fixture(scope="session")
+def pair_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where 64 tiny rendered pairs are kept, once something has asked for them."""
+    return tmp_path_factory.mktemp("pairs")
+
+
+@pytest.fixture(scope="session")
+def tiny_pairs(pair_cache: Path) -> RenderedPairs:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pairs = RenderedPairs(Data(pairs=64, cache=str(pair_cache)), TINY)
+    torch.set_num_threads(before)
+    return pairs
 
 
 @pytest.fixture

@@ -43,7 +43,7 @@ def write_trivial_export(directory: Path, preset: Preset, precision: str = "fp32
         contract_hash=contract_hash(preset, precision),
         engines=engines,
         scheduler_config=SD15_SCHEDULER,
-        guidance_scale=1.0,
+        defaults={"guidance_scale": 1.0, "num_inference_steps": 20},
         source={"random_weights": 0},
         versions={},
     )

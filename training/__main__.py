@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         preset, data, recipe = load_recipe(args.recipe, args.stage, args.set)
         _train(args, preset, data, recipe)
-    except IcPortraitError as error:
+    except (IcPortraitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

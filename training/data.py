@@ -125,7 +125,7 @@ class PictureFolder:
         with Image.open(path) as picture:
             upright = ImageOps.exif_transpose(picture).convert("RGB")
         square = ImageOps.fit(upright, (self.size, self.size), Image.Resampling.LANCZOS)
-        return torch.from_numpy(np.asarray(square)).permute(2, 0, 1).float() / 127.5 - 1
+        return torch.from_numpy(np.array(square)).permute(2, 0, 1).float() / 127.5 - 1
 
 
 Source = RenderedPairs | PictureFolder
@@ -145,6 +145,7 @@ def _flipped(pictures: Sequence[Tensor], flip: Tensor) -> list[Tensor]:
 
 
 def _mirrored(flow: Tensor, grid: int) -> Tensor:
-    """The flow between the mirrored pictures."""
+    """The flow between the mirrored pictures. Cells without a head keep the 0 that says so."""
     y, x = torch.div(flow, grid, rounding_mode="floor"), flow % grid
-    return (y * grid + grid - 1 - x).view(-1, grid, grid).flip(2).flatten(1)
+    moved = torch.where(flow == 0, 0, y * grid + grid - 1 - x)
+    return moved.view(-1, grid, grid).flip(2).flatten(1)

@@ -11,16 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icportrait.errors import CheckpointError, IcPortraitError, InvalidRequest, RuntimeNotAvailable
-from icportrait.request import INPUTS
 
 if TYPE_CHECKING:
     from icportrait.nn import Checkpoint
     from training.evaluation_pairs import EvaluationPairs
 
 DEFAULT_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "demo-128"
-DEFAULT_STEPS: int = next(field.default for field in INPUTS if field.name == "num_inference_steps")
 PAIRS, SWEEP_PAIRS = 200, 24
-SWEEP_STEPS = (4, 8, 12, 20, 30)
+SWEEP_STEPS = (2, 4, 6, 10, 20)
 SWEEP_GUIDANCE = (1.0, 1.5, 2.0, 3.0)
 _RENDERED_TOGETHER = 8
 
@@ -91,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
         help="of the pairs, what is hidden, and noise (default: 0; with --sweep 1, so that settings aren't chosen on "
         "the pairs that they are measured on)",
     )
-    parser.add_argument("--steps", type=positive_int, metavar="N", default=DEFAULT_STEPS, help="default: %(default)s")
+    parser.add_argument("--steps", type=positive_int, metavar="N", help="default: the checkpoint's")
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="1 or more (default: the checkpoint's)")
     parser.add_argument("--batch", type=positive_int, metavar="N", default=16, help="default: %(default)s")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
@@ -147,6 +145,7 @@ def _run(args: argparse.Namespace) -> None:
     from training.grids import picture_grid
 
     checkpoint = load_checkpoint(args.checkpoint)
+    args.steps = args.steps or checkpoint.num_inference_steps
     for steps in SWEEP_STEPS if args.sweep else (args.steps,):
         NoiseSchedule.from_config(checkpoint.scheduler_config).plan("dpmpp_2m", steps)
     if args.device == "cuda" and not torch.cuda.is_available():

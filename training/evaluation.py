@@ -95,7 +95,7 @@ def evaluate(
     checkpoint: Checkpoint,
     pairs: EvaluationPairs,
     *,
-    num_inference_steps: int = 20,
+    num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     seed: int = 0,
     batch_size: int = 16,
@@ -106,7 +106,7 @@ def evaluate(
     Args:
         checkpoint: what to evaluate; it runs where its models are.
         pairs: see ``evaluation_pairs``.
-        num_inference_steps: UNet calls per portrait.
+        num_inference_steps: UNet calls per portrait; None takes the checkpoint's.
         guidance_scale: weight of the conditioning; None takes the checkpoint's.
         seed: pair i is hidden and sampled with ``seed + i``.
         batch_size: portraits that are made together.
@@ -118,6 +118,7 @@ def evaluate(
         ValueError: the pairs aren't of the checkpoint's size.
     """
     guidance_scale = checkpoint.guidance_scale if guidance_scale is None else guidance_scale
+    num_inference_steps = num_inference_steps or checkpoint.num_inference_steps
     levels = grids(checkpoint.preset)
     portraits = make_portraits(
         checkpoint,

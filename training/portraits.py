@@ -45,7 +45,7 @@ def make_portraits(
     reference: Tensor,
     seeds: Sequence[int],
     *,
-    num_inference_steps: int = 20,
+    num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     mask_ratio: float = 0.8,
     scheduler: str = "dpmpp_2m",
@@ -60,7 +60,7 @@ def make_portraits(
         profile: ``[N, 3, S, S]``, uint8 or floating point in -1..1, on any device.
         reference: like ``profile``, not hidden yet.
         seeds: N seeds; each decides what of its reference is hidden, and the noise.
-        num_inference_steps: UNet calls per portrait, or twice as many under guidance.
+        num_inference_steps: UNet calls per portrait, or twice as many under guidance; None takes the checkpoint's.
         guidance_scale: weight of the conditioning; None takes the checkpoint's, 1 does without guidance.
         mask_ratio: share of the references that is hidden.
         scheduler: one of ``sampling.SCHEDULERS``.
@@ -78,7 +78,9 @@ def make_portraits(
         if tuple(pictures.shape) != expected:
             raise ValueError(f"{name}: {list(pictures.shape)}, expected {list(expected)}: one picture for each seed")
     guidance_scale = checkpoint.guidance_scale if guidance_scale is None else guidance_scale
-    plan = NoiseSchedule.from_config(checkpoint.scheduler_config).plan(scheduler, num_inference_steps)
+    plan = NoiseSchedule.from_config(checkpoint.scheduler_config).plan(
+        scheduler, num_inference_steps or checkpoint.num_inference_steps
+    )
     profile, reference = whole_levels(profile), whole_levels(reference)
     batches = []
     with _modules(checkpoint) as modules:

@@ -72,8 +72,8 @@ class MatchingRecipe(Recipe):
     final_temperature: float = 0.02
     spread_cells: float = 0.7
     """Standard deviation of the distribution about the true cell that the softmax is trained to give."""
-    unseen_weight: float = 0.25
-    """Of the loss at target cells whose place the profile doesn't show; 1 at those that it shows."""
+    unseen_share: float = 0.1
+    """Part of the target cells whose place the profile doesn't show that are trained on, drawn anew every step."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +84,9 @@ class AppearanceRecipe(Recipe):
 
     flows: str = "matched"
     """``true``: warp by the data's correspondence; ``matched``: by the matching net's, which isn't trained here."""
+    noise_bias: float = 2.0
+    """Timesteps are drawn as T (1 - u^bias), u uniform: above 1, strong noise comes more often. What a portrait shows is
+    decided there, and few steps are taken elsewhere."""
     f_ref_drop: float = 0.1
     """Part of the rows that are denoised without ``F_ref``, for guidance (arXiv 2207.12598)."""
     train_unet: bool = True
@@ -126,6 +129,9 @@ def load_recipe(path: Path, stage: str, overrides: list[str]) -> tuple[str, Data
         raise RecipeError(f"{path}: {error}") from error
     if unknown := sorted(tables.keys() - {"preset", "data", "all", *STAGES}):
         raise RecipeError(f"{path}: {unknown[0]} is unknown, expected preset, [data], [all] or [{'], ['.join(STAGES)}]")
+    for name in ("data", "all", *STAGES):
+        if not isinstance(tables.get(name, {}), dict):
+            raise RecipeError(f"{path}: {name} is {tables[name]!r}, expected a table [{name}]")
     data, settings = dict(tables.get("data", {})), tables.get("all", {}) | tables.get(stage, {})
     for text in overrides:
         try:

@@ -145,9 +145,10 @@ class _CanvasStage(Stage):
         if not self.recipe.keep_latents:
             return self.encode(pictures)
         keys = [(kind, number) for number in numbers.tolist()]
-        if new := [row for row, key in enumerate(keys) if key not in self._kept]:
-            for row, latent in zip(new, self.encode(pictures[new]).half(), strict=True):
-                self._kept[keys[row]] = latent.clone()
+        for row, key in enumerate(keys):
+            if key not in self._kept:
+                # By itself: its last bits depend on its neighbours, and a resumed run meets it among others.
+                self._kept[key] = self.encode(pictures[row : row + 1])[0].half()
         return torch.stack([self._kept[key].float() for key in keys])
 
     def canvas(self, batch: Batch, numbers: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -158,6 +159,12 @@ class _CanvasStage(Stage):
         hidden = torch.where(shown > 0, batch.reference, _HIDDEN)
         profile = self.encode_known("profile", numbers, batch.profile)
         return profile, self.checkpoint.warping_network.canvas(profile, self.encode(hidden), visibility)
+
+    def costs(self, canvas: Tensor) -> list[Tensor]:
+        """The cost volumes ``[B, s_L^2, s_L^2]``, finest level first."""
+        halves = self.checkpoint.warping_network.matching_features(canvas)
+        with torch.autocast(self.device.type, enabled=False):  # bfloat16 can't tell neighbouring cells apart
+            return [cost_volume(source, target) for source, target in halves]
 
     def visibility(self, count: int, generator: torch.Generator) -> Tensor:
         """Masks ``[count, 1, s, s]`` of the same kind as ``masking.reference_visibility``'s."""
@@ -213,7 +220,7 @@ class MatchingStage(_CanvasStage):
     def loss(self, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
         batch, numbers = self.draw(generator)
         profile, canvas = self.canvas(batch, numbers, generator)
-        costs = [cost_volume(*pair) for pair in self.checkpoint.warping_network.matching_features(canvas)]
+        costs = self.costs(canvas)
         start, end = self.recipe.temperature, self.recipe.final_temperature
         temperature = start * (end / start) ** progress
         if batch.flows is None or batch.visibles is None:
@@ -222,16 +229,15 @@ class MatchingStage(_CanvasStage):
             return {"loss": torch.stack(terms).mean()}
         terms, shares = [], []
         for cost, flow, visible in zip(costs, batch.flows, batch.visibles, strict=True):
-            squared_distance = _squared_distances(math.isqrt(cost.shape[-1]), cost.device)
-            truth = functional.softmax(-squared_distance / (2 * self.recipe.spread_cells**2), dim=1)[flow]
-            by_cell = functional.cross_entropy(
-                (cost / temperature).transpose(1, 2), truth.transpose(1, 2), reduction="none"
-            )
-            weight = torch.where(visible, 1.0, self.recipe.unseen_weight)
-            terms.append((by_cell * weight).sum() / weight.sum())
+            squared_distances = _squared_distances(math.isqrt(cost.shape[-1]), cost.device)
+            drawn = torch.rand(flow.shape, generator=generator).to(self.device) < self.recipe.unseen_share
+            taken = visible | drawn
+            rows, wanted = cost[taken], squared_distances[flow[taken]]
+            truth = functional.softmax(-wanted / (2 * self.recipe.spread_cells**2), dim=1)
+            terms.append(functional.cross_entropy(rows / temperature, truth))
             with torch.no_grad():
-                found, _ = best_match(cost)
-                shares.append((squared_distance[flow, found][visible] <= 1).float().mean())
+                found, _ = best_match(rows)
+                shares.append((wanted.gather(1, found[:, None])[visible[taken]] <= 1).float().mean())
         return {"loss": torch.stack(terms).mean(), "finest": terms[0], "within_one_cell": shares[0]}
 
 
@@ -280,12 +286,17 @@ class AppearanceStage(_CanvasStage):
         flows = batch.flows
         if flows is None or self.recipe.flows == "matched":
             with torch.no_grad():
-                flows = [best_match(cost_volume(*pair))[0] for pair in network.matching_features(canvas)]
+                flows = [best_match(costs)[0] for costs in self.costs(canvas)]
         f_ref = network.inject(network.appearance_net(canvas, network.prompt_embedding), flows)
         kept = (torch.rand(len(numbers), generator=generator) >= self.recipe.f_ref_drop).to(self.device)
         f_ref = [residual * kept.view(-1, 1, 1, 1) for residual in f_ref]
 
-        timestep = torch.randint(len(self.alphas_cumprod), (len(numbers),), generator=generator)
+        uniform = torch.rand(len(numbers), generator=generator)
+        timestep = (
+            ((1 - uniform**self.recipe.noise_bias) * len(self.alphas_cumprod))
+            .long()
+            .clamp(max=len(self.alphas_cumprod) - 1)
+        )
         signal = self.alphas_cumprod[timestep].sqrt().view(-1, 1, 1, 1).to(self.device)
         noise_level = (1 - signal**2).sqrt()
         clean = join_canvas(profile, target)

@@ -84,8 +84,8 @@ class Trainer:
         values = {name: float(value.detach()) for name, value in losses.items()}
         if not math.isfinite(values["loss"]):
             raise TrainingError(
-                f"{self.directory}: the loss is {values['loss']} at step {self.step}; resume from the last saved step "
-                "with a lower learning_rate"
+                f"{self.directory}: the loss is {values['loss']} at step {self.step}; start again with a lower "
+                "learning_rate"
             )
         self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()  # type: ignore[no-untyped-call]

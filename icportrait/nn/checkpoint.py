@@ -2,7 +2,8 @@
 
 On disk it is a diffusers pipeline directory plus the constant prompt:
 
-    model_index.json                components, preset, image_size, mask_patch_px, guidance_scale
+    model_index.json                components, preset, image_size, mask_patch_px, guidance_scale,
+                                    num_inference_steps
     unet/  vae/  warping_network/   config.json, diffusion_pytorch_model.safetensors
     scheduler/                      scheduler_config.json
     prompt_embedding.safetensors    prompt_embedding [1, tokens, cross_attention_dim]
@@ -53,6 +54,8 @@ class Checkpoint:
     """diffusers' ``scheduler_config.json``; ``sampling.NoiseSchedule`` reads it."""
     guidance_scale: float = 1.0
     """What is used where a request doesn't say; above 1 only for checkpoints trained with ``F_ref`` dropped."""
+    num_inference_steps: int = 20
+    """Likewise."""
 
 
 def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
@@ -72,6 +75,7 @@ def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
         "image_size": preset.image_size,
         "mask_patch_px": preset.mask_patch_px,
         "guidance_scale": checkpoint.guidance_scale,
+        "num_inference_steps": checkpoint.num_inference_steps,
         "scheduler": ["diffusers", checkpoint.scheduler_config.get("_class_name", "DDIMScheduler")],
     }
     for name, (library, model_class) in MODEL_CLASSES.items():
@@ -117,7 +121,8 @@ def load_checkpoint(directory: Path) -> Checkpoint:
         raise CheckpointError(
             f"{directory / 'warping_network'}: was built with another prompt than prompt_embedding.safetensors"
         )
-    return Checkpoint(preset, unet, vae, network, prompt_embedding, scheduler_config, fields["guidance_scale"])
+    defaults = {name: fields[name] for name in ("guidance_scale", "num_inference_steps")}
+    return Checkpoint(preset, unet, vae, network, prompt_embedding, scheduler_config, **defaults)
 
 
 def read_index(directory: Path) -> dict[str, Any]:
@@ -178,15 +183,15 @@ def read_scheduler_config(directory: Path, **changes: Any) -> dict[str, Any]:
 
 def _fields(path: Path, index: dict[str, Any]) -> dict[str, Any]:
     """Our own entries of ``model_index.json``, checked."""
-    fields = {"guidance_scale": 1.0} | index
+    fields = {"guidance_scale": 1.0, "num_inference_steps": 20} | index
     if fields.get("preset") not in (*PRESETS, "custom"):
         raise CheckpointError(
             f"{path}: preset is {fields.get('preset')!r}, expected one of {', '.join(PRESETS)} or custom"
         )
-    for name in ("image_size", "mask_patch_px"):
+    for name, unit in (("image_size", "pixels"), ("mask_patch_px", "pixels"), ("num_inference_steps", "UNet calls")):
         value = fields.get(name)
         if type(value) is not int or value <= 0:
-            raise CheckpointError(f"{path}: {name} is {value!r}, expected pixels, an integer above 0")
+            raise CheckpointError(f"{path}: {name} is {value!r}, expected {unit}, an integer above 0")
     scale = fields["guidance_scale"]
     if type(scale) not in (int, float) or not math.isfinite(scale) or scale < 1:
         raise CheckpointError(f"{path}: guidance_scale is {scale!r}, expected a number of at least 1")

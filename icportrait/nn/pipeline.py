@@ -45,7 +45,7 @@ class ReferencePipeline:
     def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
         """Move the checkpoint's models to ``device``."""
         self.preset = checkpoint.preset
-        self.guidance_scale = checkpoint.guidance_scale
+        self.guidance_scale, self.num_inference_steps = checkpoint.guidance_scale, checkpoint.num_inference_steps
         self.spec = engine_specs(self.preset)["vae_encoder"]
         self.schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
         self.modules = {name: module.to(device) for name, module in engine_modules(checkpoint).items()}
@@ -59,7 +59,7 @@ class ReferencePipeline:
         *,
         seed: int,
         num_portraits: int = 1,
-        num_inference_steps: int = 20,
+        num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
         mask_ratio: float = 0.8,
         scheduler: str = "dpmpp_2m",
@@ -71,7 +71,7 @@ class ReferencePipeline:
             reference_pixels: [S, S, 3] uint8, not hidden yet.
             seed: decides what is hidden, and the noise; portrait i draws its noise from ``seed + i``.
             num_portraits: how many portraits to make.
-            num_inference_steps: UNet calls per portrait.
+            num_inference_steps: UNet calls per portrait; None takes the checkpoint's.
             guidance_scale: weight of the conditioning; None takes the checkpoint's, 1 does without guidance.
             mask_ratio: share of the reference that is hidden.
             scheduler: one of ``sampling.SCHEDULERS``.
@@ -82,7 +82,7 @@ class ReferencePipeline:
         for pixels in (profile_pixels, reference_pixels):
             self.spec.check_inputs({"pixels": pixels[np.newaxis]})
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        plan = self.schedule.plan(scheduler, num_inference_steps)
+        plan = self.schedule.plan(scheduler, num_inference_steps or self.num_inference_steps)
 
         visibility = reference_visibility(self.preset, mask_ratio, seed)
         visible_pixels = hide(reference_pixels, visibility)

@@ -201,7 +201,7 @@ def test_random_weights_leave_nothing_unset() -> None:
 
 
 def test_round_trip(saved: Path) -> None:
-    checkpoint = dataclasses.replace(random_checkpoint(TINY), guidance_scale=2.5)
+    checkpoint = dataclasses.replace(random_checkpoint(TINY), guidance_scale=2.5, num_inference_steps=7)
     save_checkpoint(checkpoint, saved)
     loaded = load_checkpoint(saved)
     for name in MODELS:
@@ -209,7 +209,7 @@ def test_round_trip(saved: Path) -> None:
         assert not getattr(loaded, name).training
     assert torch.equal(loaded.prompt_embedding, checkpoint.prompt_embedding)
     assert loaded.scheduler_config == checkpoint.scheduler_config
-    assert loaded.guidance_scale == 2.5
+    assert (loaded.guidance_scale, loaded.num_inference_steps) == (2.5, 7)
     assert dataclasses.replace(loaded.preset, max_warping_batch=TINY.max_warping_batch) == TINY
 
 
@@ -321,6 +321,7 @@ def test_missing_files_are_named(saved: Path, file: str) -> None:
         ({"mask_patch_px": 3}, "mask_patch_px is 3, expected a divisor"),
         ({"guidance_scale": 0.5}, "guidance_scale is 0.5, expected a number of at least 1"),
         ({"guidance_scale": "high"}, "guidance_scale is 'high'"),
+        ({"num_inference_steps": 0}, "num_inference_steps is 0"),
     ],
 )
 def test_a_wrong_model_index_is_refused(saved: Path, changes: dict[str, Any], named: str) -> None:

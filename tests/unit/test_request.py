@@ -9,15 +9,16 @@ from icportrait.errors import InvalidRequest
 from icportrait.request import INPUTS, MAX_SEED, PortraitRequest, parse_request
 
 PICTURES = {name: np.array([b"picture"], dtype=object) for name in ("profile", "reference")}
+DEFAULTS = {"guidance_scale": 1.5, "num_inference_steps": 12}
 
 
 def parse(**tensors: np.ndarray) -> PortraitRequest:
-    return parse_request({**PICTURES, **tensors}, default_guidance=1.5)[0]
+    return parse_request({**PICTURES, **tensors}, DEFAULTS)[0]
 
 
 def test_defaults() -> None:
     request = parse()
-    assert (request.num_portraits, request.num_inference_steps, request.mask_ratio) == (1, 20, 0.8)
+    assert (request.num_portraits, request.num_inference_steps, request.mask_ratio) == (1, 12, 0.8)
     assert (request.scheduler, request.output_format, request.encoding) == ("dpmpp_2m", "png", "binary")
     assert request.guidance_scale == 1.5
     assert request.profile_box is None
@@ -30,7 +31,7 @@ def test_an_absent_seed_is_drawn_anew_each_time() -> None:
 
 
 def test_pictures_come_back_as_they_were_sent() -> None:
-    _, profile, reference = parse_request({**PICTURES, "profile": np.array([b"\x00\xff"], dtype=object)}, 1.0)
+    _, profile, reference = parse_request({**PICTURES, "profile": np.array([b"\x00\xff"], dtype=object)}, DEFAULTS)
     assert (profile, reference) == (b"\x00\xff", b"picture")
 
 
@@ -68,7 +69,7 @@ def test_both_ends_of_every_range_are_accepted(field) -> None:
 
 def test_a_missing_picture_is_named() -> None:
     with pytest.raises(InvalidRequest, match="reference: missing, expected the bytes of a JPEG, PNG or WebP picture"):
-        parse_request({"profile": PICTURES["profile"]}, 1.0)
+        parse_request({"profile": PICTURES["profile"]}, DEFAULTS)
 
 
 def test_metadata_gets_the_decimal_the_caller_wrote() -> None:

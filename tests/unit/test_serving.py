@@ -38,7 +38,8 @@ def test_the_front_passes_pictures_on_untouched_and_fills_in_the_rest(manifest: 
     assert list(inputs) == [tensor.name for tensor in stage_specs(DEMO_128)["preprocess"].inputs]
     assert inputs["profile"][0] == HOPPER
     request = PortraitRequest.from_json(inputs["request"][0])
-    assert (request.seed, request.guidance_scale) == (3, manifest.guidance_scale)
+    assert (request.seed, request.guidance_scale) == (3, manifest.defaults["guidance_scale"])
+    assert request.num_inference_steps == manifest.defaults["num_inference_steps"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,76 @@
+"""The committed checkpoint, served: as good as the same weights in plain PyTorch, and better than no model at all."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from export.__main__ import export_checkpoint
+from icportrait.nn import Checkpoint, ReferencePipeline, load_checkpoint
+from icportrait.policy import ServingPolicy
+from icportrait.repository import assemble
+from icportrait.server import Ports, TritonServer
+from tests.e2e.caller import infer
+from training.evaluate import DEFAULT_CHECKPOINT
+from training.evaluation_pairs import EvaluationPairs, evaluation_pairs
+from training.metrics import psnr
+
+PAIRS = 20
+WHOLE = [0.0, 0.0, 1.0, 1.0]
+
+
+@pytest.fixture(scope="module")
+def trained() -> Checkpoint:
+    return load_checkpoint(DEFAULT_CHECKPOINT)
+
+
+@pytest.fixture(scope="module")
+def trained_server(tmp_path_factory: pytest.TempPathFactory, trained: Checkpoint) -> Iterator[TritonServer]:
+    folder = tmp_path_factory.mktemp("trained")
+    export_checkpoint(trained, {"checkpoint": str(DEFAULT_CHECKPOINT)}, "fp32", folder / "export")
+    assemble(folder / "export", folder / "repository", ServingPolicy())
+    with TritonServer(folder / "repository", Ports.free(), folder / "server.log") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pairs(trained: Checkpoint) -> EvaluationPairs:
+    return evaluation_pairs(trained.preset, seed=0, count=PAIRS)
+
+
+def test_the_checkpoint_is_small(trained: Checkpoint) -> None:
+    assert sum(file.stat().st_size for file in Path(DEFAULT_CHECKPOINT).rglob("*") if file.is_file()) <= 30e6
+
+
+def test_served_portraits_are_as_near_the_truth_as_the_reference_pipelines(
+    trained: Checkpoint, trained_server: TritonServer, pairs: EvaluationPairs
+) -> None:
+    pipeline = ReferencePipeline(trained)
+    served, expected = [], []
+    for index in range(PAIRS):
+        profile, reference = (
+            np.ascontiguousarray(picture[index].permute(1, 2, 0).numpy())
+            for picture in (pairs.profile, pairs.reference)
+        )
+        expected.append(torch.from_numpy(pipeline(profile, reference, seed=index).portraits[0]).permute(2, 0, 1))
+        boxes = {"profile_box": WHOLE, "reference_box": WHOLE}
+        images, _ = infer(trained_server.grpc_url, seed=index, profile=png(profile), reference=png(reference), **boxes)
+        with Image.open(io.BytesIO(images[0])) as picture:
+            served.append(torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1))
+    for mask in (pairs.target_head, None):
+        here, there = (psnr(torch.stack(made), pairs.target, mask).mean() for made in (served, expected))
+        assert abs(float(here - there)) < 0.1
+    copies = [psnr(copy, pairs.target, pairs.target_head).mean() for copy in (pairs.reference, pairs.profile)]
+    assert psnr(torch.stack(served), pairs.target, pairs.target_head).mean() > max(copies) + 3
+
+
+def png(pixels: np.ndarray) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return data.getvalue()
