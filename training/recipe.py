@@ -85,7 +85,7 @@ class AppearanceRecipe(Recipe):
     flows: str = "matched"
     """``true``: warp by the data's correspondence; ``matched``: by the matching net's, which isn't trained here."""
     noise_bias: float = 2.0
-    """Timesteps are drawn as T (1 - u^bias), u uniform: above 1, strong noise comes more often. What a portrait shows is
+    """Timesteps are drawn as T (1 - u^bias), u uniform: above 1, strong noise is drawn more often. The portrait is
     decided there, and few steps are taken elsewhere."""
     f_ref_drop: float = 0.1
     """Part of the rows that are denoised without ``F_ref``, for guidance (arXiv 2207.12598)."""

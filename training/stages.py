@@ -184,6 +184,7 @@ class _CanvasStage(Stage):
             examples.reference,
             range(len(examples.profile)),
             num_inference_steps=SAMPLE_STEPS,
+            mask_ratio=self.recipe.mask_ratio,
             known_flows=examples.flows if known else None,
         )
         columns = {
@@ -291,12 +292,8 @@ class AppearanceStage(_CanvasStage):
         kept = (torch.rand(len(numbers), generator=generator) >= self.recipe.f_ref_drop).to(self.device)
         f_ref = [residual * kept.view(-1, 1, 1, 1) for residual in f_ref]
 
-        uniform = torch.rand(len(numbers), generator=generator)
-        timestep = (
-            ((1 - uniform**self.recipe.noise_bias) * len(self.alphas_cumprod))
-            .long()
-            .clamp(max=len(self.alphas_cumprod) - 1)
-        )
+        uniform, total = torch.rand(len(numbers), generator=generator), len(self.alphas_cumprod)
+        timestep = ((1 - uniform**self.recipe.noise_bias) * total).long().clamp(max=total - 1)
         signal = self.alphas_cumprod[timestep].sqrt().view(-1, 1, 1, 1).to(self.device)
         noise_level = (1 - signal**2).sqrt()
         clean = join_canvas(profile, target)
@@ -314,7 +311,7 @@ class AppearanceStage(_CanvasStage):
         by_row = right.flatten(1).mean(1)
         with torch.no_grad():
             # The error of the clean latent that the prediction stands for, where the noise is strongest.
-            early = kept & (timestep >= len(self.alphas_cumprod) // 2).to(self.device)
+            early = kept & (timestep >= total // 2).to(self.device)
         return {"loss": by_row.mean(), "early": by_row[early].mean() if early.any() else by_row.mean()}
 
 

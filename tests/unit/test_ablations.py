@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,7 @@ def test_differences_are_the_pairs_own() -> None:
 @pytest.fixture
 def command(tmp_path: Path, tiny_pairs: RenderedPairs, pair_cache: Path) -> Callable[..., int]:
     assert len(tiny_pairs) == 64  # rendered by now, so that the command finds them
-    save_checkpoint(random_checkpoint(TINY), tmp_path / "base")
+    save_checkpoint(replace(random_checkpoint(TINY), num_inference_steps=3), tmp_path / "base")
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(
         f'[data]\npairs = 64\ncache = "{pair_cache}"\n[appearance]\nbatch = 2\nwarmup_steps = 0\nbf16 = false'
@@ -113,7 +114,7 @@ def test_the_command_trains_and_compares_all_variants(
             assert variant["from_full"][figure]["mean"] == pytest.approx(apart, abs=1e-4)
     assert written["variants"]["full"]["figures"]["head_psnr_db"] == pytest.approx(_head_psnr(used[0][0]), abs=1e-3)
     printed = capsys.readouterr().out
-    assert "2 training steps, 2 unseen pairs" in printed
+    assert "2 training steps, 2 unseen pairs, 3 steps, guidance 1" in printed
     assert printed.count("from full (95 %)") == 3 and all(ablation.value in printed for ablation in Ablation)
     with Image.open(tmp_path / "out" / "ablations.png") as grid:
         assert grid.size == (7 * 132 - 4, 24 + 2 * 132 - 4)

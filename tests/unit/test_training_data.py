@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,9 +14,10 @@ from icportrait.masking import hide, reference_visibility
 from icportrait.nn.engine_modules import VaeEncoder
 from tests.tiny import TINY
 from tests.tiny_training import generator, stage, write_views
+from training import stages
 from training.data import PictureFolder, RenderedPairs
 from training.evaluation import warped
-from training.portraits import whole_levels
+from training.portraits import Portraits, whole_levels
 from training.recipe import Data, RecipeError
 
 NO = torch.zeros(16, dtype=torch.bool)
@@ -56,6 +58,18 @@ def test_training_sees_the_canvas_that_serving_sees(tiny_pairs: RenderedPairs) -
     torch.testing.assert_close(canvas, expected, rtol=2e-3, atol=2e-3)
     again = stage("appearance", tiny_pairs, trained.checkpoint, mask_ratio=0.5, keep_latents=False)
     torch.testing.assert_close(again.canvas(batch, numbers, generator(1))[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_samples_hide_as_much_as_training(tiny_pairs: RenderedPairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios, make = [], stages.make_portraits
+
+    def spy(*arguments: Any, mask_ratio: float, **settings: Any) -> Portraits:
+        ratios.append(mask_ratio)
+        return make(*arguments, mask_ratio=mask_ratio, **(settings | {"num_inference_steps": 1}))
+
+    monkeypatch.setattr(stages, "make_portraits", spy)
+    stage("appearance", tiny_pairs, mask_ratio=0.25).samples()
+    assert ratios == [0.25]
 
 
 def test_kept_latents_are_their_own_pictures(tiny_pairs: RenderedPairs) -> None:

@@ -1,9 +1,7 @@
-"""Each stage's loss is least where the truth is, and teaches what it should."""
+"""The losses of the autoencoder and of matching are least where the truth is, and teach what they should."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +10,11 @@ import torch
 from torch import Tensor
 
 from icportrait.nn import random_checkpoint
-from icportrait.nn.matching import gather_features, split_canvas
-from icportrait.nn.random_weights import SCHEDULER_CONFIG
-from icportrait.sampling import NoiseSchedule
+from icportrait.nn.matching import gather_features
 from tests.tiny import TINY
 from tests.tiny_training import generator, mean, stage, train, write_views
-from training import stages
 from training.data import PictureFolder, RenderedPairs
-from training.recipe import Data, RecipeError
+from training.recipe import Data
 
 SIDE = TINY.latent_size
 LEVELS = [TINY.level_size(level) for level in range(TINY.levels)]
@@ -153,170 +148,3 @@ def test_views_without_a_known_correspondence_teach_matching(
     settings: dict[str, Any] = {"batch": 8, "steps": 40, "warmup_steps": 5, "learning_rate": 1e-2, "mask_ratio": 0.0}
     learnt = train(stage("matching", folder, **settings), tmp_path / "run")
     assert mean(learnt[-5:]) < 0.8 * mean(learnt[:3])
-
-
-# Appearance
-
-
-@pytest.fixture
-def appearance(tiny_pairs: RenderedPairs) -> Callable[..., Any]:
-    def build(prediction_type: str = "v_prediction", **settings: Any) -> Any:
-        scheduler = SCHEDULER_CONFIG | {"prediction_type": prediction_type}
-        checkpoint = replace(random_checkpoint(TINY), scheduler_config=scheduler)
-        return stage("appearance", tiny_pairs, checkpoint, **settings)
-
-    return build
-
-
-def levels(trained: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of the clean latent and of the noise each row has."""
-    schedule = NoiseSchedule.from_config(trained.checkpoint.scheduler_config)
-    signal = torch.tensor(schedule.alphas_cumprod)[timestep].view(-1, 1, 1, 1).sqrt().float()
-    return signal, (1 - signal**2).sqrt()
-
-
-def latents_seen(trained: Any) -> dict[str, Tensor]:
-    """Latents by kind, once the stage has encoded them."""
-    seen: dict[str, Tensor] = {}
-    encode = trained.encode_known
-    trained.encode_known = lambda kind, *rest: seen.setdefault(kind, encode(kind, *rest))
-    return seen
-
-
-def test_only_the_right_half_counts(appearance: Callable[..., Any]) -> None:
-    trained = appearance()
-    expected = float(trained.loss(0.0, generator())["loss"].detach())
-    for half, counts in ((slice(0, SIDE), False), (slice(SIDE, None), True)):
-
-        def change(_module: Any, _inputs: Any, output: tuple[Tensor], half: slice = half) -> tuple[Tensor]:
-            changed = output[0].clone()
-            changed[..., half] += 1
-            return (changed,)
-
-        hook = trained.checkpoint.unet.register_forward_hook(change)
-        assert (float(trained.loss(0.0, generator())["loss"].detach()) != expected) is counts
-        hook.remove()
-
-
-def test_the_left_half_is_held_as_in_serving(appearance: Callable[..., Any]) -> None:
-    trained = appearance(batch=8)
-    seen, inputs = latents_seen(trained), []
-    trained.checkpoint.unet.register_forward_pre_hook(lambda _module, given: inputs.extend(given))
-    trained.loss(0.0, generator())
-    canvas, timestep, prompt = inputs
-    signal, noise_level = levels(trained, timestep)
-    left, right = split_canvas(canvas)
-    noises = [(left - signal * seen["profile"]) / noise_level, (right - signal * seen["target"]) / noise_level]
-    for noise in noises:
-        assert abs(noise.mean()) < 0.05 and abs(noise.flatten(1).std(1) - 1).max() < 0.1
-    assert abs((noises[0] * noises[1]).mean()) < 0.05  # each half has its own
-    assert len(timestep.unique()) > 4
-    assert torch.equal(prompt, trained.checkpoint.prompt_embedding.expand(8, -1, -1))
-
-
-@pytest.mark.parametrize(("bias", "expected"), [(1.0, 1 / 2), (4.0, 4 / 5)])
-def test_strong_noise_comes_as_often_as_the_recipe_says(
-    appearance: Callable[..., Any], bias: float, expected: float
-) -> None:
-    trained, timesteps = appearance(batch=64, noise_bias=bias), []
-
-    def unet(canvas: Tensor, timestep: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
-        timesteps.extend(timestep.tolist())
-        return (canvas,)
-
-    trained.checkpoint.unet.forward = unet
-    trained.loss(0.0, generator())
-    assert len(timesteps) == 64 and min(timesteps) >= 0 and max(timesteps) < 1000
-    assert sum(timesteps) / 64 / 1000 == pytest.approx(expected, abs=0.1)
-    assert bias > 1 or min(timesteps) < 100
-
-
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_unet_is_to_predict_what_the_scheduler_says(appearance: Callable[..., Any], prediction_type: str) -> None:
-    trained = appearance(prediction_type)
-    seen = latents_seen(trained)
-    losses = {}
-    for told in ("epsilon", "v_prediction"):
-
-        def oracle(canvas: Tensor, timestep: Tensor, *_: Any, told: str = told, **__: Any) -> tuple[Tensor]:
-            signal, noise_level = levels(trained, timestep)
-            clean = torch.cat((seen["profile"], seen["target"]), dim=3)
-            noise = (canvas - signal * clean) / noise_level
-            return (noise if told == "epsilon" else signal * noise - noise_level * clean,)
-
-        trained.checkpoint.unet.forward = oracle
-        losses[told] = float(trained.loss(0.0, generator())["loss"])
-    assert losses.pop(prediction_type) < 1e-6
-    assert min(losses.values()) > 0.1
-
-
-def test_rows_lose_all_of_f_ref_or_nothing(appearance: Callable[..., Any]) -> None:
-    trained = appearance(batch=16, f_ref_drop=0.5)
-    given: list[Tensor] = []
-
-    def record(_module: Any, _inputs: Any, named: dict[str, Any]) -> None:
-        given.extend([*named["down_block_additional_residuals"], named["mid_block_additional_residual"]])
-
-    trained.checkpoint.unet.register_forward_pre_hook(record, with_kwargs=True)
-    trained.loss(0.0, generator())
-    reached = torch.stack([residual.flatten(1).any(1) for residual in given])
-    assert len(given) == len(TINY.residuals) and torch.equal(reached, reached[:1].expand_as(reached))
-    assert 3 < reached[0].sum() < 13
-
-
-def test_what_is_dropped_teaches_the_appearance_net_nothing(appearance: Callable[..., Any]) -> None:
-    for drop, learns in ((0.0, True), (1.0, False)):
-        trained = appearance(f_ref_drop=drop)
-        trained.loss(0.0, generator())["loss"].backward()
-        for name in ("appearance_net", "zero_convs"):
-            gradients = [parameter.grad for parameter in trained.trained[name].parameters()]
-            assert any(gradient is not None and bool(gradient.any()) for gradient in gradients) is learns
-        assert trained.checkpoint.unet.conv_out.weight.grad.any()
-        network = trained.checkpoint.warping_network
-        assert not any(parameter.requires_grad for parameter in network.matching_net.parameters())
-        assert not any(parameter.requires_grad for parameter in trained.checkpoint.vae.parameters())
-    frozen = appearance(train_unet=False)
-    assert not any(parameter.requires_grad for parameter in frozen.checkpoint.unet.parameters())
-    assert set(frozen.trained) == {"appearance_net", "zero_convs"}
-
-
-@pytest.mark.parametrize("flows", ["true", "matched"])
-def test_features_are_warped_by_the_flows_of_the_recipe(appearance: Callable[..., Any], flows: str) -> None:
-    trained = appearance(flows=flows)
-    network, used = trained.checkpoint.warping_network, []
-    inject = network.inject
-    network.inject = lambda appearance, flows: used.extend(flows) or inject(appearance, flows)
-    trained.loss(0.0, generator())
-    network.inject = inject
-    drawn = generator()
-    batch, numbers = trained.draw(drawn)
-    _, canvas = trained.canvas(batch, numbers, drawn)
-    with torch.no_grad():
-        latents, visibility = split_canvas(canvas[:, :4]), split_canvas(canvas[:, 4:])[1]
-        found = network(*latents, visibility)[len(TINY.residuals) : -1]
-    expected = batch.flows if flows == "true" else [flow.flatten(1).long() for flow in found]
-    assert all(torch.equal(got, wanted) for got, wanted in zip(used, expected, strict=True))
-    assert not torch.equal(batch.flows[0], found[0].flatten(1).long())
-
-
-def test_true_flows_need_rendered_pairs(folder: PictureFolder) -> None:
-    with pytest.raises(RecipeError, match='flows is "true", but no correspondence is known'):
-        stage("appearance", folder, flows="true").loss(0.0, generator())
-
-
-@pytest.mark.parametrize("kind", ["matching", "appearance"])
-def test_matches_are_compared_in_full_precision(
-    tiny_pairs: RenderedPairs, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    types = []
-
-    def spy(costs: Tensor) -> tuple[Tensor, Tensor]:
-        types.append(costs.dtype)
-        confidence, flow = costs.max(dim=-1)
-        return flow, confidence
-
-    monkeypatch.setattr(stages, "best_match", spy)
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = stage(kind, tiny_pairs).loss(0.0, generator())["loss"]
-    assert set(types) == {torch.float32} and len(types) == TINY.levels
-    loss.backward()
