@@ -94,13 +94,14 @@ def sheet(rows: Sequence[tuple[str, Mapping[str, Image.Image]]]) -> Image.Image:
 
 
 def flow_colours(flow: np.ndarray) -> Image.Image:
-    """A flow [s, s] of positions y * s + x as colours: hue for a displacement's direction, strength for its length."""
+    """A flow [s, s] of positions y * s + x as colours: hue for a displacement's direction, strength for its length, full
+    from a quarter of the picture's side."""
     side = flow.shape[-1]
     rows, columns = np.indices(flow.shape)
     down, right = flow // side - rows, flow % side - columns
     length = np.hypot(down, right)
     hue = (np.arctan2(down, right) / (2 * np.pi) % 1.0) * 255
-    saturation = length / max(length.max(), 1.0) * 255
+    saturation = np.minimum(length / (side / 4), 1.0) * 255
     hsv = np.stack([hue, saturation, np.full_like(hue, 255)], axis=-1).astype(np.uint8)
     return Image.fromarray(hsv, "HSV").convert("RGB")
 
