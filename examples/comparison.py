@@ -94,8 +94,10 @@ def sheet(rows: Sequence[tuple[str, Mapping[str, Image.Image]]]) -> Image.Image:
 
 
 def flow_colours(flow: np.ndarray) -> Image.Image:
-    """A flow [s, s] of positions y * s + x as colours: hue for a displacement's direction, strength for its length, full
-    from a quarter of the picture's side."""
+    """A flow [s, s] of positions y * s + x as colours: hue for a displacement's direction, strength for its length.
+
+    Strength is full from a quarter of the picture's side.
+    """
     side = flow.shape[-1]
     rows, columns = np.indices(flow.shape)
     down, right = flow // side - rows, flow % side - columns
