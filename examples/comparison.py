@@ -14,6 +14,7 @@ from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.runtime import load_engine
 from icportrait.serving import FrontStage, PreprocessStage, bytes_tensor
+from training.flow_picture import flow_picture
 
 PANEL_PX = 256
 CAPTION_PX = 30
@@ -59,7 +60,7 @@ class Panels:
             "profile": Image.fromarray(whole["profile_pixels"][0]),
             "reference": Image.fromarray(whole["reference_pixels"][0]),
             "visible": Image.fromarray(hidden["reference_pixels"][0]),
-            "flow": flow_colours(self._flow(hidden)),
+            "flow": flow_picture(self._flow(hidden)),
             "portrait": portrait,
         }
         if pair.ground_truth:
@@ -91,21 +92,6 @@ def sheet(rows: Sequence[tuple[str, Mapping[str, Image.Image]]]) -> Image.Image:
             names = (column * PANEL_PX + 8, top + CAPTION_PX)
             draw.text(names, name, fill="black", font=ImageFont.load_default(size=16))
     return picture
-
-
-def flow_colours(flow: np.ndarray) -> Image.Image:
-    """A flow [s, s] of positions y * s + x as colours: hue for a displacement's direction, strength for its length.
-
-    Strength is full from a quarter of the picture's side.
-    """
-    side = flow.shape[-1]
-    rows, columns = np.indices(flow.shape)
-    down, right = flow // side - rows, flow % side - columns
-    length = np.hypot(down, right)
-    hue = (np.arctan2(down, right) / (2 * np.pi) % 1.0) * 255
-    saturation = np.minimum(length / (side / 4), 1.0) * 255
-    hsv = np.stack([hue, saturation, np.full_like(hue, 255)], axis=-1).astype(np.uint8)
-    return Image.fromarray(hsv, "HSV").convert("RGB")
 
 
 def psnr_db(picture: Image.Image, truth: Image.Image) -> float:

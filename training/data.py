@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icportrait.presets import Preset
+from training.evaluation_pairs import grids
 from training.pairs import PairCache, PairSet, training_batch
 from training.recipe import Data, RecipeError
 
@@ -48,7 +49,7 @@ class RenderedPairs:
 
     def __init__(self, data: Data, preset: Preset, device: torch.device | str = "cpu") -> None:
         """Read the pairs from the cache and render those that it lacks."""
-        self.grids = tuple(preset.level_size(level) for level in range(preset.levels))
+        self.grids = grids(preset)
         cache = PairCache(Path(data.cache), data.seed, 1.0, preset.image_size, grids=self.grids, device=device)
         shards = [cache.shard(index) for index in tqdm(range(-(-data.pairs // 64)), "pairs", unit="x64")]
         self.pairs = PairSet.cat(shards)[: data.pairs]

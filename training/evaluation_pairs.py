@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from icportrait.presets import Preset
-from training.correspondence import correspondence
-from training.pairs import PairSet, render_pairs
+from training.pairs import PairSet, pair_set, render_pairs
 
 
 @dataclass(frozen=True)
@@ -25,21 +24,8 @@ def evaluation_pairs(
 ) -> EvaluationPairs:
     """Pairs ``first`` to ``first + count`` of a seed's endless row, on the CPU, with flows for the preset's levels."""
     rendered = render_pairs(seed, count, 1.0, preset.image_size, evaluation=True, first=first, device=device)
-    found = [correspondence(rendered.profile, rendered.target, grid) for grid in grids(preset)]
-    profile, reference, target = (
-        (rendering.image * 255).round().to(torch.uint8)
-        for rendering in (rendered.profile, rendered.reference, rendered.target)
-    )
-    return EvaluationPairs(
-        profile=profile,
-        reference=reference,
-        target=target,
-        target_head=rendered.target.head_mask,
-        same_identity=rendered.same_identity,
-        flows=torch.cat([flow for flow, _ in found], dim=1).to(torch.int16),
-        visibles=torch.cat([visible for _, visible in found], dim=1),
-        target_part=rendered.target.part,
-    ).to("cpu")
+    kept = vars(pair_set(rendered, grids(preset)))
+    return EvaluationPairs(**kept, target_part=rendered.target.part).to("cpu")
 
 
 def grids(preset: Preset) -> list[int]:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from training.flow_picture import flow_picture
 
 _TITLE_PX = 24
 _GAP_PX = 4
@@ -42,20 +45,14 @@ def picture_grid(columns: Mapping[str, Tensor], panel_px: int = 128) -> Image.Im
 
 
 def flow_colours(flow: Tensor) -> Tensor:
-    """Flows as colours: hue for a displacement's direction, strength for its length.
+    """``flow_picture`` of several flows.
 
     Args:
         flow: ``[N, s * s]`` or ``[N, s, s]`` integers, positions y * s + x in the profile's grid.
 
     Returns:
-        ``[N, 3, s, s]`` uint8: white where nothing moved, full colour from a quarter of the picture's side.
+        ``[N, 3, s, s]`` uint8.
     """
-    cells = flow.flatten(1).cpu().numpy()
-    side = round(cells.shape[1] ** 0.5)
-    rows, columns = np.divmod(np.arange(side * side), side)
-    down, right = cells // side - rows, cells % side - columns
-    hue = (np.arctan2(down, right) / (2 * np.pi) % 1.0) * 255
-    saturation = np.minimum(np.hypot(down, right) / (side / 4), 1.0) * 255
-    hsv = np.stack([hue, saturation, np.full_like(hue, 255)], axis=-1).astype(np.uint8)
-    pictures = [Image.fromarray(item.reshape(side, side, 3), "HSV").convert("RGB") for item in hsv]
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2)
+    side = math.isqrt(flow[0].numel())
+    pictures = [np.asarray(flow_picture(item.view(side, side).numpy())) for item in flow.cpu()]
+    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)

@@ -122,8 +122,12 @@ def training_batch(
     grids: Sequence[int] = GRIDS,
     device: torch.device | str = "cpu",
 ) -> PairSet:
-    """``render_pairs`` with the correspondence from target to profile on every grid, in the form that is kept."""
-    pairs = render_pairs(seed, count, cross_identity_share, size, evaluation, first, device)
+    """``pair_set`` of ``render_pairs``."""
+    return pair_set(render_pairs(seed, count, cross_identity_share, size, evaluation, first, device), grids)
+
+
+def pair_set(pairs: PairRenderings, grids: Sequence[int]) -> PairSet:
+    """Rendered pairs with the correspondence from target to profile on every grid, in the form that is kept."""
     found = [correspondence(pairs.profile, pairs.target, grid) for grid in grids]
     profile, reference, target = (
         (rendering.image * 255).round().to(torch.uint8) for rendering in (pairs.profile, pairs.reference, pairs.target)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from icportrait.errors import IcPortraitError
 
-Flows = ("true", "matched")
+FLOWS = ("true", "matched")
 
 
 class RecipeError(IcPortraitError):
@@ -151,6 +151,6 @@ def _build(kind: type[Any], values: dict[str, Any], path: Path) -> Any:
             values[key] = float(value)
         elif type(value) is not known[key]:
             raise RecipeError(f"{path}: {key} is {value!r}, expected {known[key].__name__}")
-    if values.get("flows", "true") not in Flows:
-        raise RecipeError(f"{path}: flows is {values['flows']!r}, expected one of {', '.join(Flows)}")
+    if values.get("flows", "true") not in FLOWS:
+        raise RecipeError(f"{path}: flows is {values['flows']!r}, expected one of {', '.join(FLOWS)}")
     return kind(**values)

@@ -6,15 +6,18 @@ import copy
 import math
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from icportrait.masking import HIDDEN_LEVEL
+from icportrait.masking import HIDDEN_LEVEL, reference_visibility
 from icportrait.nn.checkpoint import Checkpoint
+from icportrait.nn.engine_modules import encode
 from icportrait.nn.matching import best_match, cost_volume, join_canvas, split_canvas
+from icportrait.request import MAX_SEED
 from icportrait.sampling import NoiseSchedule
 from training.data import Batch, Source
 from training.grids import flow_colours, picture_grid
@@ -134,11 +137,8 @@ class _CanvasStage(Stage):
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
-        """Latents ``[B, C, s, s]`` of pictures ``[B, 3, S, S]`` in -1..1, as ``engine_modules.VaeEncoder`` has them."""
-        config = self.checkpoint.vae.config
-        mean = self.checkpoint.vae.encode(pictures).latent_dist.mode().float()
-        latent: Tensor = (mean - (config.shift_factor or 0.0)) * config.scaling_factor
-        return latent
+        """Latents ``[B, C, s, s]`` of pictures ``[B, 3, S, S]`` in -1..1."""
+        return encode(self.checkpoint.vae, pictures)
 
     def encode_known(self, kind: str, numbers: Tensor, pictures: Tensor) -> Tensor:
         """As ``encode``, of pictures that come again under the same numbers."""
@@ -167,13 +167,10 @@ class _CanvasStage(Stage):
             return [cost_volume(source, target) for source, target in halves]
 
     def visibility(self, count: int, generator: torch.Generator) -> Tensor:
-        """Masks ``[count, 1, s, s]`` of the same kind as ``masking.reference_visibility``'s."""
-        across = self.preset.image_size // self.preset.mask_patch_px
-        hidden = round(self.recipe.mask_ratio * across**2)
-        order = torch.rand(count, across**2, generator=generator).argsort(1)
-        visible = torch.ones(count, across**2).scatter_(1, order[:, :hidden], 0.0).view(count, 1, across, across)
-        cells = self.preset.mask_patch_px // self.preset.vae_factor
-        return visible.repeat_interleave(cells, 2).repeat_interleave(cells, 3)
+        """Masks ``[count, 1, s, s]`` as serving draws them."""
+        seeds = torch.randint(MAX_SEED, (count,), generator=generator).tolist()
+        masks = [reference_visibility(self.preset, self.recipe.mask_ratio, seed) for seed in seeds]
+        return torch.from_numpy(np.concatenate(masks))
 
     def samples(self) -> Image.Image:
         examples = self.source.examples()

@@ -13,6 +13,13 @@ from torch import Tensor, nn
 from icportrait.nn.checkpoint import Checkpoint
 
 
+def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """The posterior's mean of images [batch, 3, S, S] in -1..1, scaled: [batch, latent_channels, s, s] float32."""
+    mean: Tensor = vae.encode(images).latent_dist.mode()
+    latent: Tensor = (mean.float() - _shift(vae)) * vae.config.scaling_factor
+    return latent
+
+
 class VaeEncoder(nn.Module):
     """Pictures to latents."""
 
@@ -23,9 +30,7 @@ class VaeEncoder(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         """Encode ``pixels`` [batch, S, S, 3] uint8; ``latent`` is the posterior's mean, scaled, float32."""
         images = (pixels.float() / 127.5 - 1).permute(0, 3, 1, 2)
-        mean: Tensor = self.vae.encode(images.to(_dtype(self))).latent_dist.mode()
-        latent: Tensor = (mean.float() - _shift(self.vae)) * self.vae.config.scaling_factor
-        return latent
+        return encode(self.vae, images.to(_dtype(self)))
 
 
 class UNet(nn.Module):

@@ -15,13 +15,14 @@ from icportrait_client.cli import main
 from icportrait_client.sweep import LIGHTS, WHOLE, YAWS
 from PIL import Image
 
-from examples.comparison import CAPTION_PX, NAMES_PX, PANEL_PX, flow_colours, psnr_db, sheet
+from examples.comparison import CAPTION_PX, NAMES_PX, PANEL_PX, psnr_db, sheet
 from examples.demo import HEADS, RANDOM_WEIGHTS, SYNTHETIC_ONLY, weights_note
 from icportrait.policy import ServingPolicy
 from icportrait.repository import assemble
 from icportrait.server import TritonServer
 from tests.conftest import ROOT
 from tests.e2e.caller import infer
+from training.flow_picture import flow_picture
 
 ROW_PX = CAPTION_PX + NAMES_PX + PANEL_PX
 
@@ -75,11 +76,11 @@ def test_a_row_has_its_caption_above_its_panels() -> None:
 def test_the_flows_colours_tell_directions_apart_and_leave_rest_white() -> None:
     side = 8
     rest = np.arange(side * side).reshape(side, side)
-    assert np.asarray(flow_colours(rest)).min() == 255
+    assert np.asarray(flow_picture(rest)).min() == 255
     moved = rest.copy()
     moved[4, 1:3] += 2
     moved[4, 5:7] -= 2
-    colours = np.asarray(flow_colours(moved))
+    colours = np.asarray(flow_picture(moved))
     assert tuple(colours[4, 1]) != tuple(colours[4, 5])
     assert tuple(colours[0, 0]) == (255, 255, 255)
 
