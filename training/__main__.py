@@ -54,7 +54,7 @@ def _train(args: argparse.Namespace, preset: str, data: Data, recipe: Recipe) ->
         torch.set_num_threads(args.threads)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = _base(args.base, preset, recipe.seed)
-    for model in (checkpoint.unet, checkpoint.vae, checkpoint.warping_network):
+    for model in checkpoint.models:
         model.to(device)
     source = open_source(data, checkpoint.preset, device)
     trainer = Trainer(STAGE_CLASSES[args.stage](checkpoint, source, recipe), args.out)

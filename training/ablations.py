@@ -76,7 +76,7 @@ def train(ablation: Ablation, base: Path, out: Path, recipe: Recipe, source: Sou
 
     def prepared(checkpoint: Checkpoint) -> Checkpoint:
         ablate(checkpoint.warping_network, ablation)
-        for model in (checkpoint.unet, checkpoint.vae, checkpoint.warping_network):
+        for model in checkpoint.models:
             model.to(device)
         return checkpoint
 

@@ -151,7 +151,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeNotAvailable("--device: torch finds no GPU here, use cpu")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    for network in (checkpoint.unet, checkpoint.vae, checkpoint.warping_network):
+    for network in checkpoint.models:
         network.to(device)
     count = args.pairs or (SWEEP_PAIRS if args.sweep else PAIRS)
     parts = []

@@ -196,8 +196,7 @@ def _encode(modules: dict[str, nn.Module], pictures: Tensor) -> Tensor:
 @contextmanager
 def _modules(checkpoint: Checkpoint) -> Iterator[dict[str, nn.Module]]:
     """The engine modules, in evaluation mode for as long as they are used: a trainer's models train on afterwards."""
-    networks = (checkpoint.unet, checkpoint.vae, checkpoint.warping_network)
-    training = {module for network in networks for module in network.modules() if module.training}
+    training = {module for model in checkpoint.models for module in model.modules() if module.training}
     try:
         device = next(checkpoint.unet.parameters()).device
         yield {name: module.to(device) for name, module in engine_modules(checkpoint).items()}

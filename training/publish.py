@@ -35,7 +35,7 @@ def publish(checkpoint: Path, out: Path, num_inference_steps: int, guidance_scal
     from icportrait.nn import load_checkpoint, save_checkpoint
 
     loaded = load_checkpoint(checkpoint)
-    for model in (loaded.unet, loaded.vae, loaded.warping_network):
+    for model in loaded.models:
         model.half()
     save_checkpoint(replace(loaded, num_inference_steps=num_inference_steps, guidance_scale=guidance_scale), out)
     return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from icportrait.errors import IcPortraitError
 
 FLOWS = ("true", "matched")
+OPTIMIZERS = ("adamw", "muon")
 
 
 class RecipeError(IcPortraitError):
@@ -26,6 +27,8 @@ class Recipe:
     steps: int = 1000
     """Optimizer steps of the whole run; the learning rate falls to zero over them."""
     batch: int = 16
+    optimizer: str = "adamw"
+    """One of ``OPTIMIZERS``."""
     learning_rate: float = 1e-3
     warmup_steps: int = 100
     weight_decay: float = 0.01
@@ -151,6 +154,7 @@ def _build(kind: type[Any], values: dict[str, Any], path: Path) -> Any:
             values[key] = float(value)
         elif type(value) is not known[key]:
             raise RecipeError(f"{path}: {key} is {value!r}, expected {known[key].__name__}")
-    if values.get("flows", "true") not in FLOWS:
-        raise RecipeError(f"{path}: flows is {values['flows']!r}, expected one of {', '.join(FLOWS)}")
+    for key, choices in (("flows", FLOWS), ("optimizer", OPTIMIZERS)):
+        if values.get(key, choices[0]) not in choices:
+            raise RecipeError(f"{path}: {key} is {values[key]!r}, expected one of {', '.join(choices)}")
     return kind(**values)

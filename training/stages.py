@@ -1,14 +1,11 @@
-"""The three things that are trained, each as a loss over a batch of pairs."""
+"""The two adaptations, each as a loss over a batch of pairs."""
 
 from __future__ import annotations
 
-import copy
 import math
-from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
@@ -21,111 +18,13 @@ from icportrait.request import MAX_SEED
 from icportrait.sampling import NoiseSchedule
 from training.data import Batch, Source
 from training.grids import flow_colours, picture_grid
-from training.portraits import make_portraits, through_vae, whole_levels
-from training.recipe import AppearanceRecipe, MatchingRecipe, Recipe, RecipeError, VaeRecipe
+from training.portraits import make_portraits, whole_levels
+from training.recipe import AppearanceRecipe, MatchingRecipe, Recipe, RecipeError
+from training.stage import Stage
+from training.vae_stage import VaeStage
 
 SAMPLE_STEPS = 10
 _HIDDEN = HIDDEN_LEVEL / 127.5 - 1
-
-
-class Stage(ABC):
-    """What is trained, and the loss that it is trained with."""
-
-    def __init__(self, checkpoint: Checkpoint, source: Source, recipe: Recipe) -> None:
-        self.checkpoint, self.source, self.recipe = checkpoint, source, recipe
-        self.preset = checkpoint.preset
-        for model in (checkpoint.unet, checkpoint.vae, checkpoint.warping_network):
-            model.requires_grad_(False).eval()
-        self.trained = self.modules()
-        self.trained.requires_grad_(True).train()
-        self.device = next(self.trained.parameters()).device
-
-    @abstractmethod
-    def modules(self) -> nn.ModuleDict:
-        """The modules that are trained, by name."""
-
-    @abstractmethod
-    def loss(self, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
-        """One batch's losses; ``loss``, the first, is the one that is minimised.
-
-        Args:
-            progress: how much of the run is done, 0..1.
-            generator: on the CPU; everything that is random is drawn from it.
-        """
-
-    @abstractmethod
-    def samples(self) -> Image.Image:
-        """What the checkpoint as it is makes of the source's examples."""
-
-    def finished(self) -> Checkpoint:
-        """The checkpoint as it is saved."""
-        return self.checkpoint
-
-    def draw(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
-        """A batch on the stage's device, and the numbers of its pairs that tell mirrored pairs apart, ``[B]``."""
-        size = self.recipe.batch
-        index = torch.randint(len(self.source), (size,), generator=generator)
-        flip = torch.rand(size, generator=generator) < (0.5 if self.recipe.flip else 0.0)
-        same = torch.rand(size, generator=generator) < self.recipe.same_identity_share
-        batch = self.source.batch(index, flip, same)
-        return batch.to(self.device), index * 2 + flip
-
-
-class VaeStage(Stage):
-    """The autoencoder: mean absolute error of pixels and a little KL divergence (arXiv 2112.10752, section 3.1)."""
-
-    recipe: VaeRecipe
-
-    def modules(self) -> nn.ModuleDict:
-        return nn.ModuleDict({"vae": self.checkpoint.vae})
-
-    def loss(self, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
-        batch, _ = self.draw(generator)
-        kind = torch.randint(3, (self.recipe.batch,), generator=generator).to(self.device)
-        pictures = torch.stack((batch.profile, batch.reference, batch.target), dim=1)
-        pictures = pictures[torch.arange(len(kind), device=self.device), kind]
-        crop, side = self.recipe.crop_px, self.preset.image_size
-        if crop < side:
-            corners = torch.randint(side - crop + 1, (self.recipe.batch, 2), generator=generator).tolist()
-            pictures = torch.stack(
-                [picture[:, y : y + crop, x : x + crop] for picture, (y, x) in zip(pictures, corners, strict=True)]
-            )
-        posterior = self.checkpoint.vae.encode(pictures).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(self.device)
-        restored = self.checkpoint.vae.decode(posterior.mean + posterior.std * noise, return_dict=False)[0].float()
-        error = (restored - pictures).abs().mean()
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        with torch.no_grad():
-            mse = ((restored.clamp(-1, 1) - pictures) / 2).square().flatten(1).mean(1)
-            psnr = (-10 * mse.log10()).mean()
-        return {"loss": error + self.recipe.kl_weight * kl, "error": error, "kl": kl, "psnr": psnr}
-
-    def samples(self) -> Image.Image:
-        pictures = self.source.examples().target
-        return picture_grid({"picture": whole_levels(pictures), "restored": through_vae(self.checkpoint, pictures)})
-
-    @torch.no_grad()
-    def finished(self) -> Checkpoint:
-        """Latents get mean 0 and deviation 1 in every channel, once they are scaled by the VAE's factor."""
-        generator = torch.Generator().manual_seed(self.recipe.seed)
-        targets = torch.cat([self.draw(generator)[0].target for _ in range(8)])
-        vae = copy.deepcopy(self.checkpoint.vae).eval()
-        latents = vae.encode(targets).latent_dist.mode().float().transpose(0, 1).flatten(1)
-        mean, deviation = latents.mean(1), latents.std(1)
-        self.checkpoint.vae.load_state_dict(_rescaled(vae, mean, deviation).state_dict())
-        return self.checkpoint
-
-
-def _rescaled(vae: AutoencoderKL, mean: Tensor, deviation: Tensor) -> AutoencoderKL:
-    """The same autoencoder with latents (z - mean) / (deviation * scaling factor)."""
-    gain, channels = 1 / (deviation * vae.config.scaling_factor), len(mean)
-    encoder, decoder = vae.quant_conv, vae.post_quant_conv
-    encoder.bias[:channels].sub_(mean).mul_(gain)
-    encoder.weight[:channels].mul_(gain[:, None, None, None])
-    encoder.bias[channels:].add_(2 * gain.log())
-    decoder.bias.add_(decoder.weight[:, :, 0, 0] @ mean)
-    decoder.weight.div_(gain[None, :, None, None])
-    return vae
 
 
 class _CanvasStage(Stage):

@@ -14,14 +14,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from icportrait.errors import IcPortraitError
 from icportrait.nn import save_checkpoint
-from training.recipe import Recipe
-from training.stages import Stage
+from training.optimizer import RecipeOptimizer
+from training.stage import Stage
 
 STATE = "state.pt"
 LOSSES = "losses.csv"
@@ -47,11 +46,7 @@ class Trainer:
         recipe = self.recipe
         modules = stage.trained.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.mean = AveragedModel(modules, multi_avg_fn=_running_mean(recipe.ema_decay))
-        parameters = [parameter for parameter in modules.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(
-            parameters, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay
-        )
-        self.scheduler = LambdaLR(self.optimizer, lambda step: _rate(step, recipe))
+        self.optimizer = RecipeOptimizer(modules.parameters(), recipe)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.losses: list[dict[str, float]] = []
 
@@ -87,11 +82,9 @@ class Trainer:
                 f"{self.directory}: the loss is {values['loss']} at step {self.step}; start again with a lower "
                 "learning_rate"
             )
-        self.optimizer.zero_grad(set_to_none=True)
         losses["loss"].backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.stage.trained.parameters(), self.recipe.gradient_norm)
         self.optimizer.step()
-        self.scheduler.step()
         self.mean.update_parameters(self.stage.trained)
         self.step += 1
         return values
@@ -111,7 +104,6 @@ class Trainer:
             "modules": self.stage.trained.state_dict(),
             "mean": self.mean.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "scheduler": self.scheduler.state_dict(),
             "generator": self.generator.get_state(),
             "losses": self.losses,
         }
@@ -154,7 +146,6 @@ class Trainer:
         self.stage.trained.load_state_dict(state["modules"])
         self.mean.load_state_dict(state["mean"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
         self.generator.set_state(state["generator"])
         self.step, self.seconds, self.losses = state["step"], state["seconds"], state["losses"]
 
@@ -174,14 +165,6 @@ class Trainer:
         with self._mean_weights():
             picture = self.stage.samples()
         picture.save(self.directory / f"samples-{self.step:06d}.png")
-
-
-def _rate(step: int, recipe: Recipe) -> float:
-    """The learning rate's factor: a linear start, then half a cosine down to zero."""
-    if step < recipe.warmup_steps:
-        return (step + 1) / recipe.warmup_steps
-    done = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
-    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
 def _running_mean(decay: float) -> Any:

@@ -22,7 +22,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from icportrait.errors import CheckpointError
 from icportrait.nn.component_files import read_json, read_model, read_tensor
@@ -56,6 +56,11 @@ class Checkpoint:
     """What is used where a request doesn't say; above 1 only for checkpoints trained with ``F_ref`` dropped."""
     num_inference_steps: int = 20
     """Likewise."""
+
+    @property
+    def models(self) -> tuple[nn.Module, ...]:
+        """All that has weights."""
+        return self.unet, self.vae, self.warping_network
 
 
 def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:

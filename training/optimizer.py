@@ -1,0 +1,79 @@
+"""What turns gradients into steps: AdamW, or Muon for everything that is a matrix."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from training.recipe import Recipe
+
+
+class RecipeOptimizer:
+    """The recipe's optimizer and its falling learning rate.
+
+    Muon (arXiv 2502.16982) orthogonalises each matrix's step; a convolution is the matrix of its output channels by all
+    that they look at. Biases and norms stay with AdamW at the same learning rate.
+    """
+
+    def __init__(self, parameters: Iterable[nn.Parameter], recipe: Recipe) -> None:
+        """Take parameters whose convolutions are in channels-last layout: Muon's matrices are views of them."""
+        parameters = list(parameters)
+        self._weights = [weight for weight in parameters if recipe.optimizer == "muon" and weight.ndim >= 2]
+        self._matrices = [
+            nn.Parameter(_channels_last(weight.detach()).view(len(weight), -1)) for weight in self._weights
+        ]
+        muon = {id(weight) for weight in self._weights}
+        rest = [parameter for parameter in parameters if id(parameter) not in muon]
+        self._rest = torch.optim.AdamW(rest, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
+        self._optimizers: list[torch.optim.Optimizer] = [self._rest]
+        if self._matrices:
+            self._optimizers.append(
+                torch.optim.Muon(
+                    self._matrices,
+                    recipe.learning_rate,
+                    weight_decay=recipe.weight_decay,
+                    adjust_lr_fn="match_rms_adamw",
+                )
+            )
+        self._schedules = [LambdaLR(optimizer, lambda step: _rate(step, recipe)) for optimizer in self._optimizers]
+
+    def step(self) -> None:
+        """Move the parameters by their gradients, and forget these."""
+        for weight, matrix in zip(self._weights, self._matrices, strict=True):
+            matrix.grad = None if weight.grad is None else _channels_last(weight.grad).flatten(1)
+        for optimizer, schedule in zip(self._optimizers, self._schedules, strict=True):
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+        for weight in self._weights:
+            weight.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
+            "schedules": [schedule.state_dict() for schedule in self._schedules],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        for schedule, saved in zip(self._schedules, state["schedules"], strict=True):
+            schedule.load_state_dict(saved)
+
+
+def _channels_last(weight: Tensor) -> Tensor:
+    """A linear layer's or a convolution's weight with the input channels last."""
+    return weight.permute(0, *range(2, weight.ndim), 1)
+
+
+def _rate(step: int, recipe: Recipe) -> float:
+    """The learning rate's factor: a linear start, then half a cosine down to zero."""
+    if step < recipe.warmup_steps:
+        return (step + 1) / recipe.warmup_steps
+    done = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)
+    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
