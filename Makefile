@@ -1,8 +1,11 @@
 # Every task of the project. Each target does its own set-up; `make help` lists them.
 
 PRESET ?= demo-128
-PRECISION ?= fp32
+PRECISION ?= $(if $(filter demo-128,$(PRESET)),fp32,fp16)
 RUNTIME ?= onnxruntime
+TARGET ?= tensorrt-rtx
+# Of the larger presets there are no weights here: random ones show that the path works.
+WEIGHTS ?= $(if $(filter demo-128,$(PRESET)),checkpoint,random)
 CHECKPOINT ?= checkpoints/demo-128
 GRPC_PORT ?= 8001
 HTTP_PORT ?= 8000
@@ -15,17 +18,16 @@ STAMP := $(VENV)/.setup-stamp
 EXPORT := build/export/$(PRESET)-$(PRECISION)
 REPOSITORY := build/repository/$(RUNTIME)
 
-# Of the larger presets there are no weights here: random ones show that the path works.
-ifeq ($(PRESET),demo-128)
-WEIGHTS := --checkpoint $(CHECKPOINT)
-WEIGHT_FILES := $(CHECKPOINT)/model_index.json $(wildcard $(CHECKPOINT)/*.safetensors $(CHECKPOINT)/*/*.*)
-else
-WEIGHTS := --random-weights --preset $(PRESET)
+ifeq ($(WEIGHTS),random)
+EXPORT_FROM := --random-weights --preset $(PRESET)
 WEIGHT_FILES :=
+else
+EXPORT_FROM := --checkpoint $(CHECKPOINT)
+WEIGHT_FILES := $(CHECKPOINT)/model_index.json $(wildcard $(CHECKPOINT)/*.safetensors $(CHECKPOINT)/*/*.*)
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup demo serve export repository configs heads test lint format clean
+.PHONY: FORCE help setup demo serve export engines repository configs heads test lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -43,12 +45,15 @@ export: $(EXPORT)/manifest.json ## export the preset's engines to verified ONNX
 
 $(EXPORT)/manifest.json: $(STAMP) $(EXPORT).weights $(WEIGHT_FILES) \
 		$(wildcard export/*.py icportrait/nn/*.py) icportrait/contract.py icportrait/presets.py
-	@$(PYTHON) -m export $(WEIGHTS) --precision $(PRECISION) --out $(EXPORT)
+	@$(PYTHON) -m export $(EXPORT_FROM) --precision $(PRECISION) --out $(EXPORT)
 
 # Older than the export while the same weights are asked for, so that another CHECKPOINT exports again.
 $(EXPORT).weights: FORCE
 	@mkdir -p $(@D)
-	@echo '$(WEIGHTS)' | cmp -s - $@ || echo '$(WEIGHTS)' > $@
+	@echo '$(EXPORT_FROM)' | cmp -s - $@ || echo '$(EXPORT_FROM)' > $@
+
+engines: $(EXPORT)/manifest.json ## compile the export into TensorRT plans (TARGET=tensorrt-rtx needs no GPU)
+	@$(PYTHON) -m engines build --onnx $(EXPORT) --target $(TARGET) --out build/engines/$(TARGET)/$(PRESET)-$(PRECISION)
 
 repository: $(EXPORT)/manifest.json ## assemble build/repository/<runtime> from triton_repo/ and the export
 	@$(PYTHON) -m icportrait.repository --export $(EXPORT) --out $(REPOSITORY) --runtime $(RUNTIME)

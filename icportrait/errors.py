@@ -8,6 +8,7 @@
       CheckpointError       a checkpoint can't be read or adapted     INTERNAL
       VerificationError     an exported graph differs from torch      INTERNAL
       RuntimeNotAvailable   an engine runtime isn't installed         INTERNAL
+      PlanError             an engine plan isn't what it should be    INTERNAL
 
 Triton turns every error code into INTERNAL when it crosses an ensemble or a BLS call. ``to_wire`` therefore puts the
 code into the message and ``from_wire`` finds it again behind whatever Triton wrote before it.
@@ -56,6 +57,10 @@ class VerificationError(IcPortraitError):
 
 class RuntimeNotAvailable(IcPortraitError):
     """The asked-for engine runtime isn't installed on this machine."""
+
+
+class PlanError(IcPortraitError):
+    """A TensorRT plan was changed, or was built for something else than what is to load it."""
 
 
 _BY_CODE: dict[str, type[IcPortraitError]] = {

@@ -47,6 +47,25 @@ class Manifest:
         text = "".join(engine.sha256 for _, engine in sorted(self.engines.items()))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
+    def files(self, name: str, directory: Path) -> list[Path]:
+        """Engine ``name``'s files, the graph first, where the export lies in ``directory``."""
+        engine = self.engines[name]
+        return [directory / file for file in (engine.file, engine.external_data) if file]
+
+    def check_files(self, name: str, directory: Path) -> None:
+        """Compare engine ``name``'s files with what was exported.
+
+        Raises:
+            CheckpointError: one is missing or was changed.
+        """
+        files = self.files(name, directory)
+        if missing := [path for path in files if not path.is_file()]:
+            raise CheckpointError(f"{missing[0]} is missing, but {MANIFEST_NAME} names it; export again")
+        if (found := file_sha256(*files)) != (expected := self.engines[name].sha256):
+            raise CheckpointError(
+                f"{files[0]}: hash is {found[:12]}, {MANIFEST_NAME} says {expected[:12]}; export again"
+            )
+
     def write(self, directory: Path) -> Path:
         path = directory / MANIFEST_NAME
         path.write_text(json.dumps(asdict(self), indent=2) + "\n")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from icportrait.contract import ENGINES, ENSEMBLE
 from icportrait.errors import CheckpointError, IcPortraitError
-from icportrait.manifest import MANIFEST_NAME, Manifest, file_sha256
+from icportrait.manifest import MANIFEST_NAME, Manifest
 from icportrait.policy import RUNTIMES, ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.request import client_contract_text
@@ -48,7 +48,7 @@ def assemble(export: Path, repository: Path, policy: ServingPolicy, template: Pa
     """
     manifest = Manifest.read(export)
     for name in ENGINES:
-        _check_hash(export, name, manifest)
+        manifest.check_files(name, export)
     if policy.runtime == "torch" and manifest.precision != "fp32":
         raise CheckpointError(f"{export}: is {manifest.precision}, expected fp32: the torch runtime computes in fp32")
     configs = model_configs(manifest.preset, manifest.precision, policy)
@@ -77,24 +77,9 @@ def _remove_old(repository: Path) -> None:
     shutil.rmtree(repository, ignore_errors=True)
 
 
-def _files(directory: Path, name: str, manifest: Manifest) -> list[Path]:
-    engine = manifest.engines[name]
-    return [directory / file for file in (engine.file, engine.external_data) if file]
-
-
-def _check_hash(export: Path, name: str, manifest: Manifest) -> None:
-    files = _files(export, name, manifest)
-    if missing := [path for path in files if not path.is_file()]:
-        raise CheckpointError(f"{missing[0]} is missing, but {MANIFEST_NAME} names it; export again")
-    if (found := file_sha256(*files)) != manifest.engines[name].sha256:
-        raise CheckpointError(
-            f"{files[0]}: hash is {found[:12]}, {MANIFEST_NAME} says {manifest.engines[name].sha256[:12]}; export again"
-        )
-
-
 def _place(export: Path, version: Path, name: str, manifest: Manifest) -> None:
     """Link an engine's files into a model's version folder, or copy them across file systems."""
-    for path in _files(export, name, manifest):
+    for path in manifest.files(name, export):
         try:
             os.link(path, version / path.name)
         except OSError:

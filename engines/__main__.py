@@ -1,0 +1,101 @@
+"""TensorRT engines from exported ONNX: ``python -m engines build | inspect``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from engines.build_config import BUCKETS, COMPUTE_CAPABILITIES, LAYOUTS, BuildConfig
+from icportrait.contract import ENGINES, engine_specs
+from icportrait.errors import IcPortraitError, RuntimeNotAvailable
+from icportrait.manifest import Manifest
+from icportrait.runtime.flavours import FLAVOURS, TENSORRT_RTX, Flavour
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m engines", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    build = commands.add_parser("build", help="build plans")
+    inspect = commands.add_parser("inspect", help="show what TensorRT's parser makes of the graphs")
+    for command in (build, inspect):
+        command.add_argument("--onnx", type=Path, required=True, help="directory of an export")
+        command.add_argument(
+            "--target", choices=FLAVOURS, default=TENSORRT_RTX.name, help="product (default: %(default)s)"
+        )
+        command.add_argument("--engine", choices=ENGINES, action="append", help="only this one; repeatable")
+    build.add_argument("--out", type=Path, required=True, help="directory for the plans")
+    build.add_argument(
+        "--compute-capability",
+        nargs="+",
+        default=list(COMPUTE_CAPABILITIES),
+        metavar="X.Y",
+        help="GPUs to compile for ahead of time (default: %(default)s)",
+    )
+    build.add_argument("--buckets", type=int, nargs="+", default=list(BUCKETS), help="batches (default: %(default)s)")
+    build.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of the batches (default: %(default)s)")
+    build.add_argument("--opt-level", type=int, choices=range(6), metavar="0..5", help="effort of the builder")
+    build.add_argument("--timing-cache", type=Path, metavar="FILE", help="kernel times to read and add to")
+    build.add_argument("--workspace", type=float, metavar="GB", help="largest scratch memory of a kernel")
+    build.add_argument("--allow-mixed", action="store_true", help="build although much is in another precision")
+    args = parser.parse_args(argv)
+    try:
+        flavour, manifest = FLAVOURS[args.target], Manifest.read(args.onnx)
+        if args.command == "build":
+            _build(args, flavour, manifest)
+        else:
+            _inspect(args, flavour, manifest)
+    except (IcPortraitError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _build(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> None:
+    from engines.building import build_engine
+
+    if not flavour.compiles_without_gpu:
+        _need_gpu(flavour)
+    config = BuildConfig(
+        layout=args.layout,
+        buckets=tuple(args.buckets),
+        compute_capabilities=tuple(args.compute_capability),
+        optimization_level=args.opt_level,
+        workspace_bytes=None if args.workspace is None else int(args.workspace * 1e9),
+        timing_cache=args.timing_cache,
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    specs = engine_specs(manifest.preset, manifest.precision)
+    for name in args.engine or ENGINES:
+        for plan in build_engine(
+            flavour, args.onnx, manifest, specs[name], config, args.out, allow_mixed=args.allow_mixed
+        ):
+            print(
+                f"  {name}: {plan.plan_bytes / 1e6:.0f} MB for {', '.join(plan.compute_capabilities)}, "
+                f"{len(plan.profiles)} profiles, {plan.build_seconds:.0f} s, "
+                f"peak memory {plan.peak_memory_bytes / 1e9:.1f} GB",
+                flush=True,
+            )
+
+
+def _inspect(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> None:
+    from engines.inspection import inspect, table
+    from engines.network import parse
+
+    for name in args.engine or ENGINES:
+        parsed = parse(flavour.load(), manifest.files(name, args.onnx)[0])
+        print(table(name, inspect(parsed), parsed.warnings), flush=True)
+
+
+def _need_gpu(flavour: Flavour) -> None:
+    raise RuntimeNotAvailable(
+        f"--target {flavour.name} builds on the GPU that will run the plans; use --target {TENSORRT_RTX.name}, which "
+        "compiles without one"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

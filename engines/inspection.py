@@ -1,0 +1,117 @@
+"""What TensorRT's parser made of a graph: kinds and types of its layers, and in which type its arithmetic is done."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from engines.network import ParsedNetwork
+
+TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}
+"""Our names of TensorRT's types that arithmetic is done in."""
+
+
+@dataclass
+class Inspection:
+    """Counts over a network at batch 1."""
+
+    layers: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Layers by kind and the type of their first output, under TensorRT's names."""
+    weighted: Counter[str] = field(default_factory=Counter)
+    """Multiply-adds of convolutions and linears by type; "mixed" where the two sides differ."""
+    products: Counter[str] = field(default_factory=Counter)
+    """Multiply-adds of products of two activations, attention's and the cost volume's, by type."""
+    attentions: int = 0
+    """Attentions that are TensorRT's own (IAttention)."""
+    casts: list[str] = field(default_factory=list)
+    """Casts between types that arithmetic is done in: "layer: HALF to FLOAT, [shape]"."""
+
+    def share(self, precision: str) -> float:
+        """The part of the convolutions' and linears' multiply-adds that is done in ``precision``."""
+        return self.weighted[precision] / max(self.weighted.total(), 1)
+
+
+def inspect(parsed: ParsedNetwork) -> Inspection:
+    """Count a parsed network's layers and multiply-adds. Its inputs get batch 1, so build from another parse."""
+    trt, network = parsed.trt, parsed.network
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        tensor.shape = tuple(1 if size < 0 else size for size in tensor.shape)
+    layers = [network.get_layer(index) for index in range(network.num_layers)]
+    producers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
+    found, kinds = Inspection(), trt.LayerType
+    for layer in layers:
+        output = layer.get_output(0)
+        found.layers[layer.type.name, output.dtype.name] += 1
+        if layer.type == kinds.CONVOLUTION:
+            layer.__class__ = trt.IConvolutionLayer  # the bindings give every layer as its base class
+            kernel_volume = math.prod(layer.kernel_size_nd)
+            channels = layer.get_input(0).shape[1] // layer.num_groups
+            types = [_arithmetic_type(trt, layer.get_input(0), producers)]
+            if (kernel := layer.get_input(1)) is not None:
+                types.append(_arithmetic_type(trt, kernel, producers))
+            found.weighted[_common(types)] += math.prod(output.shape) * kernel_volume * channels
+        elif layer.type == kinds.MATRIX_MULTIPLY:
+            layer.__class__ = trt.IMatrixMultiplyLayer
+            sides = [layer.get_input(0), layer.get_input(1)]
+            inner = sides[0].shape[-2 if layer.op0 == trt.MatrixOperation.TRANSPOSE else -1]
+            kind = found.weighted if any(_is_constant(trt, side, producers) for side in sides) else found.products
+            kind[_common([_arithmetic_type(trt, side, producers) for side in sides])] += math.prod(output.shape) * inner
+        elif layer.type == kinds.ATTENTION_INPUT:
+            found.attentions += 1
+        elif layer.type == kinds.CAST:
+            before, after = layer.get_input(0).dtype.name, output.dtype.name
+            if before != after and before in TYPES and after in TYPES:
+                found.casts.append(f"{layer.name}: {before} to {after}, {list(output.shape)}")
+    return found
+
+
+_MOVES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE", "IDENTITY", "SLICE")
+"""Layers that change neither values nor type."""
+
+
+def _origin(tensor: Any, producers: dict[str, Any], through: tuple[str, ...]) -> Any | None:
+    """The layer that made a tensor's values, seen through the given kinds of layers; None for an input."""
+    layer = producers.get(tensor.name)
+    while layer is not None and layer.type.name in through:
+        layer = producers.get(layer.get_input(0).name)
+    return layer
+
+
+def _is_constant(trt: Any, tensor: Any, producers: dict[str, Any]) -> bool:
+    origin = _origin(tensor, producers, (*_MOVES, "CAST", "QUANTIZE", "DEQUANTIZE"))
+    return origin is not None and origin.type == trt.LayerType.CONSTANT
+
+
+def _arithmetic_type(trt: Any, tensor: Any, producers: dict[str, Any]) -> str:
+    """The type that a product reads: behind a DequantizeLinear, the quantised one."""
+    origin = _origin(tensor, producers, _MOVES)
+    if origin is not None and origin.type == trt.LayerType.DEQUANTIZE:
+        tensor = origin.get_input(0)
+    name: str = tensor.dtype.name
+    return TYPES.get(name, name)
+
+
+def _common(types: list[str]) -> str:
+    return types[0] if len(set(types)) == 1 else "mixed"
+
+
+def table(name: str, found: Inspection, warnings: list[str]) -> str:
+    """An inspection as text."""
+    lines = [f"{name}: {found.layers.total()} layers"]
+    by_kind: dict[str, Counter[str]] = {}
+    for (kind, dtype), count in found.layers.items():
+        by_kind.setdefault(kind, Counter())[dtype] += count
+    for kind, counts in sorted(by_kind.items(), key=lambda item: -item[1].total()):
+        types = ", ".join(f"{count} {dtype}" for dtype, count in counts.most_common())
+        lines.append(f"  {kind.lower():<18}{counts.total():>6}  {types}")
+    for title, macs in (("convolutions and linears", found.weighted), ("products of activations", found.products)):
+        shares = "".join(f", {100 * count / macs.total():.1f} % {kind}" for kind, count in macs.most_common())
+        lines.append(f"  {title}: {macs.total() / 1e9:.3f} G multiply-adds at batch 1{shares}")
+    lines.append(f"  TensorRT attentions: {found.attentions}")
+    lines.append(f"  casts between arithmetic types: {len(found.casts)}")
+    lines += [f"    {cast}" for cast in found.casts]
+    lines += [f"  warning: {warning}" for warning in warnings]
+    return "\n".join(lines)

@@ -1,0 +1,135 @@
+"""Engine plans on disk: each lies beside a manifest that says what it is, and is loaded only where that fits.
+
+    unet.plan         the serialised engine
+    unet.plan.json    its manifest
+
+A plan is code that the GPU will run, so one whose hash isn't its manifest's is never given to TensorRT.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from icportrait.errors import PlanError
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class PlanTensor:
+    """An input or output of a plan; -1 is a size that the profiles decide."""
+
+    name: str
+    is_input: bool
+    dtype: str
+    """TensorRT's name, such as FLOAT or HALF."""
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class PlanManifest:
+    """What a plan was made from and by, and where it runs."""
+
+    engine: str
+    preset: str
+    precision: str
+    flavour: str
+    tensorrt_version: str
+    compute_capabilities: tuple[str, ...]
+    """Of the GPUs that it runs on, such as 8.9."""
+    profiles: tuple[dict[str, tuple[Shape, Shape, Shape]], ...]
+    """For each optimization profile the smallest, best and largest shape of every input."""
+    tensors: tuple[PlanTensor, ...]
+    contract_hash: str
+    onnx_sha256: str
+    plan_sha256: str
+    plan_bytes: int
+    build_seconds: float
+    peak_memory_bytes: int
+    """The building process's largest resident size."""
+
+    @staticmethod
+    def path(plan: Path) -> Path:
+        return plan.with_name(plan.name + ".json")
+
+    def write(self, plan: Path) -> None:
+        """Write the manifest of ``plan`` beside it."""
+        self.path(plan).write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+    @classmethod
+    def read(cls, plan: Path) -> PlanManifest:
+        """Read the manifest of ``plan``.
+
+        Raises:
+            PlanError: there is none, or it isn't of this code's form.
+        """
+        path = cls.path(plan)
+        if not path.is_file():
+            raise PlanError(
+                f'{path} is missing, and no plan is loaded without it; make it with "python -m engines build"'
+            )
+        try:
+            fields = json.loads(path.read_text(encoding="utf-8"))
+            fields["compute_capabilities"] = tuple(fields["compute_capabilities"])
+            fields["profiles"] = tuple(
+                {name: tuple(tuple(shape) for shape in shapes) for name, shapes in profile.items()}
+                for profile in fields["profiles"]
+            )
+            fields["tensors"] = tuple(
+                PlanTensor(**{**tensor, "shape": tuple(tensor["shape"])}) for tensor in fields["tensors"]
+            )
+            return cls(**fields)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PlanError(f"{path}: not a plan's manifest of this version ({error}); build again") from error
+
+
+@dataclass(frozen=True)
+class PlanHost:
+    """What a plan is to be loaded by."""
+
+    flavour: str
+    tensorrt_version: str
+    contract_hash: str
+    compute_capability: str | None = None
+    """The GPU's; None leaves it unchecked, where there is none."""
+
+
+def read_plan(plan: Path, host: PlanHost) -> tuple[bytes, PlanManifest]:
+    """A plan's bytes, once everything that can be known without TensorRT fits.
+
+    Args:
+        plan: the file; its manifest lies beside it.
+        host: what will load it.
+
+    Raises:
+        PlanError: the plan is missing or changed, or its manifest names another product, version, contract or GPU
+            than the host; the text names both.
+    """
+    manifest = PlanManifest.read(plan)
+    differences = (
+        ("product", manifest.flavour, host.flavour),
+        ("TensorRT", manifest.tensorrt_version, host.tensorrt_version),
+        ("contract", manifest.contract_hash, host.contract_hash),
+    )
+    for what, built_for, found in differences:
+        if built_for != found:
+            raise PlanError(f"{plan}: was built for {what} {built_for}, and this is {found}; build it again here")
+    capability = host.compute_capability
+    if capability is not None and capability not in manifest.compute_capabilities:
+        raise PlanError(
+            f"{plan}: was built for GPUs of compute capability {', '.join(manifest.compute_capabilities)}, and this "
+            f"one has {capability}; build it again with --compute-capability {capability}"
+        )
+    if not plan.is_file():
+        raise PlanError(f'{plan} is missing; make it with "python -m engines build"')
+    content = plan.read_bytes()
+    found = hashlib.sha256(content).hexdigest()
+    if found != manifest.plan_sha256:
+        raise PlanError(
+            f"{plan}: its SHA-256 is {found[:12]}..., its manifest says {manifest.plan_sha256[:12]}...: it was "
+            "changed after it was built and won't be loaded; build it again"
+        )
+    return content, manifest

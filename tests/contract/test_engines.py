@@ -1,0 +1,162 @@
+"""Graphs through the real TensorRT-RTX parser and builder; no GPU is needed."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from engines.__main__ import main
+from engines.build_config import BuildConfig
+from engines.inspection import inspect
+from engines.network import parse
+from icportrait.contract import ENGINES, engine_specs
+from icportrait.errors import PlanError, RuntimeNotAvailable, VerificationError
+from icportrait.manifest import Manifest
+from icportrait.runtime.flavours import FLAVOURS, TENSORRT_RTX, Flavour
+from icportrait.runtime.plans import PlanHost, read_plan
+from tests.tiny import TINY
+from tests.trivial_engines import write_trivial_export
+
+
+@pytest.fixture(scope="module")
+def trivial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("trivial")
+    write_trivial_export(directory, TINY)
+    return directory
+
+
+def graph(path: Path, nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], inputs: dict[str, list]) -> Path:
+    """Write nodes that end in ``y``, fp32, with fp32 inputs of the given axes."""
+    tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, axes) for name, axes in inputs.items()]
+    output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    made = helper.make_graph(nodes, "test", tensors, [output], initializers)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    return path
+
+
+# Inspection
+
+
+def test_multiply_adds_are_counted_by_type_and_use(tmp_path: Path) -> None:
+    """Convolution in fp16, a linear in fp32, and a product of two activations; all sizes differ."""
+    nodes = [
+        helper.make_node("Cast", ["x"], ["x16"], to=TensorProto.FLOAT16, name="down"),
+        helper.make_node("Conv", ["x16", "kernel"], ["c"], pads=[1, 1, 1, 1], group=2),
+        helper.make_node("Cast", ["c"], ["c32"], to=TensorProto.FLOAT, name="up"),
+        helper.make_node("MatMul", ["c32", "weight"], ["l"]),
+        helper.make_node("Transpose", ["l"], ["t"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["l", "t"], ["y"]),
+    ]
+    weights = {"kernel": np.ones((6, 2, 3, 3), np.float16), "weight": np.ones((7, 11), np.float32)}
+    found = inspect(parse(TENSORRT_RTX.load(), graph(tmp_path / "g.onnx", nodes, weights, {"x": ["batch", 4, 5, 7]})))
+    convolution, linear = 6 * 5 * 7 * 2 * 9, 6 * 5 * 7 * 11
+    assert dict(found.weighted) == {"fp16": convolution, "fp32": linear}
+    assert dict(found.products) == {"fp32": 6 * 5 * 5 * 11}
+    assert found.share("fp16") == pytest.approx(convolution / (convolution + linear))
+    assert found.casts == ["down: FLOAT to HALF, [1, 4, 5, 7]", "up: HALF to FLOAT, [1, 6, 5, 7]"]
+    assert found.layers["CONVOLUTION", "HALF"] == 1 and found.layers["MATRIX_MULTIPLY", "FLOAT"] == 2
+
+
+def test_a_quantised_product_counts_as_what_it_was_quantised_to(tmp_path: Path) -> None:
+    scale = {"scale": np.array(0.1, np.float32), "zero": np.array(0, np.int8)}
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["kernel", "scale", "zero"], ["kd"]),
+        helper.make_node("Conv", ["xd", "kd"], ["c"]),
+        helper.make_node("Conv", ["c", "plain"], ["y"]),
+    ]
+    weights = scale | {"kernel": np.ones((3, 4, 1, 1), np.int8), "plain": np.ones((2, 3, 1, 1), np.float32)}
+    found = inspect(parse(TENSORRT_RTX.load(), graph(tmp_path / "g.onnx", nodes, weights, {"x": ["batch", 4, 5, 7]})))
+    assert dict(found.weighted) == {"int8": 3 * 4 * 35, "fp32": 2 * 3 * 35}
+
+
+def test_what_tensorrt_cannot_parse_is_refused_with_its_node(tmp_path: Path) -> None:
+    path = graph(tmp_path / "g.onnx", [helper.make_node("Det", ["x"], ["y"], name="culprit")], {}, {"x": [1, 3, 3]})
+    with pytest.raises(VerificationError, match=r"g\.onnx: TensorRT can't parse it: node culprit \(Det\)"):
+        parse(TENSORRT_RTX.load(), path)
+
+
+# Which plans
+
+
+def test_batches_are_laid_out_as_asked() -> None:
+    spec = engine_specs(TINY)["unet"]
+    largest = spec.batch.max
+    profiles = BuildConfig(buckets=(1, 2)).plans(spec)["unet.plan"]
+    assert [profile["timestep"] for profile in profiles] == [((n,), (n,), (n,)) for n in (1, 2, largest)]
+    assert BuildConfig(layout="dynamic").plans(spec) == {"unet.plan": [spec.optimization_profile]}
+    static = BuildConfig(layout="static", buckets=(1, 2, 1000)).plans(spec)
+    assert list(static) == ["unet.batch1.plan", "unet.batch2.plan", f"unet.batch{largest}.plan"]
+    assert static["unet.batch2.plan"][0]["canvas_latent"][0][0] == 2
+
+
+# Building
+
+
+def test_four_engines_are_compiled_with_their_manifests(
+    trivial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--onnx", str(trivial), "--out", str(tmp_path / "plans"), "--compute-capability", "8.9", "12.0"]
+    assert main(["build", *arguments, "--buckets", "1", "2", "--allow-mixed"]) == 0
+    export = Manifest.read(trivial)
+    said = capsys.readouterr().out
+    for name in ENGINES:
+        plan = tmp_path / "plans" / f"{name}.plan"
+        host = PlanHost("tensorrt-rtx", TENSORRT_RTX.load().__version__, export.contract_hash, "12.0")
+        content, manifest = read_plan(plan, host)
+        spec = engine_specs(TINY)[name]
+        assert len(content) == manifest.plan_bytes and manifest.engine == name
+        assert manifest.onnx_sha256 == export.engines[name].sha256
+        assert [tensor.name for tensor in manifest.tensors if tensor.is_input] == [i.name for i in spec.inputs]
+        assert [tensor.name for tensor in manifest.tensors if not tensor.is_input] == [o.name for o in spec.outputs]
+        assert len(manifest.profiles) == 3 and manifest.build_seconds > 0 and manifest.peak_memory_bytes > 10**7
+        assert f"{name}: {manifest.plan_bytes / 1e6:.0f} MB for 8.9, 12.0, 3 profiles" in said
+        with pytest.raises(PlanError, match=r"8\.9, 12\.0, and this one has 9\.0"):
+            read_plan(plan, PlanHost(host.flavour, host.tensorrt_version, host.contract_hash, "9.0"))
+
+
+def test_a_graph_in_another_precision_than_asked_is_not_built(
+    trivial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trivial graphs have no convolution at all, so none of their arithmetic is fp32 convolutions."""
+    assert main(["build", "--onnx", str(trivial), "--out", str(tmp_path), "--engine", "unet"]) == 1
+    assert "0.0 % of the convolutions' and linears' multiply-adds are fp32, expected 95 %" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.plan*"))
+
+
+def test_a_changed_graph_is_not_built(trivial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    export = tmp_path / "export"
+    shutil.copytree(trivial, export)
+    model = onnx.load(export / "unet.onnx")
+    model.producer_name = "somebody else"
+    onnx.save(model, export / "unet.onnx")
+    assert main(["build", "--onnx", str(export), "--out", str(tmp_path / "plans"), "--engine", "unet"]) == 1
+    assert "unet.onnx: hash is" in capsys.readouterr().err
+
+
+def test_inspect_prints_every_engine(trivial: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", "--onnx", str(trivial)]) == 0
+    said = capsys.readouterr().out
+    assert all(f"{name}: " in said for name in ENGINES)
+    assert "TensorRT attentions: 0" in said
+
+
+def test_the_full_product_says_that_it_needs_its_gpu(
+    trivial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", "--onnx", str(trivial), "--out", str(tmp_path), "--target", "tensorrt"]) == 1
+    assert "--target tensorrt-rtx, which compiles without one" in capsys.readouterr().err
+
+
+def test_a_product_that_is_not_installed_says_how_to_install_it() -> None:
+    absent = Flavour("tensorrt", "tensorrt_of_another_world", "tensorrt==0", compiles_without_gpu=False)
+    with pytest.raises(RuntimeNotAvailable, match=r"tensorrt is not installed here .*: pip install tensorrt==0"):
+        absent.load()
+    assert all(flavour.package.startswith("tensorrt") for flavour in FLAVOURS.values())
