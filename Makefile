@@ -71,10 +71,12 @@ heads: $(STAMP) ## render the committed heads of the demo and of the client's sw
 test: lint ## lint, types, and the unit, contract and e2e tests
 	@$(PYTHON) -m pytest
 
-lint: $(STAMP) ## ruff and mypy
+lint: $(STAMP) ## ruff, and mypy against the real signatures of both TensorRT products
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
+	@$(PYTHON) -m engines.stubs
 	@$(PYTHON) -m mypy
+	@MYPYPATH=build/stubs/tensorrt $(PYTHON) -m mypy -p engines -m icportrait.runtime.tensorrt
 
 format: $(STAMP) ## let ruff format the code
 	@$(PYTHON) -m ruff format .

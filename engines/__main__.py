@@ -86,7 +86,7 @@ def _inspect(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> 
     from engines.network import parse
 
     for name in args.engine or ENGINES:
-        parsed = parse(flavour.load(), manifest.files(name, args.onnx)[0])
+        parsed = parse(flavour, manifest.files(name, args.onnx)[0])
         print(table(name, inspect(parsed), parsed.warnings), flush=True)
 
 

@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from engines.build_config import BuildConfig, Profile
 from engines.inspection import inspect, table
-from engines.network import parse
+from engines.network import ParsedNetwork, parse
 from icportrait.contract import ModelSpec
 from icportrait.errors import PlanError, VerificationError
 from icportrait.manifest import Manifest
@@ -54,10 +54,9 @@ def build_engine(
         PlanError: TensorRT couldn't build it.
         VerificationError: TensorRT can't parse the graph, or its arithmetic isn't in the export's precision.
     """
-    trt = flavour.load()
     manifest.check_files(spec.name, onnx_directory)
     onnx = manifest.files(spec.name, onnx_directory)[0]
-    found = inspect(parsed := parse(trt, onnx))
+    found = inspect(parsed := parse(flavour, onnx))
     print(table(spec.name, found, parsed.warnings), flush=True)
     share = found.share(manifest.precision)
     if share < LEAST_SHARE and not allow_mixed:
@@ -67,14 +66,13 @@ def build_engine(
         )
     del parsed
     return [
-        _build_plan(flavour, trt, onnx, manifest, spec, config, profiles, out / name)
+        _build_plan(flavour, onnx, manifest, spec, config, profiles, out / name)
         for name, profiles in config.plans(spec).items()
     ]
 
 
 def _build_plan(
     flavour: Flavour,
-    trt: Any,
     onnx: Path,
     manifest: Manifest,
     spec: ModelSpec,
@@ -83,8 +81,8 @@ def _build_plan(
     plan: Path,
 ) -> PlanManifest:
     started = time.perf_counter()
-    parsed = parse(trt, onnx)
-    with _monitor(trt, plan.name) as monitor:
+    parsed = parse(flavour, onnx)
+    with _monitor(flavour, plan.name) as monitor:
         serialized = _serialize(flavour, parsed, config, profiles, monitor)
     if serialized is None:
         reasons = "; ".join(parsed.warnings) or "it says nothing"
@@ -106,7 +104,7 @@ def _build_plan(
         preset=manifest.preset.name,
         precision=manifest.precision,
         flavour=flavour.name,
-        tensorrt_version=trt.__version__,
+        tensorrt_version=flavour.version(),
         compute_capabilities=config.compute_capabilities,
         profiles=tuple(profiles),
         tensors=tuple(tensors),
@@ -121,8 +119,14 @@ def _build_plan(
     return built
 
 
-def _serialize(flavour: Flavour, parsed: Any, config: BuildConfig, profiles: list[Profile], monitor: Any) -> Any:
+def _serialize(
+    flavour: Flavour, parsed: ParsedNetwork, config: BuildConfig, profiles: list[Profile], monitor: Any
+) -> Any:
     """The plan's bytes, or None where TensorRT gave up."""
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = flavour.load()
     # Polygraphy chooses the product when it is imported; a process builds for one.
     os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(flavour is TENSORRT_RTX))
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
@@ -143,17 +147,24 @@ def _serialize(flavour: Flavour, parsed: Any, config: BuildConfig, profiles: lis
         for name, (smallest, best, largest) in shapes.items():
             profile.add(name, smallest, best, largest)
     if config.workspace_bytes is not None:
-        settings["memory_pool_limits"] = {parsed.trt.MemoryPoolType.WORKSPACE: config.workspace_bytes}
+        settings["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: config.workspace_bytes}
     if flavour is TENSORRT_RTX:
         capabilities = [tuple(map(int, capability.split("."))) for capability in config.compute_capabilities]
         create = CreateConfigRTX(compute_capabilities=capabilities, **settings)
     else:
         create = CreateConfig(**settings)
+
+    def configured(*network: Any) -> Any:
+        made = create(*network)
+        if flavour is TENSORRT_RTX:  # which else may allocate while a CUDA graph is captured
+            made.set_flag(flavour.load().BuilderFlag.REQUIRE_USER_ALLOCATION)
+        return made
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # Polygraphy always sets a timing cache
             return engine_bytes_from_network(
-                (parsed.builder, parsed.network, parsed.parser), config=create, save_timing_cache=cache
+                (parsed.builder, parsed.network, parsed.parser), config=configured, save_timing_cache=cache
             )
     except PolygraphyException as error:
         if monitor.stopped:
@@ -162,10 +173,14 @@ def _serialize(flavour: Flavour, parsed: Any, config: BuildConfig, profiles: lis
 
 
 @contextmanager
-def _monitor(trt: Any, title: str) -> Iterator[Any]:
+def _monitor(flavour: Flavour, title: str) -> Iterator[Any]:
     """TensorRT's progress as a bar. An interrupt stops the build at its next step: Python can't raise through it."""
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = flavour.load()
 
-    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+    class Monitor(trt.IProgressMonitor):
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.stopped = False

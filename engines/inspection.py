@@ -5,9 +5,12 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 from engines.network import ParsedNetwork
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 TYPES = {"FLOAT": "fp32", "HALF": "fp16", "BF16": "bf16", "INT8": "int8", "FP8": "fp8"}
 """Our names of TensorRT's types that arithmetic is done in."""
@@ -35,10 +38,14 @@ class Inspection:
 
 def inspect(parsed: ParsedNetwork) -> Inspection:
     """Count a parsed network's layers and multiply-adds. Its inputs get batch 1, so build from another parse."""
-    trt, network = parsed.trt, parsed.network
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = parsed.flavour.load()
+    network = parsed.network
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        tensor.shape = tuple(1 if size < 0 else size for size in tensor.shape)
+        tensor.shape = trt.Dims([1 if size < 0 else size for size in tensor.shape])
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     producers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
     found, kinds = Inspection(), trt.LayerType
@@ -47,20 +54,29 @@ def inspect(parsed: ParsedNetwork) -> Inspection:
         found.layers[layer.type.name, output.dtype.name] += 1
         if layer.type == kinds.CONVOLUTION:
             layer.__class__ = trt.IConvolutionLayer  # the bindings give every layer as its base class
+            assert isinstance(layer, trt.IConvolutionLayer)
             kernel_volume = math.prod(layer.kernel_size_nd)
             channels = layer.get_input(0).shape[1] // layer.num_groups
-            types = [_arithmetic_type(trt, layer.get_input(0), producers)]
+            types = [_arithmetic_type(kinds, layer.get_input(0), producers)]
             if (kernel := layer.get_input(1)) is not None:
-                types.append(_arithmetic_type(trt, kernel, producers))
+                types.append(_arithmetic_type(kinds, kernel, producers))
             found.weighted[_common(types)] += math.prod(output.shape) * kernel_volume * channels
         elif layer.type == kinds.MATRIX_MULTIPLY:
             layer.__class__ = trt.IMatrixMultiplyLayer
+            assert isinstance(layer, trt.IMatrixMultiplyLayer)
             sides = [layer.get_input(0), layer.get_input(1)]
             inner = sides[0].shape[-2 if layer.op0 == trt.MatrixOperation.TRANSPOSE else -1]
-            kind = found.weighted if any(_is_constant(trt, side, producers) for side in sides) else found.products
-            kind[_common([_arithmetic_type(trt, side, producers) for side in sides])] += math.prod(output.shape) * inner
+            kind = found.weighted if any(_is_constant(kinds, side, producers) for side in sides) else found.products
+            kind[_common([_arithmetic_type(kinds, side, producers) for side in sides])] += (
+                math.prod(output.shape) * inner
+            )
         elif layer.type == kinds.ATTENTION_INPUT:
             found.attentions += 1
+            query, key, value = (layer.get_input(side) for side in range(3))
+            types = [_arithmetic_type(kinds, side, producers) for side in (query, key, value)]
+            found.products[_common(types)] += (
+                math.prod(query.shape) * key.shape[2] + math.prod(output.shape) * key.shape[2]
+            )
         elif layer.type == kinds.CAST:
             before, after = layer.get_input(0).dtype.name, output.dtype.name
             if before != after and before in TYPES and after in TYPES:
@@ -72,7 +88,7 @@ _MOVES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE", "IDENTITY", "SLICE")
 """Layers that change neither values nor type."""
 
 
-def _origin(tensor: Any, producers: dict[str, Any], through: tuple[str, ...]) -> Any | None:
+def _origin(tensor: trt.ITensor, producers: dict[str, trt.ILayer], through: tuple[str, ...]) -> trt.ILayer | None:
     """The layer that made a tensor's values, seen through the given kinds of layers; None for an input."""
     layer = producers.get(tensor.name)
     while layer is not None and layer.type.name in through:
@@ -80,18 +96,17 @@ def _origin(tensor: Any, producers: dict[str, Any], through: tuple[str, ...]) ->
     return layer
 
 
-def _is_constant(trt: Any, tensor: Any, producers: dict[str, Any]) -> bool:
+def _is_constant(kinds: type[trt.LayerType], tensor: trt.ITensor, producers: dict[str, trt.ILayer]) -> bool:
     origin = _origin(tensor, producers, (*_MOVES, "CAST", "QUANTIZE", "DEQUANTIZE"))
-    return origin is not None and origin.type == trt.LayerType.CONSTANT
+    return origin is not None and origin.type == kinds.CONSTANT
 
 
-def _arithmetic_type(trt: Any, tensor: Any, producers: dict[str, Any]) -> str:
+def _arithmetic_type(kinds: type[trt.LayerType], tensor: trt.ITensor, producers: dict[str, trt.ILayer]) -> str:
     """The type that a product reads: behind a DequantizeLinear, the quantised one."""
     origin = _origin(tensor, producers, _MOVES)
-    if origin is not None and origin.type == trt.LayerType.DEQUANTIZE:
+    if origin is not None and origin.type == kinds.DEQUANTIZE:
         tensor = origin.get_input(0)
-    name: str = tensor.dtype.name
-    return TYPES.get(name, name)
+    return TYPES.get(tensor.dtype.name, tensor.dtype.name)
 
 
 def _common(types: list[str]) -> str:

@@ -5,35 +5,43 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from icportrait.errors import VerificationError
+from icportrait.runtime.flavours import Flavour
+
+if TYPE_CHECKING:
+    import tensorrt as trt
 
 
 @dataclass
 class ParsedNetwork:
     """A network and what it can't live without."""
 
-    trt: Any
-    """The product's module."""
-    builder: Any
-    network: Any
-    parser: Any
+    flavour: Flavour
+    builder: trt.Builder
+    network: trt.INetworkDefinition
+    parser: trt.OnnxParser
     warnings: list[str]
     """What TensorRT has warned of since parsing began."""
 
 
-def parse(trt: Any, onnx: Path) -> ParsedNetwork:
+def parse(flavour: Flavour, onnx: Path) -> ParsedNetwork:
     """Parse a graph as a strongly typed network.
 
     Args:
-        trt: ``Flavour.load()``.
+        flavour: the product whose parser it is.
         onnx: the graph; its external data, if any, lies beside it.
 
     Raises:
+        RuntimeNotAvailable: the product isn't installed.
         VerificationError: TensorRT can't take the graph; the text names the node.
     """
-    logger = _logger(trt)
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = flavour.load()
+    logger = _logger(flavour)
     warnings: list[str] = []
     logger.warnings = warnings
     builder = trt.Builder(logger)
@@ -42,20 +50,25 @@ def parse(trt: Any, onnx: Path) -> ParsedNetwork:
     if not parser.parse_from_file(str(onnx)):
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         text = "; ".join(f"node {error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors)
-        raise VerificationError(f"{onnx}: TensorRT can't parse it: {text or '; '.join(warnings)}")
-    return ParsedNetwork(trt, builder, network, parser, warnings)
+        reasons = " ".join((text or "; ".join(warnings)).split())
+        raise VerificationError(f"{onnx}: TensorRT can't parse it: {reasons}")
+    return ParsedNetwork(flavour, builder, network, parser, warnings)
 
 
 @cache
-def _logger(trt: Any) -> Any:
+def _logger(flavour: Flavour) -> Any:
     """TensorRT keeps the first logger that it sees for the whole process."""
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = flavour.load()
 
-    class Logger(trt.ILogger):  # type: ignore[misc]
+    class Logger(trt.ILogger):
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.warnings: list[str] = []
 
-        def log(self, severity: Any, message: str) -> None:
+        def log(self, severity: trt.ILogger.Severity, message: str) -> None:
             if severity in (trt.ILogger.WARNING, trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.warnings.append(message)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from export.constant_prompt import constant_prompt
 from icportrait.contract import ModelSpec
 
 EXTERNAL_DATA_BYTES = 2**30
@@ -33,7 +34,7 @@ def export_graph(module: torch.nn.Module, spec: ModelSpec, directory: Path, opse
     path = directory / f"{spec.name}.onnx"
     weights_bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad():
+    with warnings.catch_warnings(), torch.no_grad(), constant_prompt(module):
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,

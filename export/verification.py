@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, shape_inference
+from onnx import TensorProto, helper, shape_inference
 
 from icportrait.contract import Array, ModelSpec, TensorSpec
 from icportrait.errors import VerificationError
@@ -92,6 +92,9 @@ def check_shapes(path: Path, spec: ModelSpec) -> None:
     for node in model.graph.output:
         node.type.tensor_type.ClearField("shape")
     del model.graph.value_info[:]
+    for node in model.graph.node:
+        if node.op_type == "GroupNormalization":  # onnx can't infer its output, which is shaped as its first input
+            node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output, name=node.name))
     inferred = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
     nodes = {node.name: node for node in inferred.graph.output}
     for tensor in spec.outputs:

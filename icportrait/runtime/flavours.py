@@ -34,6 +34,14 @@ class Flavour:
                 f"{self.name} is not installed here ({error}); install it with: pip install {self.package}"
             ) from error
 
+    def version(self) -> str:
+        """The installed product's version, such as 11.4.0.106.
+
+        Raises:
+            RuntimeNotAvailable: see ``load``.
+        """
+        return str(self.load().__version__)
+
 
 TENSORRT_RTX = Flavour("tensorrt-rtx", "tensorrt_rtx", "tensorrt-rtx-cu13==1.7.1.116", compiles_without_gpu=True)
 TENSORRT = Flavour("tensorrt", "tensorrt", "tensorrt-cu13==11.4.0.106", compiles_without_gpu=False)

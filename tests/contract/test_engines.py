@@ -30,13 +30,15 @@ def trivial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def graph(path: Path, nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], inputs: dict[str, list]) -> Path:
+def graph(
+    path: Path, nodes: list[onnx.NodeProto], weights: dict[str, np.ndarray], inputs: dict[str, list], opset: int = 20
+) -> Path:
     """Write nodes that end in ``y``, fp32, with fp32 inputs of the given axes."""
     tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, axes) for name, axes in inputs.items()]
     output = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
     initializers = [numpy_helper.from_array(value, name) for name, value in weights.items()]
     made = helper.make_graph(nodes, "test", tensors, [output], initializers)
-    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 20)], ir_version=10), path)
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", opset)], ir_version=10), path)
     return path
 
 
@@ -54,7 +56,7 @@ def test_multiply_adds_are_counted_by_type_and_use(tmp_path: Path) -> None:
         helper.make_node("MatMul", ["l", "t"], ["y"]),
     ]
     weights = {"kernel": np.ones((6, 2, 3, 3), np.float16), "weight": np.ones((7, 11), np.float32)}
-    found = inspect(parse(TENSORRT_RTX.load(), graph(tmp_path / "g.onnx", nodes, weights, {"x": ["batch", 4, 5, 7]})))
+    found = inspect(parse(TENSORRT_RTX, graph(tmp_path / "g.onnx", nodes, weights, {"x": ["batch", 4, 5, 7]})))
     convolution, linear = 6 * 5 * 7 * 2 * 9, 6 * 5 * 7 * 11
     assert dict(found.weighted) == {"fp16": convolution, "fp32": linear}
     assert dict(found.products) == {"fp32": 6 * 5 * 5 * 11}
@@ -73,14 +75,24 @@ def test_a_quantised_product_counts_as_what_it_was_quantised_to(tmp_path: Path) 
         helper.make_node("Conv", ["c", "plain"], ["y"]),
     ]
     weights = scale | {"kernel": np.ones((3, 4, 1, 1), np.int8), "plain": np.ones((2, 3, 1, 1), np.float32)}
-    found = inspect(parse(TENSORRT_RTX.load(), graph(tmp_path / "g.onnx", nodes, weights, {"x": ["batch", 4, 5, 7]})))
+    found = inspect(parse(TENSORRT_RTX, graph(tmp_path / "g.onnx", nodes, weights, {"x": ["batch", 4, 5, 7]})))
     assert dict(found.weighted) == {"int8": 3 * 4 * 35, "fp32": 2 * 3 * 35}
+
+
+def test_attention_is_tensorrts_own(tmp_path: Path) -> None:
+    """5 queries, 7 keys and values of 8, under 2 heads."""
+    nodes = [helper.make_node("Attention", ["q", "k", "v"], ["y"])]
+    inputs = {"q": ["batch", 2, 5, 8], "k": ["batch", 2, 7, 8], "v": ["batch", 2, 7, 8]}
+    found = inspect(parse(TENSORRT_RTX, graph(tmp_path / "g.onnx", nodes, {}, inputs, opset=23)))
+    assert found.attentions == 1
+    assert dict(found.products) == {"fp32": 2 * 5 * 7 * (8 + 8)}
+    assert not found.weighted
 
 
 def test_what_tensorrt_cannot_parse_is_refused_with_its_node(tmp_path: Path) -> None:
     path = graph(tmp_path / "g.onnx", [helper.make_node("Det", ["x"], ["y"], name="culprit")], {}, {"x": [1, 3, 3]})
     with pytest.raises(VerificationError, match=r"g\.onnx: TensorRT can't parse it: node culprit \(Det\)"):
-        parse(TENSORRT_RTX.load(), path)
+        parse(TENSORRT_RTX, path)
 
 
 # Which plans

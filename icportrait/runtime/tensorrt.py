@@ -1,0 +1,227 @@
+"""TensorRT plans behind the ``Engine`` protocol, for both products.
+
+    plan --deserialised once--> engine --one context per bucket--> CUDA graph per bucket
+
+Inputs and outputs live in static buffers of the largest batch; a bucket of b uses their first b rows. A caller that
+keeps its data there (``inputs``, ``outputs``) copies nothing from step to step, and may bind an output to another
+engine's rows. Contexts own no scratch memory: engines that never run at once share one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from icportrait.contract import Array, ModelSpec, TensorSpec
+from icportrait.errors import PlanError, RuntimeNotAvailable
+from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Graph, Stream, as_device_array, find_gpu
+from icportrait.runtime.flavours import TENSORRT_RTX, Flavour
+from icportrait.runtime.plans import PlanHost, PlanManifest, read_plan
+
+if TYPE_CHECKING:
+    import tensorrt as trt
+
+_DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}
+
+
+@dataclass
+class _Bucket:
+    """An execution context whose shapes never change."""
+
+    context: trt.IExecutionContext
+    graph: Graph | None = None
+
+
+class TensorRtEngine:
+    """One plan on the GPU.
+
+    Not thread-safe: one thread loads it, gives it scratch memory with ``share_scratch`` and runs it.
+    """
+
+    def __init__(self, plan: Path, spec: ModelSpec, contract_hash: str, flavour: Flavour, stream: Stream) -> None:
+        """Check the plan, load it and make its buffers and contexts.
+
+        Args:
+            plan: a ``.plan`` file with its manifest beside it.
+            spec: what the plan must take and give.
+            contract_hash: of the contract that ``spec`` is from.
+            flavour: the product that built the plan.
+            stream: everything is done on it.
+
+        Raises:
+            RuntimeNotAvailable: there is no GPU, the product isn't installed, or the plan won't fit into memory.
+            PlanError: the plan isn't for this GPU, product, version or contract, was changed, or can't be loaded.
+        """
+        gpu = find_gpu()
+        if TYPE_CHECKING:
+            import tensorrt as trt
+        else:
+            trt = flavour.load()
+        version = flavour.version()
+        host = PlanHost(flavour.name, version, contract_hash, gpu.compute_capability)
+        manifest = PlanManifest.read(plan)
+        need = memory_need(manifest, spec)
+        if need > gpu.free_bytes:
+            raise RuntimeNotAvailable(
+                f"{plan}: needs {need / 1e9:.1f} GB for weights and buffers, and {gpu.name} has "
+                f"{gpu.free_bytes / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB free; serve fewer slots"
+            )
+        content, manifest = read_plan(plan, host)
+        self.spec, self.stream = spec, stream
+        self.version = f"{flavour.name}-{version}"
+        self._runtime = trt.Runtime(trt.Logger(trt.ILogger.WARNING))
+        self._engine = self._runtime.deserialize_cuda_engine(content)
+        if self._engine is None:
+            raise PlanError(f"{plan}: {flavour.name} {version} can't load it on {gpu.name}; build it again here")
+        _compare(plan, spec, self._engine)
+        self.inputs, self.outputs = _buffers(spec.inputs), _buffers(spec.outputs)
+        self._buckets = {
+            _batch(profile, spec): self._context(flavour, index, _batch(profile, spec))
+            for index, profile in enumerate(manifest.profiles)
+        }
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Scratch memory that the largest bucket needs."""
+        return self._engine.device_memory_size_v2
+
+    def share_scratch(self, memory: DeviceMemory) -> None:
+        """Use ``memory``, of ``scratch_bytes`` or more, while running; nothing else may use it then."""
+        for bucket in self._buckets.values():
+            bucket.context.set_device_memory(memory.pointer, memory.nbytes)
+            bucket.graph = None
+        self._scratch = memory
+
+    def bucket(self, batch: int) -> int:
+        """The smallest bucket that holds ``batch`` rows."""
+        return min(size for size in self._buckets if size >= batch)
+
+    def execute(self, batch: int, outputs: Mapping[str, DeviceArray] | None = None) -> None:
+        """Start the bucket that holds the first ``batch`` rows of the buffers; it is done when the stream says so.
+
+        Args:
+            batch: rows that matter; those up to the bucket's size are computed too.
+            outputs: write these outputs there and not into ``self.outputs``; each must hold the bucket's rows.
+        """
+        size = self.bucket(batch)
+        bucket = self._buckets[size]
+        if outputs:
+            for name, array in outputs.items():
+                if array.shape[0] < size:
+                    raise ValueError(f"{self.spec.name}: {name} has {array.shape[0]} rows, expected {size}")
+                bucket.context.set_tensor_address(name, array.pointer)
+            self._enqueue(bucket.context)
+            for name in outputs:
+                bucket.context.set_tensor_address(name, self.outputs[name].pointer)
+            return
+        if bucket.graph is None:
+            self._enqueue(bucket.context)  # TensorRT finishes its lazy work outside of the recording
+            self.stream.synchronize()
+            with self.stream.capture() as graph:
+                self._enqueue(bucket.context)
+            bucket.graph = graph
+        bucket.graph.launch()
+
+    def execute_directly(self, batch: int) -> None:
+        """As ``execute``, without a CUDA graph: what graphs are compared with."""
+        self._enqueue(self._buckets[self.bucket(batch)].context)
+
+    def run(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
+        """Run one batch; see ``Engine.run``. Inputs may also be arrays in GPU memory, of any library."""
+        batch = self.spec.check_inputs(inputs)[self.spec.batch.name]
+        keep = []
+        for spec in self.spec.inputs:
+            target = self.inputs[spec.name].rows(0, batch)
+            if isinstance(inputs[spec.name], np.ndarray):
+                keep.append(np.ascontiguousarray(inputs[spec.name]))
+                self.stream.upload(keep[-1], target)
+            else:
+                self.stream.copy(as_device_array(inputs[spec.name], self.stream), target)
+        self.execute(batch)
+        found = {name: self.stream.download(array.rows(0, batch)) for name, array in self.outputs.items()}
+        self.stream.synchronize()
+        return found
+
+    def _context(self, flavour: Flavour, profile: int, batch: int) -> _Bucket:
+        if TYPE_CHECKING:
+            import tensorrt as trt
+        else:
+            trt = flavour.load()
+        config = self._engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if flavour is TENSORRT_RTX:
+            _specialise_kernels_at_once(flavour, config)
+        context = self._engine.create_execution_context(config)
+        if context is None:
+            raise RuntimeNotAvailable(
+                f"{self.spec.name}: TensorRT made no context of profile {profile}; its log says why"
+            )
+        done = [context.set_optimization_profile_async(profile, self.stream.handle)]
+        self.stream.synchronize()
+        done += [context.set_input_shape(spec.name, spec.shape(batch=batch)) for spec in self.spec.inputs]
+        done += [
+            context.set_tensor_address(name, array.pointer) for name, array in (self.inputs | self.outputs).items()
+        ]
+        if not all(done):
+            raise PlanError(f"{self.spec.name}: TensorRT refused profile {profile} at batch {batch}; its log says why")
+        return _Bucket(context)
+
+    def _enqueue(self, context: trt.IExecutionContext) -> None:
+        if not context.execute_async_v3(self.stream.handle):
+            raise PlanError(f"{self.spec.name}: TensorRT refused to run it; its log says why")
+
+
+def share_scratch(engines: Iterable[TensorRtEngine]) -> DeviceMemory:
+    """Give engines that never run at once one block of scratch memory, as large as the largest needs."""
+    engines = list(engines)
+    memory = DeviceMemory(max(engine.scratch_bytes for engine in engines))
+    for engine in engines:
+        engine.share_scratch(memory)
+    return memory
+
+
+def memory_need(manifest: PlanManifest, spec: ModelSpec) -> int:
+    """Bytes of GPU memory that a plan's weights and buffers need; scratch memory comes on top, once for all engines."""
+    buffers = sum(_nbytes(tensor, spec.batch.max) for tensor in (*spec.inputs, *spec.outputs))
+    return manifest.plan_bytes + buffers
+
+
+def _specialise_kernels_at_once(flavour: Flavour, config: Any) -> None:
+    """Else TensorRT-RTX runs general kernels until it has compiled those for a shape in the background, and a CUDA
+    graph would keep the general ones. The full product's bindings don't have this.
+    """
+    strategies = flavour.load().DynamicShapesKernelSpecializationStrategy
+    config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
+
+
+def _nbytes(spec: TensorSpec, batch: int) -> int:
+    return int(np.prod(spec.shape(batch=batch))) * np.dtype(spec.dtype.numpy).itemsize
+
+
+def _buffers(specs: tuple[TensorSpec, ...]) -> dict[str, DeviceArray]:
+    arrays = {}
+    for spec in specs:
+        shape = spec.shape(batch=spec.axes[0].max)
+        arrays[spec.name] = DeviceMemory(_nbytes(spec, shape[0])).array(shape, np.dtype(spec.dtype.numpy))
+    return arrays
+
+
+def _batch(profile: Mapping[str, tuple[tuple[int, ...], ...]], spec: ModelSpec) -> int:
+    """The largest batch of a plan's profile."""
+    _, _, largest = profile[spec.inputs[0].name]
+    return largest[0]
+
+
+def _compare(plan: Path, spec: ModelSpec, engine: trt.ICudaEngine) -> None:
+    """The engine's tensors are the specification's, by name and type."""
+    found = {
+        (name, _DTYPES.get(engine.get_tensor_dtype(name).name, engine.get_tensor_dtype(name).name))
+        for name in (engine.get_tensor_name(index) for index in range(engine.num_io_tensors))
+    }
+    expected = {(tensor.name, tensor.dtype.numpy) for tensor in (*spec.inputs, *spec.outputs)}
+    if found != expected:
+        raise PlanError(f"{plan}: tensors are {sorted(found)}, expected {sorted(expected)}; export and build again")
