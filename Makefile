@@ -27,7 +27,7 @@ WEIGHT_FILES := $(CHECKPOINT)/model_index.json $(wildcard $(CHECKPOINT)/*.safete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup demo serve export engines repository configs heads test lint format clean
+.PHONY: FORCE help setup demo serve export engines gpu-acceptance repository configs heads test lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -54,6 +54,9 @@ $(EXPORT).weights: FORCE
 
 engines: $(EXPORT)/manifest.json ## compile the export into TensorRT plans (TARGET=tensorrt-rtx needs no GPU)
 	@$(PYTHON) -m engines build --onnx $(EXPORT) --target $(TARGET) --out build/engines/$(TARGET)/$(PRESET)-$(PRECISION)
+
+gpu-acceptance: $(EXPORT)/manifest.json ## check and time everything on an NVIDIA GPU: build/gpu-acceptance/report.md
+	@$(PYTHON) -m engines accept --onnx $(EXPORT) $(if $(filter-out file,$(origin TARGET)),--target $(TARGET))
 
 repository: $(EXPORT)/manifest.json ## assemble build/repository/<runtime> from triton_repo/ and the export
 	@$(PYTHON) -m icportrait.repository --export $(EXPORT) --out $(REPOSITORY) --runtime $(RUNTIME)

@@ -1,4 +1,4 @@
-"""TensorRT engines from exported ONNX: ``python -m engines build | inspect``."""
+"""TensorRT engines from exported ONNX: ``python -m engines build | inspect | accept``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ from icportrait.errors import IcPortraitError, RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.runtime.flavours import FLAVOURS, TENSORRT_RTX, Flavour
 
+NO_GPU = 3
+"""Exit status of ``accept`` on a machine without an NVIDIA GPU."""
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m engines", description=__doc__)
@@ -24,6 +27,20 @@ def main(argv: list[str] | None = None) -> int:
             "--target", choices=FLAVOURS, default=TENSORRT_RTX.name, help="product (default: %(default)s)"
         )
         command.add_argument("--engine", choices=ENGINES, action="append", help="only this one; repeatable")
+    accept = commands.add_parser("accept", help="build, check and time everything on this machine's NVIDIA GPU")
+    accept.add_argument(
+        "--onnx",
+        type=Path,
+        default=Path("build/export/demo-128-fp32"),
+        help="directory of an export (default: %(default)s)",
+    )
+    accept.add_argument("--target", choices=FLAVOURS, help="product (default: all that are installed)")
+    accept.add_argument(
+        "--out",
+        type=Path,
+        default=Path("build/gpu-acceptance"),
+        help="directory for the report and the plans (default: %(default)s)",
+    )
     build.add_argument("--out", type=Path, required=True, help="directory for the plans")
     build.add_argument(
         "--compute-capability",
@@ -40,6 +57,8 @@ def main(argv: list[str] | None = None) -> int:
     build.add_argument("--allow-mixed", action="store_true", help="build although much is in another precision")
     args = parser.parse_args(argv)
     try:
+        if args.command == "accept":
+            return _accept(args)
         flavour, manifest = FLAVOURS[args.target], Manifest.read(args.onnx)
         if args.command == "build":
             _build(args, flavour, manifest)
@@ -57,8 +76,6 @@ def main(argv: list[str] | None = None) -> int:
 def _build(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> None:
     from engines.building import build_engine
 
-    if not flavour.compiles_without_gpu:
-        _need_gpu(flavour)
     config = BuildConfig(
         layout=args.layout,
         buckets=tuple(args.buckets),
@@ -67,7 +84,6 @@ def _build(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> No
         workspace_bytes=None if args.workspace is None else int(args.workspace * 1e9),
         timing_cache=args.timing_cache,
     )
-    args.out.mkdir(parents=True, exist_ok=True)
     specs = engine_specs(manifest.preset, manifest.precision)
     for name in args.engine or ENGINES:
         for plan in build_engine(
@@ -90,11 +106,27 @@ def _inspect(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> 
         print(table(name, inspect(parsed), parsed.warnings), flush=True)
 
 
-def _need_gpu(flavour: Flavour) -> None:
-    raise RuntimeNotAvailable(
-        f"--target {flavour.name} builds on the GPU that will run the plans; use --target {TENSORRT_RTX.name}, which "
-        "compiles without one"
-    )
+def _accept(args: argparse.Namespace) -> int:
+    """0 where all checks passed, 1 where one failed, 3 where there is no GPU: asked first, before torch is loaded."""
+    from icportrait.runtime.cuda import find_gpu
+
+    try:
+        gpu = find_gpu()
+    except RuntimeNotAvailable as error:
+        print(f"nothing to accept: {error}", file=sys.stderr)
+        return NO_GPU
+    Manifest.read(args.onnx)
+    print(f"{gpu.name}, compute capability {gpu.compute_capability}", flush=True)
+    try:
+        from engines.acceptance import accept, installed_products
+        from engines.acceptance_report import write_report
+    except ImportError as error:
+        raise RuntimeNotAvailable(f'engines are compared with torch ({error}); run "make setup"') from error
+    acceptances = accept(installed_products(args.target), args.onnx, args.out)
+    report = write_report(acceptances, args.out)
+    passed = all(acceptance.passed for acceptance in acceptances)
+    print(f"{'passed' if passed else 'FAILED'}: {report}")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from engines.build_config import BuildConfig, Profile
+from engines.gpu_target import GpuTarget, gpu_target
 from engines.inspection import inspect, table
 from engines.network import ParsedNetwork, parse
 from icportrait.contract import ModelSpec
@@ -46,14 +47,16 @@ def build_engine(
         manifest: the export's manifest.
         spec: the engine.
         config: what to build.
-        out: directory for the plans.
+        out: directory for the plans, made where it is missing.
         allow_mixed: also build graphs that do much of their arithmetic in other types than the export's precision.
 
     Raises:
         CheckpointError: the graph isn't the one that its manifest names.
         PlanError: TensorRT couldn't build it.
+        RuntimeNotAvailable: the product isn't installed, or needs a GPU that isn't here.
         VerificationError: TensorRT can't parse the graph, or its arithmetic isn't in the export's precision.
     """
+    target = gpu_target(flavour, config.compute_capabilities)
     manifest.check_files(spec.name, onnx_directory)
     onnx = manifest.files(spec.name, onnx_directory)[0]
     found = inspect(parsed := parse(flavour, onnx))
@@ -65,14 +68,16 @@ def build_engine(
             f"expected {100 * LEAST_SHARE:.0f} % or more; export again, or allow it with --allow-mixed"
         )
     del parsed
+    out.mkdir(parents=True, exist_ok=True)
     return [
-        _build_plan(flavour, onnx, manifest, spec, config, profiles, out / name)
+        _build_plan(flavour, target, onnx, manifest, spec, config, profiles, out / name)
         for name, profiles in config.plans(spec).items()
     ]
 
 
 def _build_plan(
     flavour: Flavour,
+    target: GpuTarget,
     onnx: Path,
     manifest: Manifest,
     spec: ModelSpec,
@@ -83,7 +88,7 @@ def _build_plan(
     started = time.perf_counter()
     parsed = parse(flavour, onnx)
     with _monitor(flavour, plan.name) as monitor:
-        serialized = _serialize(flavour, parsed, config, profiles, monitor)
+        serialized = _serialize(flavour, target, parsed, config, profiles, monitor)
     if serialized is None:
         reasons = "; ".join(parsed.warnings) or "it says nothing"
         raise PlanError(f"{onnx}: TensorRT couldn't build {plan.name}: {reasons}")
@@ -105,7 +110,7 @@ def _build_plan(
         precision=manifest.precision,
         flavour=flavour.name,
         tensorrt_version=flavour.version(),
-        compute_capabilities=config.compute_capabilities,
+        compute_capabilities=target.compute_capabilities,
         profiles=tuple(profiles),
         tensors=tuple(tensors),
         contract_hash=manifest.contract_hash,
@@ -120,7 +125,12 @@ def _build_plan(
 
 
 def _serialize(
-    flavour: Flavour, parsed: ParsedNetwork, config: BuildConfig, profiles: list[Profile], monitor: Any
+    flavour: Flavour,
+    target: GpuTarget,
+    parsed: ParsedNetwork,
+    config: BuildConfig,
+    profiles: list[Profile],
+    monitor: Any,
 ) -> Any:
     """The plan's bytes, or None where TensorRT gave up."""
     if TYPE_CHECKING:
@@ -148,11 +158,13 @@ def _serialize(
             profile.add(name, smallest, best, largest)
     if config.workspace_bytes is not None:
         settings["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: config.workspace_bytes}
-    if flavour is TENSORRT_RTX:
-        capabilities = [tuple(map(int, capability.split("."))) for capability in config.compute_capabilities]
-        create = CreateConfigRTX(compute_capabilities=capabilities, **settings)
-    else:
+    if flavour is not TENSORRT_RTX:
         create = CreateConfig(**settings)
+    elif target.is_current_gpu:
+        create = CreateConfigRTX(use_gpu=True, **settings)
+    else:
+        capabilities = [tuple(map(int, capability.split("."))) for capability in target.compute_capabilities]
+        create = CreateConfigRTX(compute_capabilities=capabilities, **settings)
 
     def configured(*network: Any) -> Any:
         made = create(*network)

@@ -43,7 +43,8 @@ class _KnownKeysAndValues:
 
     def __call__(self, attention: Attention, hidden_states: Tensor, **_: object) -> Tensor:
         query = _by_head(attention, attention.to_q(hidden_states))
-        key, value = (constant.expand(len(query), -1, -1, -1) for constant in (self.key, self.value))
+        # Not len(query): of it torch.export makes a constant.
+        key, value = (constant.expand(query.shape[0], -1, -1, -1) for constant in (self.key, self.value))
         found = functional.scaled_dot_product_attention(query, key, value)
         output: Tensor = attention.to_out[0](found.transpose(1, 2).flatten(2))
         return output

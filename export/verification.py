@@ -7,8 +7,9 @@ figures.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,23 @@ TOLERANCES: dict[str, dict[str, Tolerance]] = {
 }
 """By precision and component. fp32: two runtimes that sum in another order. fp16: weights are equal, activations are
 rounded; matches that are nearly tied fall the other way."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How far one tensor is from what was expected."""
+
+    tensor: str
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def passed(self) -> bool:
+        return self.value <= self.limit  # of a NaN this is false
+
+    def __str__(self) -> str:
+        return f"{self.name} is {self.value:.3g}, allowed {self.limit:g}"
 
 
 def check_names_and_types(path: Path, spec: ModelSpec, opset: int) -> None:
@@ -127,70 +145,100 @@ def check_values(
         VerificationError: a figure is over its tolerance, or an output isn't finite.
     """
     inputs = {batch: spec.dummy_inputs(batch) for batch in batches}
-    expected = {batch: _torch_outputs(module, spec, inputs[batch]) for batch in batches}
+    expected = {batch: torch_outputs(module, spec, inputs[batch]) for batch in batches}
     engine = OrtEngine(path, spec, lean=True)
     found = {batch: engine.run(inputs[batch]) for batch in batches}
     del engine
     worst: dict[str, float] = {}
     for batch in batches:
-        # A match that falls the other way moves features and would drown every other difference in F_ref: the flow is
-        # judged by itself, and F_ref with the graph's own flow.
-        flows = {name: array for name, array in found[batch].items() if name.startswith("flow_")}
-        if any((array != expected[batch][name]).any() for name, array in flows.items()):
-            moved = _torch_outputs(module, spec, inputs[batch], flows)
-            expected[batch] |= {name: array for name, array in moved.items() if name.startswith("f_ref_")}
+        again = partial(torch_outputs, module, spec, inputs[batch])
+        wanted = with_flows_of(found[batch], expected[batch], again)
         for tensor in spec.outputs:
-            name = tensor.name
-            for figure, value, limit in _compare(tensor, found[batch][name], expected[batch][name], tolerance):
-                # "not <=", so that a NaN fails.
-                if not value <= limit:
-                    raise VerificationError(
-                        f"{spec.name}: {name} at batch {batch}: {figure} is {value:.3g}, allowed {limit:g}"
-                    )
-                worst[figure] = max(worst.get(figure, 0.0), value)
+            for figure in compare(tensor, found[batch][tensor.name], wanted[tensor.name], tolerance):
+                if not figure.passed:
+                    raise VerificationError(f"{spec.name}: {tensor.name} at batch {batch}: {figure}")
+                worst[figure.name] = max(worst.get(figure.name, 0.0), figure.value)
     return worst
 
 
-def _torch_outputs(
+def torch_outputs(
     module: torch.nn.Module,
     spec: ModelSpec,
     inputs: Mapping[str, Array],
     known_flows: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    is_half = next(module.parameters()).dtype == torch.float16
+    """What the module gives, computed in fp32 on the device where it is.
+
+    Args:
+        module: takes and gives the specification's tensors in its order; keeps its type.
+        spec: the engine.
+        inputs: by name, of the specification's types.
+        known_flows: for the warping network, ``flow_L`` by name: warp by these and not by the matches found.
+    """
+    weight = next(module.parameters())
+    is_half, device = weight.dtype == torch.float16, weight.device
+    arrays = [inputs[tensor.name] for tensor in spec.inputs]
     tensors = [
-        torch.from_numpy(array.astype(np.float32) if array.dtype == np.float16 else array) for array in inputs.values()
+        torch.from_numpy(array.astype(np.float32) if array.dtype == np.float16 else array).to(device)
+        for array in arrays
     ]
     extra = {}
     if known_flows:
-        extra["known_flows"] = [torch.from_numpy(array).long().flatten(1) for array in known_flows.values()]
+        # Of a wrong engine a flow may be anything, and a gather from outside of the grid ends a process on a GPU.
+        extra["known_flows"] = [
+            torch.from_numpy(flow).long().flatten(1).clamp(0, flow[0].size - 1).to(device)
+            for flow in known_flows.values()
+        ]
     module.float()
     with torch.inference_mode():
         outputs = module(*tensors, **extra)
     if is_half:
         module.half()
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return {tensor.name: output.numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)}
+    return {tensor.name: output.cpu().numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)}
 
 
-def _compare(tensor: TensorSpec, found: Array, expected: Array, tolerance: Tolerance) -> list[tuple[str, float, float]]:
-    """(figure, value, limit) for each figure by which this kind of tensor is judged."""
-    if tensor.name.startswith("flow_"):
+def with_flows_of(
+    found: Mapping[str, Array],
+    expected: Mapping[str, Array],
+    again: Callable[[Mapping[str, Array]], Mapping[str, Array]],
+) -> dict[str, Array]:
+    """What to compare ``found`` with: a match that falls the other way moves features and would drown every other
+    difference in F_ref, so the flow is judged by itself, and F_ref with the flow that was found.
+
+    Args:
+        found: an engine's outputs.
+        expected: torch's outputs.
+        again: gives torch's outputs for known flows; called where the flows differ.
+    """
+    flows = {name: array for name, array in found.items() if name.startswith("flow_")}
+    if all(np.array_equal(flow, expected[name]) for name, flow in flows.items()):
+        return dict(expected)
+    moved = again(flows)
+    return {name: moved[name] if name.startswith("f_ref_") else array for name, array in expected.items()}
+
+
+def compare(tensor: TensorSpec, found: Array, expected: Array, tolerance: Tolerance) -> list[Figure]:
+    """The figures by which this kind of tensor is judged; both arrays have the same shape."""
+    name = tensor.name
+    if name.startswith("flow_"):
+        # One match is always allowed: the coarse levels have too few for a share to say much.
+        share = max(tolerance.flow_disagreement, 1 / found.size)
+        distance = end_point_error(found, expected)
         return [
-            # One match is always allowed: the coarse levels have too few for a share to say much.
-            ("flow disagreement", float(np.mean(found != expected)), max(tolerance.flow_disagreement, 1 / found.size)),
-            ("flow end-point error (cells)", end_point_error(found, expected), tolerance.flow_error_cells),
+            Figure(name, "flow disagreement", float(np.mean(found != expected)), share),
+            Figure(name, "flow end-point error (cells)", distance, tolerance.flow_error_cells),
         ]
     reference = expected.astype(np.float64)
     difference = found.astype(np.float64) - reference
     if found.dtype == np.uint8:
         levels = np.abs(difference)
         return [
-            ("largest difference (levels)", float(levels.max()), tolerance.levels),
-            ("mean difference (levels)", float(levels.mean()), tolerance.mean_levels),
+            Figure(name, "largest difference (levels)", float(levels.max()), tolerance.levels),
+            Figure(name, "mean difference (levels)", float(levels.mean()), tolerance.mean_levels),
         ]
     relative = float(np.linalg.norm(difference) / max(float(np.linalg.norm(reference)), 1e-12))
-    return [("relative RMS error", relative, tolerance.relative_rms)]
+    return [Figure(name, "relative RMS error", relative, tolerance.relative_rms)]
 
 
 def end_point_error(found: Array, expected: Array) -> float:

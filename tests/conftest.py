@@ -15,7 +15,7 @@ from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.repository import assemble
 from icportrait.server import Ports, TritonServer
-from tests.tiny import TINY
+from tests.tiny import SMALL, TINY
 from training.data import RenderedPairs
 from training.recipe import Data
 
@@ -35,6 +35,18 @@ def demo_checkpoint() -> Checkpoint:
 def demo_export(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Checkpoint) -> Path:
     directory = tmp_path_factory.mktemp("export")
     export_checkpoint(demo_checkpoint, {"random_weights": 0}, "fp32", directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def small_checkpoint() -> Checkpoint:
+    return random_checkpoint(SMALL)
+
+
+@pytest.fixture(scope="session")
+def small_export(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Checkpoint) -> Path:
+    directory = tmp_path_factory.mktemp("small")
+    export_checkpoint(small_checkpoint, {"random_weights": 0}, "fp32", directory)
     return directory
 
 

@@ -17,3 +17,8 @@ TINY = replace(
     norm_num_groups=4,
     mask_patch_px=4,
 )
+
+# One layer a block: tracing costs time for each operation.
+SMALL = replace(
+    TINY, layers_per_block=1, vae_layers_per_block=1, max_unet_batch=4, max_vae_batch=3, max_warping_batch=2
+)

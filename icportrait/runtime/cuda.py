@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +26,8 @@ class Gpu:
     compute_capability: str
     total_bytes: int
     free_bytes: int
+    driver_cuda_version: str
+    """The newest that the driver supports, such as 13.0."""
 
 
 def find_gpu() -> Gpu:
@@ -39,7 +41,8 @@ def find_gpu() -> Gpu:
     except ImportError as error:
         raise RuntimeNotAvailable(f"cuda-python is not installed ({error}); pip install cuda-python") from error
     try:
-        if call(cuda.cudaDriverGetVersion()) == 0:  # of which the next call would say that it is too old
+        driver = call(cuda.cudaDriverGetVersion())
+        if driver == 0:  # of which the next call would say that it is too old
             raise CudaError("no NVIDIA driver is installed")
         if call(cuda.cudaGetDeviceCount()) == 0:
             raise CudaError("the driver shows none")
@@ -47,7 +50,8 @@ def find_gpu() -> Gpu:
         free, total = call(cuda.cudaMemGetInfo())
     except (CudaError, RuntimeError) as error:
         raise RuntimeNotAvailable(f"no NVIDIA GPU was found ({error})") from error
-    return Gpu(properties.name.decode(), f"{properties.major}.{properties.minor}", total, free)
+    capability = f"{properties.major}.{properties.minor}"
+    return Gpu(properties.name.decode(), capability, total, free, f"{driver // 1000}.{driver % 1000 // 10}")
 
 
 def call(result: tuple[Any, ...]) -> Any:
@@ -179,6 +183,22 @@ class Stream:
     def _copy(self, target: int, source: int, nbytes: int) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDefault
         call(self._cuda.cudaMemcpyAsync(target, source, nbytes, kind, self.handle))
+
+    def time_ms(self, work: Callable[[], object]) -> float:
+        """Milliseconds on the GPU from the first to the last of what ``work`` puts on the stream, gaps included."""
+        cuda = self._cuda
+        events = []
+        try:
+            for _ in range(2):
+                events.append(call(cuda.cudaEventCreate()))
+            call(cuda.cudaEventRecord(events[0], self.handle))
+            work()
+            call(cuda.cudaEventRecord(events[1], self.handle))
+            self.synchronize()
+            return float(call(cuda.cudaEventElapsedTime(*events)))
+        finally:
+            for event in events:
+                cuda.cudaEventDestroy(event)
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:

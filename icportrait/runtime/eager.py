@@ -34,8 +34,7 @@ class TorchEngine:
         """The module that the export's engine ``name`` was made from, with the same (fp32) weights."""
         if threads:
             torch.set_num_threads(threads)
-        modules = engine_modules(_source_checkpoint(json.dumps(manifest.source), manifest.preset))
-        return cls(modules[name], engine_specs(manifest.preset)[name])
+        return cls(source_modules(manifest)[name], engine_specs(manifest.preset)[name])
 
     @torch.inference_mode()
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -47,6 +46,11 @@ class TorchEngine:
         outputs = self._module(*tensors)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {spec.name: output.cpu().numpy() for spec, output in zip(self.spec.outputs, outputs, strict=True)}
+
+
+def source_modules(manifest: Manifest) -> dict[str, torch.nn.Module]:
+    """The modules that an export was made from, with fp32 weights, by the engines' names."""
+    return engine_modules(_source_checkpoint(json.dumps(manifest.source), manifest.preset))
 
 
 @lru_cache(maxsize=1)

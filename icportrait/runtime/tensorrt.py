@@ -85,6 +85,11 @@ class TensorRtEngine:
         }
 
     @property
+    def buckets(self) -> tuple[int, ...]:
+        """Batches that it has a context for, smallest first."""
+        return tuple(sorted(self._buckets))
+
+    @property
     def scratch_bytes(self) -> int:
         """Scratch memory that the largest bucket needs."""
         return self._engine.device_memory_size_v2
@@ -130,8 +135,18 @@ class TensorRtEngine:
         """As ``execute``, without a CUDA graph: what graphs are compared with."""
         self._enqueue(self._buckets[self.bucket(batch)].context)
 
-    def run(self, inputs: Mapping[str, Any]) -> dict[str, Array]:
-        """Run one batch; see ``Engine.run``. Inputs may also be arrays in GPU memory, of any library."""
+    def fill_outputs(self, byte: int) -> None:
+        """Set every byte of the output buffers: what a run leaves of it, it didn't write."""
+        for array in self.outputs.values():
+            self.stream.fill(array, byte)
+
+    def run(self, inputs: Mapping[str, Any], *, directly: bool = False) -> dict[str, Array]:
+        """Run one batch; see ``Engine.run``. Inputs may also be arrays in GPU memory, of any library.
+
+        Args:
+            inputs: by name.
+            directly: without a CUDA graph.
+        """
         batch = self.spec.check_inputs(inputs)[self.spec.batch.name]
         keep = []
         for spec in self.spec.inputs:
@@ -141,7 +156,10 @@ class TensorRtEngine:
                 self.stream.upload(keep[-1], target)
             else:
                 self.stream.copy(as_device_array(inputs[spec.name], self.stream), target)
-        self.execute(batch)
+        if directly:
+            self.execute_directly(batch)
+        else:
+            self.execute(batch)
         found = {name: self.stream.download(array.rows(0, batch)) for name, array in self.outputs.items()}
         self.stream.synchronize()
         return found

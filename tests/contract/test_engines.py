@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import engines.gpu_target
 from engines.__main__ import main
 from engines.build_config import BuildConfig
+from engines.gpu_target import GpuTarget, gpu_target
 from engines.inspection import inspect
 from engines.network import parse
 from icportrait.contract import ENGINES, engine_specs
 from icportrait.errors import PlanError, RuntimeNotAvailable, VerificationError
 from icportrait.manifest import Manifest
+from icportrait.runtime.cuda import Gpu
 from icportrait.runtime.flavours import FLAVOURS, TENSORRT_RTX, Flavour
-from icportrait.runtime.plans import PlanHost, read_plan
+from icportrait.runtime.plans import PlanHost, PlanManifest, read_plan
 from tests.tiny import TINY
 from tests.trivial_engines import write_trivial_export
 
@@ -160,11 +166,73 @@ def test_inspect_prints_every_engine(trivial: Path, capsys: pytest.CaptureFixtur
     assert "TensorRT attentions: 0" in said
 
 
+def gpu_of(capability: str) -> Callable[[], Gpu]:
+    return lambda: Gpu("NVIDIA Test", capability, 8 * 10**9, 8 * 10**9, "13.0")
+
+
+def test_capabilities_with_a_name_are_compiled_ahead_of_time() -> None:
+    assert gpu_target(TENSORRT_RTX, ("8.0", "12.0")) == GpuTarget(("8.0", "12.0"), is_current_gpu=False)
+
+
+@pytest.mark.parametrize(
+    ("here", "asked", "why"),
+    [
+        (None, ("9.0",), r"can't compile for compute capability 9\.0 ahead of time.*: no NVIDIA GPU was found"),
+        ("8.9", ("9.0",), r"9\.0 ahead of time, only on such a GPU: NVIDIA Test has 8\.9"),
+        ("9.0", ("8.9", "9.0"), r"9\.0 .* and for it alone; leave it out of 8\.9, 9\.0"),
+    ],
+)
+def test_a_capability_without_a_name_needs_its_gpu(
+    here: str | None, asked: tuple[str, ...], why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if here:
+        monkeypatch.setattr(engines.gpu_target, "find_gpu", gpu_of(here))
+    with pytest.raises(RuntimeNotAvailable, match=why):
+        gpu_target(TENSORRT_RTX, asked)
+
+
+def test_on_such_a_gpu_it_is_built_for_that_gpu_and_its_manifest_says_so(
+    trivial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The builder is asked for the current GPU; having none here, it then compiles for another."""
+    monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "1")
+    polygraphy: Any = importlib.import_module("polygraphy.backend.tensorrt_rtx")
+    asked: list[tuple[bool, object]] = []
+
+    class Recorded(polygraphy.CreateConfigRTX):
+        def __init__(self, use_gpu: bool = False, **settings: Any) -> None:
+            asked.append((use_gpu, settings.pop("compute_capabilities", None)))
+            super().__init__(compute_capabilities=[(8, 9)], **settings)
+
+    monkeypatch.setattr(engines.gpu_target, "find_gpu", gpu_of("9.0"))
+    monkeypatch.setattr(polygraphy, "CreateConfigRTX", Recorded)
+    arguments = ["--onnx", str(trivial), "--out", str(tmp_path), "--engine", "vae_decoder", "--allow-mixed"]
+    assert main(["build", *arguments, "--compute-capability", "9.0", "--buckets", "1"]) == 0
+    assert asked == [(True, None)]
+    assert PlanManifest.read(tmp_path / "vae_decoder.plan").compute_capabilities == ("9.0",)
+
+
+def test_the_full_product_builds_for_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    installed = Flavour("tensorrt", "json", "tensorrt==0", compiles_without_gpu=False)
+    monkeypatch.setattr(engines.gpu_target, "find_gpu", gpu_of("9.0"))
+    assert gpu_target(installed, ("8.0", "8.9")) == GpuTarget(("9.0",), is_current_gpu=True)
+
+
+def test_the_full_product_names_only_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    absent = Flavour("tensorrt", "tensorrt_of_another_world", "tensorrt==0", compiles_without_gpu=False)
+    monkeypatch.setattr(engines.gpu_target, "find_gpu", gpu_of("9.0"))
+    with pytest.raises(RuntimeNotAvailable, match="pip install tensorrt==0; or use --target") as refusal:
+        gpu_target(absent, ())
+    assert "NVIDIA GPU was found" not in str(refusal.value)
+
+
 def test_the_full_product_says_that_it_needs_its_gpu(
     trivial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["build", "--onnx", str(trivial), "--out", str(tmp_path), "--target", "tensorrt"]) == 1
-    assert "--target tensorrt-rtx, which compiles without one" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "--target tensorrt-rtx, which compiles without one" in said
+    assert "no NVIDIA GPU was found" in said and "pip install tensorrt-cu13" in said
 
 
 def test_a_product_that_is_not_installed_says_how_to_install_it() -> None:

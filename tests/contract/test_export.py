@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,26 +29,10 @@ from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.runtime import load_engine
 from tests.conftest import ROOT
-from tests.tiny import TINY
+from tests.tiny import SMALL
 from tests.trivial_engines import write_trivial_export
 
-# One layer a block: tracing costs time for each operation.
-SMALL = replace(
-    TINY, layers_per_block=1, vae_layers_per_block=1, max_unet_batch=4, max_vae_batch=3, max_warping_batch=2
-)
 SPECS = engine_specs(SMALL)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> Checkpoint:
-    return random_checkpoint(SMALL)
-
-
-@pytest.fixture(scope="module")
-def tiny_export(tmp_path_factory: pytest.TempPathFactory, tiny: Checkpoint) -> Path:
-    directory = tmp_path_factory.mktemp("tiny")
-    export_checkpoint(tiny, {"random_weights": 0}, "fp32", directory)
-    return directory
 
 
 def test_the_manifest_tells_what_was_exported(demo_export: Path) -> None:
@@ -95,10 +78,10 @@ def test_fp16_weights_and_residuals_are_fp16_and_the_rest_of_the_contract_stays(
 
 
 def test_large_weights_lie_in_a_file_of_their_own(
-    tmp_path: Path, tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export.graphs, "EXTERNAL_DATA_BYTES", 1000)
-    manifest = export_checkpoint(tiny, {"random_weights": 0}, "fp32", tmp_path)
+    manifest = export_checkpoint(small_checkpoint, {"random_weights": 0}, "fp32", tmp_path)
     unet = manifest.engines["unet"]
     data = tmp_path / str(unet.external_data)
     assert data.stat().st_size > (tmp_path / unet.file).stat().st_size
@@ -128,29 +111,29 @@ def rename_output(graph: onnx.GraphProto) -> None:
     graph.output[0].name = "noise"
 
 
-def test_a_renamed_tensor_is_found(tiny_export: Path, tmp_path: Path) -> None:
-    path = edited(tiny_export / "unet.onnx", tmp_path / "unet.onnx", rename_output)
+def test_a_renamed_tensor_is_found(small_export: Path, tmp_path: Path) -> None:
+    path = edited(small_export / "unet.onnx", tmp_path / "unet.onnx", rename_output)
     with pytest.raises(VerificationError, match="unet: outputs are noise, expected noise_pred"):
         check_names_and_types(path, SPECS["unet"], 20)
     with pytest.raises(CheckpointError, match="tensors are noise, expected noise_pred; export again"):
-        load_engine("unet", tmp_path, Manifest.read(tiny_export), ServingPolicy())
+        load_engine("unet", tmp_path, Manifest.read(small_export), ServingPolicy())
 
 
-def test_a_wrong_opset_is_found(tiny_export: Path) -> None:
+def test_a_wrong_opset_is_found(small_export: Path) -> None:
     with pytest.raises(VerificationError, match="unet: opset is 20, expected 23"):
-        check_names_and_types(tiny_export / "unet.onnx", SPECS["unet"], 23)
+        check_names_and_types(small_export / "unet.onnx", SPECS["unet"], 23)
 
 
-def test_a_wrong_type_is_found(tiny_export: Path) -> None:
+def test_a_wrong_type_is_found(small_export: Path) -> None:
     with pytest.raises(VerificationError, match="f_ref_00 is FLOAT, expected FLOAT16"):
-        check_names_and_types(tiny_export / "warping_network.onnx", engine_specs(SMALL, "fp16")["warping_network"], 20)
+        check_names_and_types(small_export / "warping_network.onnx", engine_specs(SMALL, "fp16")["warping_network"], 20)
 
 
-def test_a_fixed_batch_is_found(tiny_export: Path, tmp_path: Path) -> None:
+def test_a_fixed_batch_is_found(small_export: Path, tmp_path: Path) -> None:
     def fix_batch(graph: onnx.GraphProto) -> None:
         graph.input[1].type.tensor_type.shape.dim[0].dim_value = 2
 
-    path = edited(tiny_export / "unet.onnx", tmp_path / "unet.onnx", fix_batch)
+    path = edited(small_export / "unet.onnx", tmp_path / "unet.onnx", fix_batch)
     with pytest.raises(VerificationError, match=r"timestep: axes are \[2\], expected \['batch'\]"):
         check_axes(path, SPECS["unet"])
 
@@ -180,7 +163,7 @@ def test_a_wrong_shape_at_the_largest_batch_is_found(tmp_path: Path) -> None:
     ],
 )
 def test_a_changed_weight_is_found_and_its_tensor_named(
-    tiny: Checkpoint, tiny_export: Path, tmp_path: Path, name: str, weight: str, message: str
+    small_checkpoint: Checkpoint, small_export: Path, tmp_path: Path, name: str, weight: str, message: str
 ) -> None:
     def edit(graph: onnx.GraphProto) -> None:
         found = next(entry for entry in graph.initializer if weight in entry.name)
@@ -188,10 +171,10 @@ def test_a_changed_weight_is_found_and_its_tensor_named(
         array[0] += 0.5
         found.CopyFrom(numpy_helper.from_array(array, found.name))
 
-    path = edited(tiny_export / f"{name}.onnx", tmp_path / f"{name}.onnx", edit)
+    path = edited(small_export / f"{name}.onnx", tmp_path / f"{name}.onnx", edit)
     tolerance = export.verification.TOLERANCES["fp32"][name]
-    module = engine_modules(tiny)[name]
-    check_values(tiny_export / f"{name}.onnx", SPECS[name], module, tolerance, (1,))
+    module = engine_modules(small_checkpoint)[name]
+    check_values(small_export / f"{name}.onnx", SPECS[name], module, tolerance, (1,))
     with pytest.raises(VerificationError, match=message):
         check_values(path, SPECS[name], module, tolerance, (1,))
 
@@ -203,9 +186,9 @@ def test_end_point_error_is_a_distance_in_cells() -> None:
 
 
 def test_a_failed_export_exits_with_the_tensor_and_its_figures_and_leaves_no_manifest(
-    tmp_path: Path, tiny: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, small_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    save_checkpoint(tiny, tmp_path / "checkpoint")
+    save_checkpoint(small_checkpoint, tmp_path / "checkpoint")
     out = tmp_path / "out"
     arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(out)]
     assert main(arguments) == 0
@@ -246,8 +229,8 @@ def test_a_damaged_or_older_manifest_is_refused(tmp_path: Path, text: str) -> No
         Manifest.read(tmp_path)
 
 
-def test_a_manifest_for_another_contract_is_refused(tiny_export: Path, tmp_path: Path) -> None:
-    text = (tiny_export / "manifest.json").read_text()
+def test_a_manifest_for_another_contract_is_refused(small_export: Path, tmp_path: Path) -> None:
+    text = (small_export / "manifest.json").read_text()
     (tmp_path / "manifest.json").write_text(text.replace('"max_unet_batch": 4', '"max_unet_batch": 2'))
     with pytest.raises(CheckpointError, match=r"exported for contract \w+, this code's is \w+; export again"):
         Manifest.read(tmp_path)

@@ -85,6 +85,35 @@ def test_a_failed_recording_is_ended_and_leaves_no_graph(monkeypatch: pytest.Mon
     assert ended == [7] and graph.executable is None
 
 
+@pytest.fixture
+def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What a stream is asked for with events 1 and 2, in order."""
+    done: list[str] = []
+    made = iter((1, 2))
+    answers = {
+        "cudaStreamCreateWithFlags": lambda flags: (SUCCESS, 7),
+        "cudaEventCreate": lambda: (SUCCESS, next(made)),
+        "cudaEventRecord": lambda event, stream: done.append(f"record {event} on {stream}") or (SUCCESS,),
+        "cudaStreamSynchronize": lambda stream: done.append("wait") or (SUCCESS,),
+        "cudaEventElapsedTime": lambda start, end: (SUCCESS, 10.0 * end + start),
+        "cudaEventDestroy": lambda event: done.append(f"destroy {event}") or (SUCCESS,),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(cuda, name, answer)
+    return done
+
+
+def test_work_is_timed_between_two_events(events: list[str]) -> None:
+    assert Stream().time_ms(lambda: events.append("work")) == 21.0
+    assert events == ["record 1 on 7", "work", "record 2 on 7", "wait", "destroy 1", "destroy 2"]
+
+
+def test_failed_work_leaves_no_event(events: list[str]) -> None:
+    with pytest.raises(ZeroDivisionError):
+        Stream().time_ms(lambda: 1 / 0)
+    assert events[-2:] == ["destroy 1", "destroy 2"]
+
+
 # The GPU
 
 
@@ -93,7 +122,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
     """What the driver answers, without one."""
     properties = SimpleNamespace(name=b"NVIDIA Test", major=8, minor=9)
     answers: dict[str, tuple[Any, ...]] = {
-        "cudaDriverGetVersion": (SUCCESS, 13000),
+        "cudaDriverGetVersion": (SUCCESS, 13010),
         "cudaGetDeviceCount": (SUCCESS, 1),
         "cudaGetDeviceProperties": (SUCCESS, properties),
         "cudaMemGetInfo": (SUCCESS, 3 * 10**9, 8 * 10**9),
@@ -107,6 +136,7 @@ def test_the_gpu_is_described(driver: dict[str, tuple[Any, ...]]) -> None:
     gpu = find_gpu()
     assert (gpu.name, gpu.compute_capability) == ("NVIDIA Test", "8.9")
     assert (gpu.free_bytes, gpu.total_bytes) == (3 * 10**9, 8 * 10**9)
+    assert gpu.driver_cuda_version == "13.1"
 
 
 @pytest.mark.parametrize(
