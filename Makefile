@@ -15,7 +15,10 @@ BOOT_PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
-EXPORT := build/export/$(PRESET)-$(PRECISION)
+# Graphs for ONNX Runtime's CPU kernels; TensorRT gets attentions and group norms whole, which came later (ADR 0006).
+OPSET ?= 20
+TENSORRT_OPSET := 23
+EXPORT := build/export/$(PRESET)-$(PRECISION)$(if $(filter-out 20,$(OPSET)),-opset$(OPSET))
 REPOSITORY := build/repository/$(RUNTIME)
 
 ifeq ($(WEIGHTS),random)
@@ -27,7 +30,7 @@ WEIGHT_FILES := $(CHECKPOINT)/model_index.json $(wildcard $(CHECKPOINT)/*.safete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup demo serve export engines gpu-acceptance repository configs heads test lint format clean
+.PHONY: FORCE help setup demo serve export engines plans gpu-acceptance accept repository configs heads test lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -45,17 +48,23 @@ export: $(EXPORT)/manifest.json ## export the preset's engines to verified ONNX
 
 $(EXPORT)/manifest.json: $(STAMP) $(EXPORT).weights $(WEIGHT_FILES) \
 		$(wildcard export/*.py icportrait/nn/*.py) icportrait/contract.py icportrait/presets.py
-	@$(PYTHON) -m export $(EXPORT_FROM) --precision $(PRECISION) --out $(EXPORT)
+	@$(PYTHON) -m export $(EXPORT_FROM) --precision $(PRECISION) --opset $(OPSET) --out $(EXPORT)
 
 # Older than the export while the same weights are asked for, so that another CHECKPOINT exports again.
 $(EXPORT).weights: FORCE
 	@mkdir -p $(@D)
 	@echo '$(EXPORT_FROM)' | cmp -s - $@ || echo '$(EXPORT_FROM)' > $@
 
-engines: $(EXPORT)/manifest.json ## compile the export into TensorRT plans (TARGET=tensorrt-rtx needs no GPU)
+engines: ## export and compile into TensorRT plans (TARGET=tensorrt-rtx needs no GPU)
+	@$(MAKE) --no-print-directory plans OPSET=$(TENSORRT_OPSET)
+
+plans: $(EXPORT)/manifest.json
 	@$(PYTHON) -m engines build --onnx $(EXPORT) --target $(TARGET) --out build/engines/$(TARGET)/$(PRESET)-$(PRECISION)
 
-gpu-acceptance: $(EXPORT)/manifest.json ## check and time everything on an NVIDIA GPU: build/gpu-acceptance/report.md
+gpu-acceptance: ## check and time everything on an NVIDIA GPU: build/gpu-acceptance/report.md
+	@$(MAKE) --no-print-directory accept OPSET=$(TENSORRT_OPSET)
+
+accept: $(EXPORT)/manifest.json
 	@$(PYTHON) -m engines accept --onnx $(EXPORT) $(if $(filter-out file,$(origin TARGET)),--target $(TARGET))
 
 repository: $(EXPORT)/manifest.json ## assemble build/repository/<runtime> from triton_repo/ and the export

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     accept.add_argument(
         "--onnx",
         type=Path,
-        default=Path("build/export/demo-128-fp32"),
+        default=Path("build/export/demo-128-fp32-opset23"),
         help="directory of an export (default: %(default)s)",
     )
     accept.add_argument("--target", choices=FLAVOURS, help="product (default: all that are installed)")

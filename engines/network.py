@@ -52,6 +52,13 @@ def parse(flavour: Flavour, onnx: Path) -> ParsedNetwork:
         text = "; ".join(f"node {error.node_name()} ({error.node_operator()}): {error.desc()}" for error in errors)
         reasons = " ".join((text or "; ".join(warnings)).split())
         raise VerificationError(f"{onnx}: TensorRT can't parse it: {reasons}")
+    for index in range(network.num_layers):
+        layer = network.get_layer(index)
+        if layer.type == trt.LayerType.ATTENTION_INPUT:
+            layer.__class__ = trt.IAttentionInputLayer  # the bindings give every layer as its base class
+            assert isinstance(layer, trt.IAttentionInputLayer)
+            # There is no kernel for every size in every type, none for fp32: what has none may be taken apart.
+            layer.attention.decomposable = True
     return ParsedNetwork(flavour, builder, network, parser, warnings)
 
 

@@ -89,8 +89,13 @@ def test_attention_is_tensorrts_own(tmp_path: Path) -> None:
     """5 queries, 7 keys and values of 8, under 2 heads."""
     nodes = [helper.make_node("Attention", ["q", "k", "v"], ["y"])]
     inputs = {"q": ["batch", 2, 5, 8], "k": ["batch", 2, 7, 8], "v": ["batch", 2, 7, 8]}
-    found = inspect(parse(TENSORRT_RTX, graph(tmp_path / "g.onnx", nodes, {}, inputs, opset=23)))
+    parsed = parse(TENSORRT_RTX, graph(tmp_path / "g.onnx", nodes, {}, inputs, opset=23))
+    found = inspect(parsed)
     assert found.attentions == 1
+    layers = [parsed.network.get_layer(index) for index in range(parsed.network.num_layers)]
+    attention = next(layer for layer in layers if layer.type.name == "ATTENTION_INPUT")
+    attention.__class__ = TENSORRT_RTX.load().IAttentionInputLayer
+    assert attention.attention.decomposable, "or fp32, which has no fused kernel, wouldn't build"
     assert dict(found.products) == {"fp32": 2 * 5 * 7 * (8 + 8)}
     assert not found.weighted
 
