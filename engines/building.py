@@ -117,7 +117,7 @@ def _build_plan(
         onnx_sha256=manifest.engines[spec.name].sha256,
         plan_sha256=hashlib.sha256(serialized).hexdigest(),
         plan_bytes=plan.stat().st_size,
-        build_seconds=round(time.perf_counter() - started, 1),
+        build_seconds=round(time.perf_counter() - started, 3),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
     built.write(plan)
