@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from icportrait.contract import ModelSpec
+from icportrait.errors import PlanError
 from icportrait.runtime.plans import Shape
 
 Profile = dict[str, tuple[Shape, Shape, Shape]]
@@ -31,6 +32,10 @@ class BuildConfig:
     """Largest scratch memory of a kernel; None leaves it to TensorRT."""
     timing_cache: Path | None = None
     """A file that measured kernel times are read from and added to."""
+
+    def __post_init__(self) -> None:
+        if wrong := [bucket for bucket in self.buckets if bucket < 1]:
+            raise PlanError(f"buckets: {wrong[0]}, expected batches of 1 or more, such as {BUCKETS}")
 
     def plans(self, spec: ModelSpec) -> dict[str, list[Profile]]:
         """The plan files of one engine, and each one's optimization profiles."""

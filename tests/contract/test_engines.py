@@ -120,6 +120,11 @@ def test_batches_are_laid_out_as_asked() -> None:
     assert static["unet.batch2.plan"][0]["canvas_latent"][0][0] == 2
 
 
+def test_a_bucket_without_rows_is_refused() -> None:
+    with pytest.raises(PlanError, match="buckets: 0, expected batches of 1 or more"):
+        BuildConfig(buckets=(1, 0))
+
+
 # Building
 
 
