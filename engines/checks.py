@@ -30,7 +30,6 @@ class Subject(Protocol):
     """An engine with output buffers of its own, as ``TensorRtEngine`` is."""
 
     spec: ModelSpec
-    version: str
 
     def fill_outputs(self, byte: int) -> None:
         """Set every byte of the output buffers."""

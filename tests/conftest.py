@@ -33,9 +33,7 @@ def demo_checkpoint() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def demo_export(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Checkpoint) -> Path:
-    directory = tmp_path_factory.mktemp("export")
-    export_checkpoint(demo_checkpoint, {"random_weights": 0}, "fp32", directory)
-    return directory
+    return exported(demo_checkpoint, tmp_path_factory.mktemp("export"))
 
 
 @pytest.fixture(scope="session")
@@ -45,8 +43,12 @@ def small_checkpoint() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def small_export(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Checkpoint) -> Path:
-    directory = tmp_path_factory.mktemp("small")
-    export_checkpoint(small_checkpoint, {"random_weights": 0}, "fp32", directory)
+    return exported(small_checkpoint, tmp_path_factory.mktemp("small"))
+
+
+def exported(checkpoint: Checkpoint, directory: Path) -> Path:
+    """Export what ``random_checkpoint`` drew from seed 0."""
+    export_checkpoint(checkpoint, {"random_weights": 0}, "fp32", directory)
     return directory
 
 

@@ -29,8 +29,9 @@ class RecipeOptimizer:
         ]
         muon = {id(weight) for weight in self._weights}
         rest = [parameter for parameter in parameters if id(parameter) not in muon]
-        self._rest = torch.optim.AdamW(rest, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
-        self._optimizers: list[torch.optim.Optimizer] = [self._rest]
+        self._optimizers: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(rest, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
+        ]
         if self._matrices:
             self._optimizers.append(
                 torch.optim.Muon(
