@@ -6,11 +6,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from engines.build_config import BUCKETS, COMPUTE_CAPABILITIES, LAYOUTS, BuildConfig
+from engines.build_config import COMPUTE_CAPABILITIES, LAYOUTS, BuildConfig
 from icportrait.contract import ENGINES, engine_specs
 from icportrait.errors import IcPortraitError, RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.runtime.flavours import FLAVOURS, TENSORRT_RTX, Flavour
+from icportrait.runtime.plans import BUCKETS
 
 NO_GPU = 3
 """Exit status of ``accept`` on a machine without an NVIDIA GPU."""
@@ -31,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     accept.add_argument(
         "--onnx",
         type=Path,
-        default=Path("build/export/demo-128-fp32-opset23"),
+        default=Path("build/export/demo-128-fp16-opset23"),
         help="directory of an export (default: %(default)s)",
     )
     accept.add_argument("--target", choices=FLAVOURS, help="product (default: all that are installed)")
@@ -45,9 +46,8 @@ def main(argv: list[str] | None = None) -> int:
     build.add_argument(
         "--compute-capability",
         nargs="+",
-        default=list(COMPUTE_CAPABILITIES),
         metavar="X.Y",
-        help="GPUs to compile for ahead of time (default: %(default)s)",
+        help=f"GPUs to compile for ahead of time (default: those of {' '.join(COMPUTE_CAPABILITIES)} that can)",
     )
     build.add_argument("--buckets", type=int, nargs="+", default=list(BUCKETS), help="batches (default: %(default)s)")
     build.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of the batches (default: %(default)s)")
@@ -55,6 +55,7 @@ def main(argv: list[str] | None = None) -> int:
     build.add_argument("--timing-cache", type=Path, metavar="FILE", help="kernel times to read and add to")
     build.add_argument("--workspace", type=float, metavar="GB", help="largest scratch memory of a kernel")
     build.add_argument("--allow-mixed", action="store_true", help="build although much is in another precision")
+    build.add_argument("--allow-warnings", action="store_true", help="build although TensorRT warns of the graph")
     args = parser.parse_args(argv)
     try:
         if args.command == "accept":
@@ -79,7 +80,7 @@ def _build(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> No
     config = BuildConfig(
         layout=args.layout,
         buckets=tuple(args.buckets),
-        compute_capabilities=tuple(args.compute_capability),
+        compute_capabilities=tuple(args.compute_capability) if args.compute_capability else None,
         optimization_level=args.opt_level,
         workspace_bytes=None if args.workspace is None else int(args.workspace * 1e9),
         timing_cache=args.timing_cache,
@@ -87,7 +88,14 @@ def _build(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> No
     specs = engine_specs(manifest.preset, manifest.precision)
     for name in args.engine or ENGINES:
         for plan in build_engine(
-            flavour, args.onnx, manifest, specs[name], config, args.out, allow_mixed=args.allow_mixed
+            flavour,
+            args.onnx,
+            manifest,
+            specs[name],
+            config,
+            args.out,
+            allow_mixed=args.allow_mixed,
+            allow_warnings=args.allow_warnings,
         ):
             print(
                 f"  {name}: {plan.plan_bytes / 1e6:.0f} MB for {', '.join(plan.compute_capabilities)}, "

@@ -7,12 +7,13 @@ from pathlib import Path
 
 from icportrait.contract import ModelSpec
 from icportrait.errors import PlanError
-from icportrait.runtime.plans import Shape
+from icportrait.runtime.plans import BUCKETS, Shape
 
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 LAYOUTS = ("profiles", "dynamic", "static")
-BUCKETS = (1, 2, 4, 8, 16)
 COMPUTE_CAPABILITIES = ("8.0", "8.6", "8.9", "12.0")
+LEAST_CAPABILITIES = {"fp8": (8, 9)}
+"""GPUs before Ada have no fp8 arithmetic."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,9 @@ class BuildConfig:
     smallest batch to the largest. ``static``: a plan per bucket. The reasons are in docs/adr/0005."""
     buckets: tuple[int, ...] = BUCKETS
     """Batches; those that an engine's contract doesn't reach are left out, its largest is always there."""
-    compute_capabilities: tuple[str, ...] = COMPUTE_CAPABILITIES
-    """For compiling ahead of time: of the GPUs that the plans are to run on."""
+    compute_capabilities: tuple[str, ...] | None = None
+    """For compiling ahead of time: of the GPUs that the plans are to run on; None takes those of
+    ``COMPUTE_CAPABILITIES`` that have the precision's arithmetic."""
     optimization_level: int | None = None
     """0..5; None leaves it to TensorRT."""
     workspace_bytes: int | None = None
@@ -37,17 +39,50 @@ class BuildConfig:
         if wrong := [bucket for bucket in self.buckets if bucket < 1]:
             raise PlanError(f"buckets: {wrong[0]}, expected batches of 1 or more, such as {BUCKETS}")
 
-    def plans(self, spec: ModelSpec) -> dict[str, list[Profile]]:
-        """The plan files of one engine, and each one's optimization profiles."""
+    def compute_capabilities_for(self, precision: str) -> tuple[str, ...]:
+        """The GPUs to compile an export in ``precision`` for.
+
+        Raises:
+            PlanError: one that was asked for lacks the precision's arithmetic.
+        """
+        least = LEAST_CAPABILITIES.get(precision, (0, 0))
+        asked = self.compute_capabilities or COMPUTE_CAPABILITIES
+        fit = tuple(capability for capability in asked if _version(capability) >= least)
+        if self.compute_capabilities is not None and fit != asked:
+            wrong = next(capability for capability in asked if capability not in fit)
+            raise PlanError(
+                f"compute capability {wrong}: has no {precision} arithmetic, expected {least[0]}.{least[1]} or newer"
+            )
+        return fit
+
+    def plans(self, spec: ModelSpec, *, cover_gaps: bool = False) -> dict[str, list[Profile]]:
+        """The plan files of one engine, and each one's optimization profiles.
+
+        Args:
+            spec: the engine.
+            cover_gaps: a bucket's profile begins behind the bucket before it. Triton's own backend runs the batch that
+                came, and fails it where no profile's range holds it: with fixed shapes a batch of 3 has no place
+                between 2 and 4. Our runner fills the bucket up and needs none of it, but runs such a plan too.
+        """
         if self.layout == "dynamic":
             return {f"{spec.name}.plan": [spec.optimization_profile]}
         buckets = sorted({*(bucket for bucket in self.buckets if bucket <= spec.batch.max), spec.batch.max})
-        fixed = {bucket: _fixed(spec, bucket) for bucket in buckets}
+        smallest = [before + 1 for before in (0, *buckets)] if cover_gaps else buckets
+        profiles = {bucket: _profile(spec, low, bucket) for low, bucket in zip(smallest, buckets, strict=False)}
         if self.layout == "static":
-            return {f"{spec.name}.batch{bucket}.plan": [profile] for bucket, profile in fixed.items()}
-        return {f"{spec.name}.plan": list(fixed.values())}
+            return {f"{spec.name}.batch{bucket}.plan": [profile] for bucket, profile in profiles.items()}
+        return {f"{spec.name}.plan": list(profiles.values())}
 
 
-def _fixed(spec: ModelSpec, batch: int) -> Profile:
-    shapes = {tensor.name: tensor.shape(batch=batch) for tensor in spec.inputs}
-    return {name: (shape, shape, shape) for name, shape in shapes.items()}
+def _version(capability: str) -> tuple[int, ...]:
+    try:
+        major, minor = map(int, capability.split("."))
+    except ValueError as error:
+        raise PlanError(f"compute capability: {capability!r}, expected one such as 8.9") from error
+    return major, minor
+
+
+def _profile(spec: ModelSpec, smallest: int, largest: int) -> Profile:
+    """Batches from ``smallest`` to ``largest``, with kernels chosen for ``largest``."""
+    shapes = {tensor.name: (tensor.shape(batch=smallest), tensor.shape(batch=largest)) for tensor in spec.inputs}
+    return {name: (low, high, high) for name, (low, high) in shapes.items()}

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import resource
-import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from engines.build_config import BuildConfig, Profile
 from engines.gpu_target import GpuTarget, gpu_target
-from engines.inspection import inspect, table
-from engines.network import ParsedNetwork, parse
-from icportrait.contract import ModelSpec
+from engines.inspection import inspect, table, warning_lines
+from engines.network import ParsedNetwork, parse, warnings_that_matter
+from engines.polygraphy_setup import prepare_polygraphy
+from engines.progress import progress_monitor
+from icportrait.contract import MODEL_ENGINES, ModelSpec
 from icportrait.errors import PlanError, VerificationError
 from icportrait.manifest import Manifest
-from icportrait.runtime.flavours import TENSORRT_RTX, Flavour
+from icportrait.runtime.flavours import TENSORRT, TENSORRT_RTX, Flavour
 from icportrait.runtime.plans import PlanManifest, PlanTensor
 
 LEAST_SHARE = 0.95
@@ -38,6 +34,7 @@ def build_engine(
     out: Path,
     *,
     allow_mixed: bool = False,
+    allow_warnings: bool = False,
 ) -> list[PlanManifest]:
     """Build one engine's plans into ``out``, each with its manifest, and print what the parser made of the graph.
 
@@ -48,50 +45,73 @@ def build_engine(
         spec: the engine.
         config: what to build.
         out: directory for the plans, made where it is missing.
-        allow_mixed: also build graphs that do much of their arithmetic in other types than the export's precision.
+        allow_mixed: also build graphs that do much of their arithmetic in other types than the engine's precision.
+        allow_warnings: also build where TensorRT warns of something that isn't known to be harmless.
 
     Raises:
         CheckpointError: the graph isn't the one that its manifest names.
         PlanError: TensorRT couldn't build it.
         RuntimeNotAvailable: the product isn't installed, or needs a GPU that isn't here.
-        VerificationError: TensorRT can't parse the graph, or its arithmetic isn't in the export's precision.
+        VerificationError: TensorRT can't parse the graph or warns of it, or its arithmetic isn't in the engine's
+            precision.
     """
-    target = gpu_target(flavour, config.compute_capabilities)
+    target = gpu_target(flavour, config.compute_capabilities_for(manifest.precision))
     manifest.check_files(spec.name, onnx_directory)
     onnx = manifest.files(spec.name, onnx_directory)[0]
-    found = inspect(parsed := parse(flavour, onnx))
+    parsed = parse(flavour, onnx)
+    found = inspect(parsed)
     print(table(spec.name, found, parsed.warnings), flush=True)
-    share = found.share(manifest.precision)
+    if not allow_warnings:
+        _refuse_warnings(onnx, parsed.warnings)
+    precision = manifest.engines[spec.name].precision
+    share = found.share(precision)
     if share < LEAST_SHARE and not allow_mixed:
         raise VerificationError(
-            f"{onnx}: {100 * share:.1f} % of the convolutions' and linears' multiply-adds are {manifest.precision}, "
+            f"{onnx}: {100 * share:.1f} % of the convolutions' and linears' multiply-adds are {precision}, "
             f"expected {100 * LEAST_SHARE:.0f} % or more; export again, or allow it with --allow-mixed"
         )
-    del parsed
     out.mkdir(parents=True, exist_ok=True)
+    plans = config.plans(spec, cover_gaps=flavour is TENSORRT and spec.name in MODEL_ENGINES)
+    # What is left of another layout would stand beside the new plans, and nothing says which are meant.
+    for old in (*out.glob(f"{spec.name}.plan"), *out.glob(f"{spec.name}.batch*.plan")):
+        if old.name not in plans:
+            PlanManifest.path(old).unlink(missing_ok=True)
+            old.unlink()
     return [
-        _build_plan(flavour, target, onnx, manifest, spec, config, profiles, out / name)
-        for name, profiles in config.plans(spec).items()
+        _build_plan(target, parsed, onnx, manifest, spec, config, profiles, out / name, allow_warnings)
+        for name, profiles in plans.items()
     ]
 
 
+def _refuse_warnings(onnx: Path, warned: list[str]) -> None:
+    if matter := warnings_that_matter(warned):
+        raise VerificationError(
+            f"{onnx}: TensorRT warns: {'; '.join(matter)}; export a graph that it doesn't warn of, or allow it with "
+            "--allow-warnings"
+        )
+
+
 def _build_plan(
-    flavour: Flavour,
     target: GpuTarget,
+    parsed: ParsedNetwork,
     onnx: Path,
     manifest: Manifest,
     spec: ModelSpec,
     config: BuildConfig,
     profiles: list[Profile],
     plan: Path,
+    allow_warnings: bool,
 ) -> PlanManifest:
-    started = time.perf_counter()
-    parsed = parse(flavour, onnx)
-    with _monitor(flavour, plan.name) as monitor:
-        serialized = _serialize(flavour, target, parsed, config, profiles, monitor)
+    started, known = time.perf_counter(), len(parsed.warnings)
+    with progress_monitor(parsed.flavour, plan.name) as monitor:
+        serialized = _serialize(target, parsed, config, profiles, monitor)
+    warned = parsed.warnings[known:]
     if serialized is None:
-        reasons = "; ".join(parsed.warnings) or "it says nothing"
-        raise PlanError(f"{onnx}: TensorRT couldn't build {plan.name}: {reasons}")
+        raise PlanError(f"{onnx}: TensorRT couldn't build {plan.name}: {'; '.join(warned) or 'it says nothing'}")
+    for line in warning_lines(warned):
+        print(line, flush=True)
+    if not allow_warnings:
+        _refuse_warnings(onnx, warned)
     # A plan without its manifest is never loaded, so neither half of an interrupted build is taken for a whole one.
     PlanManifest.path(plan).unlink(missing_ok=True)
     plan.write_bytes(serialized)
@@ -107,9 +127,9 @@ def _build_plan(
     built = PlanManifest(
         engine=spec.name,
         preset=manifest.preset.name,
-        precision=manifest.precision,
-        flavour=flavour.name,
-        tensorrt_version=flavour.version(),
+        precision=manifest.engines[spec.name].precision,
+        flavour=parsed.flavour.name,
+        tensorrt_version=parsed.flavour.version(),
         compute_capabilities=target.compute_capabilities,
         profiles=tuple(profiles),
         tensors=tuple(tensors),
@@ -125,7 +145,6 @@ def _build_plan(
 
 
 def _serialize(
-    flavour: Flavour,
     target: GpuTarget,
     parsed: ParsedNetwork,
     config: BuildConfig,
@@ -133,19 +152,17 @@ def _serialize(
     monitor: Any,
 ) -> Any:
     """The plan's bytes, or None where TensorRT gave up."""
+    flavour = parsed.flavour
     if TYPE_CHECKING:
         import tensorrt as trt
     else:
         trt = flavour.load()
-    # Polygraphy chooses the product when it is imported; a process builds for one.
-    os.environ["POLYGRAPHY_USE_TENSORRT_RTX"] = str(int(flavour is TENSORRT_RTX))
+    prepare_polygraphy(flavour)
     from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
     from polygraphy.backend.trt import CreateConfig, engine_bytes_from_network
     from polygraphy.backend.trt import Profile as PolygraphyProfile
     from polygraphy.exception import PolygraphyException
-    from polygraphy.logger import G_LOGGER
 
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL + 1
     cache = str(config.timing_cache) if config.timing_cache else None
     settings: dict[str, Any] = {
         "profiles": [PolygraphyProfile() for _ in profiles],
@@ -182,45 +199,3 @@ def _serialize(
         if monitor.stopped:
             raise KeyboardInterrupt from error
         return None
-
-
-@contextmanager
-def _monitor(flavour: Flavour, title: str) -> Iterator[Any]:
-    """TensorRT's progress as a bar. An interrupt stops the build at its next step: Python can't raise through it."""
-    if TYPE_CHECKING:
-        import tensorrt as trt
-    else:
-        trt = flavour.load()
-
-    class Monitor(trt.IProgressMonitor):
-        def __init__(self) -> None:
-            trt.IProgressMonitor.__init__(self)
-            self.stopped = False
-            self.steps: dict[str, int] = {}
-
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
-            self.steps[phase] = steps
-            bar.total += steps
-            bar.set_postfix_str(phase.lower(), refresh=False)
-            bar.refresh()
-
-        def step_complete(self, phase: str, step: int) -> bool:
-            if self.steps.get(phase, 0):
-                self.steps[phase] -= 1
-                bar.update()
-            return not self.stopped
-
-        def phase_finish(self, phase: str) -> None:
-            bar.update(self.steps.pop(phase, 0))
-
-    monitor = Monitor()
-
-    def stop(*_: object) -> None:
-        monitor.stopped = True
-
-    before = signal.signal(signal.SIGINT, stop)
-    try:
-        with tqdm(total=0, desc=title, unit="step") as bar:
-            yield monitor
-    finally:
-        signal.signal(signal.SIGINT, before)

@@ -12,13 +12,13 @@ TensorRT.
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
+from engines.polygraphy_setup import prepare_polygraphy
 from export.verification import Figure, Tolerance, compare, with_flows_of
 from icportrait.contract import Array, ModelSpec, TensorSpec
 
@@ -128,12 +128,9 @@ def _compare_floats(
     """Relative RMS errors by Polygraphy, whose L2 norms aren't relative: each gets its limit from what's expected."""
     if not tensors:
         return []
-    # Comparing needs neither product, but Polygraphy chooses one for the whole process when it is imported.
-    os.environ.setdefault("POLYGRAPHY_USE_TENSORRT_RTX", "1")
+    prepare_polygraphy()
     from polygraphy.comparator import Comparator, L2CompareFunc, RunResults
-    from polygraphy.logger import G_LOGGER
 
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL + 1
     norms = {tensor.name: max(float(np.linalg.norm(expected[tensor.name])), 1e-12) for tensor in tensors}
     results = RunResults()
     for runner, outputs in (("engine", found), ("torch", expected)):

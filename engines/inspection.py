@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -37,15 +39,35 @@ class Inspection:
 
 
 def inspect(parsed: ParsedNetwork) -> Inspection:
-    """Count a parsed network's layers and multiply-adds. Its inputs get batch 1, so build from another parse."""
+    """Count a parsed network's layers and multiply-adds; it stays as it is."""
+    with _batch_one(parsed):
+        return _count(parsed)
+
+
+@contextmanager
+def _batch_one(parsed: ParsedNetwork) -> Iterator[None]:
+    """While this lasts the network's inputs have batch 1, and every tensor in it has sizes to multiply."""
+    if TYPE_CHECKING:
+        import tensorrt as trt
+    else:
+        trt = parsed.flavour.load()
+    inputs = [parsed.network.get_input(index) for index in range(parsed.network.num_inputs)]
+    before = [list(tensor.shape) for tensor in inputs]
+    try:
+        for tensor, shape in zip(inputs, before, strict=True):
+            tensor.shape = trt.Dims([1 if size < 0 else size for size in shape])
+        yield
+    finally:
+        for tensor, shape in zip(inputs, before, strict=True):
+            tensor.shape = trt.Dims(shape)
+
+
+def _count(parsed: ParsedNetwork) -> Inspection:
     if TYPE_CHECKING:
         import tensorrt as trt
     else:
         trt = parsed.flavour.load()
     network = parsed.network
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        tensor.shape = trt.Dims([1 if size < 0 else size for size in tensor.shape])
     layers = [network.get_layer(index) for index in range(network.num_layers)]
     producers = {layer.get_output(index).name: layer for layer in layers for index in range(layer.num_outputs)}
     found, kinds = Inspection(), trt.LayerType
@@ -128,5 +150,12 @@ def table(name: str, found: Inspection, warnings: list[str]) -> str:
     lines.append(f"  TensorRT attentions: {found.attentions}")
     lines.append(f"  casts between arithmetic types: {len(found.casts)}")
     lines += [f"    {cast}" for cast in found.casts]
-    lines += [f"  warning: {warning}" for warning in warnings]
-    return "\n".join(lines)
+    return "\n".join([*lines, *warning_lines(warnings)])
+
+
+def warning_lines(warnings: list[str]) -> list[str]:
+    """A line for each different warning, with how often it came: of a quantised graph some come for every layer."""
+    return [
+        f"  warning: {text.strip()}" + (f" ({count} times)" if count > 1 else "")
+        for text, count in Counter(warnings).items()
+    ]

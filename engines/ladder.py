@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from export.graphs import as_tensor
 from icportrait.contract import Array, ModelSpec
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def _torch_rungs(
         for name in (EAGER, compiled):
             yield Rung(name, 1, None, missing=f"torch {torch.__version__} has no CUDA here")
         return
-    tensors = [torch.from_numpy(inputs[tensor.name]).cuda() for tensor in spec.inputs]
+    tensors = [as_tensor(inputs[tensor.name]).cuda() for tensor in spec.inputs]
     torch.cuda.synchronize()  # the copies are on another stream
     same_stream = torch.cuda.ExternalStream(stream.handle)  # type: ignore[no-untyped-call]
     for name, callee in ((EAGER, module), (compiled, torch.compile(module))):

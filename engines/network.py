@@ -13,6 +13,9 @@ from icportrait.runtime.flavours import Flavour
 if TYPE_CHECKING:
     import tensorrt as trt
 
+HARMLESS = {"scales to fp32": "fp16 scales of a quantised layer become fp32, which is exact"}
+"""Parts of warnings that say nothing against a graph, and why. Any other may mean other values than torch's."""
+
 
 @dataclass
 class ParsedNetwork:
@@ -23,7 +26,7 @@ class ParsedNetwork:
     network: trt.INetworkDefinition
     parser: trt.OnnxParser
     warnings: list[str]
-    """What TensorRT has warned of since parsing began."""
+    """What TensorRT has warned of since parsing began; a build adds to it."""
 
 
 def parse(flavour: Flavour, onnx: Path) -> ParsedNetwork:
@@ -60,6 +63,11 @@ def parse(flavour: Flavour, onnx: Path) -> ParsedNetwork:
             # There is no kernel for every size in every type, none for fp32: what has none may be taken apart.
             layer.attention.decomposable = True
     return ParsedNetwork(flavour, builder, network, parser, warnings)
+
+
+def warnings_that_matter(warnings: list[str]) -> list[str]:
+    """Those that aren't known to be harmless, each once."""
+    return [text for text in dict.fromkeys(warnings) if not any(part in text for part in HARMLESS)]
 
 
 @cache

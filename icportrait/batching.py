@@ -1,8 +1,8 @@
 """The denoising loop: one thread owns the warping network and the UNet and runs requests in batches.
 
-A request's way: ``submit`` puts it into the queue; the loop warps its profile into the reference's view once, gives
-each of its portraits a row (two with guidance) and steps all rows together, every row with its own timestep and
-schedule. A row's result doesn't depend on the rows beside it.
+A request's way: ``submit`` puts it into the queue; the loop gives each of its portraits a row (two with guidance),
+warps its profile into the reference's view once and leaves the result in those rows (``runtime.slots``), and steps all
+rows together, every row with its own timestep and schedule. A row's result doesn't depend on the rows beside it.
 
 ``WholeBatcher`` forms a batch when the previous one has ended and runs it to its end.
 """
@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 
@@ -23,7 +24,8 @@ from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable
 from icportrait.presets import Preset
 from icportrait.randomness import canvas_noise
 from icportrait.request import PortraitRequest
-from icportrait.runtime import Engine
+from icportrait.runtime import Slots
+from icportrait.runtime.placement import Placed
 from icportrait.sampling import NoiseSchedule, StepPlan, advance, guide
 
 logger = logging.getLogger(__name__)
@@ -33,13 +35,23 @@ logger = logging.getLogger(__name__)
 class DenoiseJob:
     """One request at the loop's door.
 
-    ``profile_latent`` and ``reference_latent`` are [1, 4, s, s], ``visibility`` is [1, 1, s, s], all float32.
+    ``profile_latent`` and ``reference_latent`` are [1, 4, s, s], ``visibility`` is [1, 1, s, s], all float32, each in
+    the host's memory or the GPU's.
     """
 
     request: PortraitRequest
-    profile_latent: Array
-    reference_latent: Array
-    visibility: Array
+    profile_latent: Placed
+    reference_latent: Placed
+    visibility: Placed
+
+    @property
+    def inputs(self) -> dict[str, Placed]:
+        """The warping network's, by name."""
+        return {
+            "profile_latent": self.profile_latent,
+            "reference_latent": self.reference_latent,
+            "visibility": self.visibility,
+        }
 
 
 @dataclass(frozen=True)
@@ -93,8 +105,9 @@ class _Running:
     """A job's rows while they are denoised."""
 
     entry: _Waiting
-    residuals: dict[str, Array]
-    """``F_ref`` by name, [1, C_k, s_k, 2 s_k]: one for all portraits of the request."""
+    rows: list[int]
+    """Its slots: one for each portrait, then, with guidance, one more for each with ``F_ref`` = 0."""
+    profile_latent: Array
     match_confidence: float
     noise: Array
     """[num_portraits, 4, s, 2 s]; its left half is what the held profile is noised with at every step."""
@@ -123,7 +136,7 @@ class _Running:
         """Set the canvas's left half to the profile at this step's noise level."""
         side = self.latent.shape[-1] // 2
         signal, noise = self.plan.signal_level[self.step], self.plan.noise_level[self.step]
-        self.latent[..., :side] = signal * self.job.profile_latent + noise * self.noise[..., :side]
+        self.latent[..., :side] = signal * self.profile_latent + noise * self.noise[..., :side]
 
     def advance(self, noise_pred: Array) -> None:
         """Take one sampler step; ``noise_pred`` holds the conditional rows, then the unconditional ones."""
@@ -143,20 +156,16 @@ class _Running:
 class WholeBatcher:
     """Runs jobs in batches that are formed once and run to their end; an answer leaves when its own steps are done."""
 
-    def __init__(self, warping: Engine, unet: Engine, schedule: NoiseSchedule, preset: Preset, slots: int) -> None:
+    def __init__(self, slots: Slots, schedule: NoiseSchedule, preset: Preset) -> None:
         """Start the loop's thread.
 
         Args:
-            warping: the warping network's engine; used from the loop's thread only.
-            unet: the UNet's engine; likewise.
+            slots: the rows of one batch, with the engines behind them; used from the loop's thread only.
             schedule: the checkpoint's noise schedule.
             preset: the model's geometry.
-            slots: UNet rows of one batch, at most the engine's largest batch.
         """
-        self._warping, self._unet, self._schedule, self._preset = warping, unet, schedule, preset
-        self._slots = min(slots, unet.spec.batch.max)
-        self.engine_version = unet.version
-        self._residual_names = [spec.name for spec in warping.spec.outputs if spec.name.startswith("f_ref_")]
+        self._slots, self._schedule, self._preset = slots, schedule, preset
+        self.engine_version = slots.version
         self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
         self._held: _Waiting | None = None
         self._closed = False
@@ -172,7 +181,7 @@ class WholeBatcher:
             Unavailable: the loop was closed.
         """
         request = job.request
-        check_slots(request, self._slots)
+        check_slots(request, self._slots.rows)
         entry = _Waiting(job, self._schedule.plan(request.scheduler, request.num_inference_steps), on_done)
         with self._closing:
             if self._closed:
@@ -208,7 +217,7 @@ class WholeBatcher:
                     refused.answer(Unavailable(SHUTTING_DOWN))
                 return None
             rows += entry.job.request.rows
-            if rows > self._slots and not self._closed:
+            if rows > self._slots.rows and not self._closed:
                 self._held = entry
                 return entries
             entries.append(entry)
@@ -220,33 +229,33 @@ class WholeBatcher:
         running = self._condition(entries)
         while running and not self._closed:
             self._step(running)
-            for ended in [row for row in running if row.ended]:
+            for ended in [entry for entry in running if entry.ended]:
                 running.remove(ended)
                 ended.entry.answer(_checked(ended.result()))
-        for row in running:
-            row.entry.answer(Unavailable(SHUTTING_DOWN))
+            self._close_gaps(running)
+        for left in running:
+            left.entry.answer(Unavailable(SHUTTING_DOWN))
 
     def _condition(self, entries: list[_Waiting]) -> list[_Running]:
-        """Run the warping network over the jobs, as many at a time as its engine takes."""
-        running = []
-        size = self._warping.spec.batch.max
-        for start in range(0, len(entries), size):
-            part = entries[start : start + size]
-            outputs = self._warping.run(
-                {
-                    spec.name: np.concatenate([getattr(entry.job, spec.name) for entry in part])
-                    for spec in self._warping.spec.inputs
-                }
-            )
+        """Give the jobs their rows and run the warping network over them, as many at a time as its engine takes."""
+        running: list[_Running] = []
+        free = iter(range(self._slots.rows))
+        for start in range(0, len(entries), self._slots.max_jobs):
+            part = entries[start : start + self._slots.max_jobs]
+            rows = [list(islice(free, entry.job.request.rows)) for entry in part]
+            shared = [each[: entry.job.request.num_portraits] for entry, each in zip(part, rows, strict=True)]
+            confidences = self._slots.condition([entry.job.inputs for entry in part], shared)
             now = time.monotonic_ns()
-            for row, entry in enumerate(part):
+            for entry, own, confidence in zip(part, rows, confidences, strict=True):
                 request = entry.job.request
+                self._slots.clear(own[request.num_portraits :])
                 seeds = range(request.seed, request.seed + request.num_portraits)
                 running.append(
                     _Running(
                         entry=entry,
-                        residuals={name: outputs[name][row : row + 1] for name in self._residual_names},
-                        match_confidence=float(outputs["match_confidence"][row]),
+                        rows=own,
+                        profile_latent=self._slots.to_host(entry.job.profile_latent),
+                        match_confidence=float(confidence),
                         noise=np.stack([canvas_noise(self._preset, seed) for seed in seeds]),
                         conditioned_ns=now,
                     )
@@ -255,24 +264,26 @@ class WholeBatcher:
 
     def _step(self, running: list[_Running]) -> None:
         """One UNet forward over every row that still runs, then one sampler step for each job."""
+        rows = sum(len(entry.rows) for entry in running)
+        canvas_latent = np.empty((rows, *running[0].latent.shape[1:]), np.float32)
+        timestep = np.empty(rows, np.float32)
         for entry in running:
             entry.hold_profile()
-        noise_pred = self._unet.run(self._unet_inputs(running))["noise_pred"]
-        first = 0
+            canvas_latent[entry.rows] = np.concatenate([entry.latent] * (len(entry.rows) // len(entry.latent)))
+            timestep[entry.rows] = entry.plan.timesteps[entry.step]
+        noise_pred = self._slots.predict(canvas_latent, timestep)
         for entry in running:
-            entry.advance(noise_pred[first : first + entry.job.request.rows])
-            first += entry.job.request.rows
+            entry.advance(noise_pred[entry.rows])
 
-    def _unet_inputs(self, running: list[_Running]) -> dict[str, Array]:
-        """Rows in the order of the jobs: a job's conditional rows, then its unconditional ones with ``F_ref`` = 0."""
-        inputs: dict[str, list[Array]] = {spec.name: [] for spec in self._unet.spec.inputs}
-        for entry in running:
-            portraits, rows = len(entry.latent), entry.job.request.rows
-            inputs["canvas_latent"] += [entry.latent] * (rows // portraits)
-            inputs["timestep"].append(np.full(rows, entry.plan.timesteps[entry.step], np.float32))
-            for name, residual in entry.residuals.items():
-                inputs[name] += [residual] * portraits + [np.zeros_like(residual)] * (rows - portraits)
-        return {name: np.concatenate(parts) for name, parts in inputs.items()}
+    def _close_gaps(self, running: list[_Running]) -> None:
+        """Move the last rows to where rows ended, so that those in use are the first ones again."""
+        owners = {row: (entry, index) for entry in running for index, row in enumerate(entry.rows)}
+        count = len(owners)
+        free = (row for row in range(count) if row not in owners)
+        for source in sorted(row for row in owners if row >= count):
+            entry, index = owners[source]
+            entry.rows[index] = next(free)
+            self._slots.move(source, entry.rows[index])
 
 
 def _checked(result: DenoiseResult) -> DenoiseResult | IcPortraitError:

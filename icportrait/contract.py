@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -27,7 +28,11 @@ from icportrait.errors import ContractError
 from icportrait.presets import Preset
 
 ENGINES = ("vae_encoder", "warping_network", "unet", "vae_decoder")
-PRECISIONS = ("fp32", "fp16")
+MODEL_ENGINES = ("vae_encoder", "vae_decoder")
+"""The engines that are Triton models of their own, batched across callers; ``denoise`` owns the others."""
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
+QUANTIZED_PRECISIONS = ("int8", "fp8")
+"""The UNet's convolutions and linears in this type, by Q/DQ; everything else, and ``F_ref``, in fp16."""
 ENSEMBLE = "portrait_pipeline"
 Array = NDArray[Any]
 
@@ -37,6 +42,8 @@ class DType(Enum):
 
     FLOAT32 = ("float32", "FP32", "FLOAT")
     FLOAT16 = ("float16", "FP16", "FLOAT16")
+    BFLOAT16 = ("bfloat16", "BF16", "BFLOAT16")
+    """A NumPy type once ``ml_dtypes`` is imported."""
     UINT8 = ("uint8", "UINT8", "UINT8")
     INT32 = ("int32", "INT32", "INT32")
     INT64 = ("int64", "INT64", "INT64")
@@ -89,6 +96,10 @@ class TensorSpec:
     def shape(self, **sizes: int) -> tuple[int, ...]:
         """The concrete shape, dynamic axes taken from ``sizes`` by axis name."""
         return tuple(sizes[axis.name] if axis.is_dynamic else axis.min for axis in self.axes)
+
+    def nbytes(self, batch: int) -> int:
+        """Bytes of a tensor of numbers whose only dynamic axis is the batch."""
+        return math.prod(self.shape(batch=batch)) * np.dtype(self.dtype.numpy).itemsize
 
 
 @dataclass(frozen=True)
@@ -185,8 +196,8 @@ def visibility_spec(preset: Preset, batch: Axis) -> TensorSpec:
 
 
 def residual_specs(preset: Preset, batch: Axis, precision: str) -> tuple[TensorSpec, ...]:
-    """``F_ref``, in the order in which the UNet takes it: ``[batch, C_k, s_k, 2 s_k]``, in the engine's precision."""
-    dtype = DType.FLOAT16 if precision == "fp16" else DType.FLOAT32
+    """``F_ref``, in the order in which the UNet takes it: ``[batch, C_k, s_k, 2 s_k]``, in the activations' type."""
+    dtype = {"fp32": DType.FLOAT32, "bf16": DType.BFLOAT16}.get(precision, DType.FLOAT16)
     return tuple(
         TensorSpec(
             f"f_ref_{index:02d}",

@@ -22,6 +22,8 @@ class EngineFile:
     file: str
     sha256: str
     size_bytes: int
+    precision: str
+    """Of its convolutions and linears; of some engines it is another than the export's."""
     external_data: str | None = None
 
 

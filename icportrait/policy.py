@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
-RUNTIMES = ("onnxruntime", "torch")
+RUNTIMES = ("onnxruntime", "torch", "tensorrt", "tensorrt-rtx")
+PLAN_RUNTIMES = ("tensorrt", "tensorrt-rtx")
+"""Those that run plans on a GPU: the names of TensorRT's products."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,10 @@ class ServingPolicy:
     """Threads one engine computes with; 0 leaves it to the runtime."""
     preprocess_instances: int = 1
     postprocess_instances: int = 1
+
+    @property
+    def uses_plans(self) -> bool:
+        return self.runtime in PLAN_RUNTIMES
 
     def to_parameters(self) -> dict[str, str]:
         return {key: str(value) for key, value in asdict(self).items()}

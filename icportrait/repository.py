@@ -1,7 +1,8 @@
 """Assemble a model repository that Triton can load: ``python -m icportrait.repository``.
 
 ``triton_repo/`` holds each model's ``model.py`` and its committed ``config.pbtxt``. A repository adds the exported
-engines and the manifest, and writes the configurations anew for the preset and policy that are to be served.
+engines, or the plans built from them, and the manifest, and writes the configurations anew for the preset and policy
+that are to be served.
 """
 
 from __future__ import annotations
@@ -12,27 +13,30 @@ import shutil
 import sys
 from pathlib import Path
 
-from icportrait.contract import ENGINES, ENSEMBLE
-from icportrait.errors import CheckpointError, IcPortraitError
+from icportrait.contract import ENGINES, ENSEMBLE, MODEL_ENGINES, engine_specs
+from icportrait.errors import CheckpointError, IcPortraitError, PlanError
 from icportrait.manifest import MANIFEST_NAME, Manifest
 from icportrait.policy import RUNTIMES, ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.request import client_contract_text
+from icportrait.runtime.flavours import TENSORRT
+from icportrait.runtime.plans import BatchRange, PlanManifest, fitting_plans
 from icportrait.triton_config import model_configs, write_configs
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "triton_repo"
 CLIENT_CONTRACT = ROOT / "client" / "src" / "icportrait_client" / "contract.json"
-ENGINE_OWNERS = {
-    "vae_encoder": "vae_encoder",
-    "vae_decoder": "vae_decoder",
-    "warping_network": "denoise",
-    "unet": "denoise",
-}
+ENGINE_OWNERS = {name: name if name in MODEL_ENGINES else "denoise" for name in ENGINES}
 """Which Triton model runs an engine."""
+TRITON_PLAN_NAME = "model.plan"
+"""Under which Triton's own backend looks for a plan."""
+Plans = dict[str, dict[Path, PlanManifest]]
+"""By engine."""
 
 
-def assemble(export: Path, repository: Path, policy: ServingPolicy, template: Path = TEMPLATE) -> Manifest:
+def assemble(
+    export: Path, repository: Path, policy: ServingPolicy, template: Path = TEMPLATE, plans: Path | None = None
+) -> Manifest:
     """Write ``repository`` from the template's models and an export's engines, replacing what was there.
 
     Args:
@@ -40,18 +44,23 @@ def assemble(export: Path, repository: Path, policy: ServingPolicy, template: Pa
         repository: directory to write; a folder for each model.
         policy: the deployment's settings.
         template: the folder of ``model.py`` files.
+        plans: directory written by ``python -m engines build``, for a runtime that runs plans.
 
     Raises:
         CheckpointError: the export is incomplete, was made for another contract or runtime, or a graph isn't the one
             its manifest names.
-        IcPortraitError: ``repository`` holds something else.
+        PlanError: a plan is missing or changed, or wasn't built from this export for this runtime.
+        IcPortraitError: ``repository`` holds something else, or there are plans for a runtime without or none for one
+            with.
     """
     manifest = Manifest.read(export)
     for name in ENGINES:
         manifest.check_files(name, export)
     if policy.runtime == "torch" and manifest.precision != "fp32":
         raise CheckpointError(f"{export}: is {manifest.precision}, expected fp32: the torch runtime computes in fp32")
-    configs = model_configs(manifest.preset, manifest.precision, policy)
+    found = _find_plans(manifest, policy, plans)
+    ranges = _batch_ranges(manifest, found) if policy.runtime == TENSORRT.name else {}
+    configs = model_configs(manifest.preset, manifest.precision, policy, ranges)
     models = sorted(path.parent.parent.name for path in template.glob("*/1/model.py"))
     if {*models, ENSEMBLE} != set(configs):
         raise CheckpointError(f"{template}: has models {', '.join(models)}, expected {', '.join(sorted(configs))}")
@@ -59,15 +68,56 @@ def assemble(export: Path, repository: Path, policy: ServingPolicy, template: Pa
     for model in models:
         version = repository / model / "1"
         version.mkdir(parents=True)
+        if model in ranges:
+            (plan,) = found[model]
+            _place_plan(plan, version / TRITON_PLAN_NAME)
+            continue
         shutil.copy(template / model / "1" / "model.py", version)
         shutil.copy(export / MANIFEST_NAME, version)
         for name, owner in ENGINE_OWNERS.items():
             if owner == model and policy.runtime == "onnxruntime":
-                _place(export, version, name, manifest)
+                for path in manifest.files(name, export):
+                    _place(path, version / path.name)
+            elif owner == model:
+                for plan in found.get(name, {}):
+                    _place_plan(plan, version / plan.name)
     # An ensemble has no files of its own, but Triton wants its version folder.
     (repository / ENSEMBLE / "1").mkdir(parents=True)
     write_configs(repository, configs)
     return manifest
+
+
+def _find_plans(manifest: Manifest, policy: ServingPolicy, plans: Path | None) -> Plans:
+    """Every engine's plans, known to be of this export and for this runtime."""
+    if plans is None and policy.uses_plans:
+        raise IcPortraitError(
+            f'runtime {policy.runtime} runs plans: name their directory, of "python -m engines build"'
+        )
+    if plans is None:
+        return {}
+    if not policy.uses_plans:
+        raise IcPortraitError(f"{plans}: runtime {policy.runtime} runs no plans, expected tensorrt or tensorrt-rtx")
+    return {name: fitting_plans(plans, name, manifest, policy.runtime) for name in ENGINES}
+
+
+def _batch_ranges(manifest: Manifest, plans: Plans) -> dict[str, tuple[BatchRange, ...]]:
+    """Of the plans that Triton's own backend runs, which takes one file and fails a batch that no profile holds."""
+    specs, ranges = engine_specs(manifest.preset, manifest.precision), {}
+    for name in MODEL_ENGINES:
+        (plan, built), *others = plans[name].items()
+        if others:
+            raise PlanError(
+                f"{plan}: {name} has {1 + len(others)} plans, and Triton's TensorRT backend takes one; build it again "
+                "with --layout profiles"
+            )
+        batches = range(1, specs[name].batch.max + 1)
+        if missing := [n for n in batches if not any(low <= n <= high for low, high in built.batch_ranges)]:
+            raise PlanError(
+                f"{plan}: no optimization profile holds a batch of {missing[0]}, and Triton's TensorRT backend runs "
+                f"all from 1 to {batches[-1]}; build it again"
+            )
+        ranges[name] = built.batch_ranges
+    return ranges
 
 
 def _remove_old(repository: Path) -> None:
@@ -77,13 +127,18 @@ def _remove_old(repository: Path) -> None:
     shutil.rmtree(repository, ignore_errors=True)
 
 
-def _place(export: Path, version: Path, name: str, manifest: Manifest) -> None:
-    """Link an engine's files into a model's version folder, or copy them across file systems."""
-    for path in manifest.files(name, export):
-        try:
-            os.link(path, version / path.name)
-        except OSError:
-            shutil.copy(path, version)
+def _place_plan(plan: Path, target: Path) -> None:
+    """A plan and its manifest, without which it isn't loaded."""
+    _place(plan, target)
+    _place(PlanManifest.path(plan), PlanManifest.path(target))
+
+
+def _place(path: Path, target: Path) -> None:
+    """Link a file, or copy it across file systems."""
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copy(path, target)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--export", type=Path, help="directory written by python -m export")
     parser.add_argument("--out", type=Path, help="the repository to write")
     parser.add_argument("--runtime", choices=RUNTIMES, default=policy.runtime, help="default: %(default)s")
+    parser.add_argument("--plans", type=Path, help="directory written by python -m engines build, for TensorRT")
     parser.add_argument("--configs", action="store_true", help="only rewrite what is generated and committed")
     args = parser.parse_args(argv)
     policy = ServingPolicy(runtime=args.runtime)
@@ -102,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.export and args.out):
         parser.error("--export and --out are required")
     try:
-        manifest = assemble(args.export, args.out, policy)
+        manifest = assemble(args.export, args.out, policy, plans=args.plans)
     except IcPortraitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,7 @@
-"""Run a model repository on the embedded tritonserver: ``python -m icportrait.server``.
+"""Run a model repository on a tritonserver: ``python -m icportrait.server``.
 
-The server binary and its Python backend come from the nvidia-pytriton wheel; no container and no root are needed. The
+The server binary and its Python backend come from the nvidia-pytriton wheel; no container and no root are needed. Only
+a repository for runtime ``tensorrt`` takes the tritonserver that is on PATH, which NVIDIA's container brings. The
 server listens on loopback only.
 """
 
@@ -10,7 +11,6 @@ import argparse
 import contextlib
 import ctypes
 import http.client
-import importlib.util
 import os
 import signal
 import socket
@@ -22,8 +22,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from icportrait.errors import IcPortraitError, RuntimeNotAvailable
-from icportrait.libpython import libpython_directory, missing_libpython
+from icportrait.errors import IcPortraitError
+from icportrait.installation import find_installation
+from icportrait.startup import check_plans, repository_runtime
 
 HOST = "127.0.0.1"
 SHM = Path("/dev/shm")
@@ -101,22 +102,26 @@ class TritonServer:
         """Start the process and wait until every model is ready.
 
         Raises:
-            RuntimeNotAvailable: the server's wheel isn't installed, or this Python has no shared library.
+            RuntimeNotAvailable: no server is installed, this Python has no shared library, or the repository's runtime
+                can't run here.
+            PlanError: a plan in the repository was changed, or built by another TensorRT.
             IcPortraitError: a port is taken, or the server ended or didn't get ready in time.
         """
         self.ports.check_free()
-        wheel = _wheel_directory()
-        environment = _environment(wheel)
+        runtime = repository_runtime(self.repository)
+        installation = find_installation(runtime)
+        check_plans(self.repository, runtime, installation)
+        environment = installation.environment()
         self._folder = tempfile.TemporaryDirectory(prefix="icportrait-server-")
         folder = Path(self._folder.name)
-        _link_backend(wheel, folder / "backends")
+        backends = installation.prepare_backends(folder / "backends")
         # The Python backend starts its stubs through a shell, unquoted: it gets a path without spaces.
         (folder / "repository").symlink_to(self.repository.resolve(), target_is_directory=True)
         command = [
-            str(wheel / "tritonserver" / "bin" / "tritonserver"),
+            str(installation.binary),
             f"--model-repository={folder / 'repository'}",
-            f"--backend-directory={folder / 'backends'}",
-            f"--cache-directory={wheel / 'tritonserver' / 'caches'}",
+            f"--backend-directory={backends}",
+            f"--cache-directory={installation.root / 'caches'}",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
             *(f"--{name}-address={HOST}" for name in ("grpc", "http", "metrics")),
             *(f"--{name}-port={port}" for name, port in vars(self.ports).items()),
@@ -188,38 +193,6 @@ class TritonServer:
             return "; its output above has the cause"
         tail = self.log_file.read_text(errors="replace").splitlines()[-15:]
         return f"; the end of {self.log_file}:\n" + "\n".join(tail)
-
-
-def _wheel_directory() -> Path:
-    spec = importlib.util.find_spec("pytriton")
-    if spec is None or not spec.submodule_search_locations:
-        raise RuntimeNotAvailable('the embedded tritonserver (nvidia-pytriton) is not installed; run "make setup"')
-    return Path(spec.submodule_search_locations[0])
-
-
-def _link_backend(wheel: Path, backends: Path) -> None:
-    """Make a backend folder in which this Python's stub lies beside the backend's library, as Triton wants it."""
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    stub = wheel / "tritonserver" / "python_backend_stubs" / version / "triton_python_backend_stub"
-    if not stub.is_file():
-        raise RuntimeNotAvailable(f"the embedded tritonserver has no stub for Python {version}; use 3.11 or 3.12")
-    python = backends / "python"
-    python.mkdir(parents=True)
-    for path in (*(wheel / "tritonserver" / "backends" / "python").glob("*.*"), stub):
-        (python / path.name).symlink_to(path)
-
-
-def _environment(wheel: Path) -> dict[str, str]:
-    """The server's environment: its own libraries, Python's library, and this Python first on PATH for the stub."""
-    libpython = libpython_directory()
-    if libpython is None:
-        raise RuntimeNotAvailable(missing_libpython())
-    paths = [str(wheel.parent / "nvidia_pytriton.libs"), str(libpython), os.environ.get("LD_LIBRARY_PATH", "")]
-    return {
-        **os.environ,
-        "LD_LIBRARY_PATH": ":".join(filter(None, paths)),
-        "PATH": f"{Path(sys.prefix) / 'bin'}:{os.environ.get('PATH', '')}",
-    }
 
 
 def _end_with_parent() -> None:

@@ -12,6 +12,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from threading import BoundedSemaphore
 from typing import Any, TypeVar
@@ -23,7 +24,9 @@ from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable, from
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.request import OUTPUTS
-from icportrait.runtime import Engine, load_engine
+from icportrait.runtime import Engine, Slots, load_engine, load_slots
+from icportrait.runtime.cuda import Stream
+from icportrait.runtime.placement import Placed, join, private_copy
 from icportrait.serving import DenoiseStage, FrontStage, Tensors
 
 logger = logging.getLogger(__name__)
@@ -49,8 +52,29 @@ class ModelContext:
         self.policy = ServingPolicy.from_parameters(parameters)
         self.manifest = Manifest.read(self.directory)
 
+    @cached_property
+    def stream(self) -> Stream:
+        """What is done with tensors that come in GPU memory is done on it."""
+        return Stream()
+
     def engine(self, name: str) -> Engine:
         return load_engine(name, self.directory, self.manifest, self.policy)
+
+    def slots(self) -> Slots:
+        return load_slots(self.directory, self.manifest, self.policy)
+
+    def inputs(self, request: Any) -> dict[str, Any]:
+        """Copies of the request's tensors: Triton takes its memory back, and some are used from other threads.
+
+        A tensor stays in the memory that it came in. Only models whose configuration asks for it get any in the GPU's.
+        """
+        import triton_python_backend_utils as pb_utils
+
+        tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in self.input_names}
+        return {name: self._copy(tensor) for name, tensor in tensors.items() if tensor is not None}
+
+    def _copy(self, tensor: Any) -> Placed:
+        return np.array(tensor.as_numpy()) if tensor.is_cpu() else private_copy(tensor, self.stream)
 
 
 class StageModel:
@@ -67,24 +91,30 @@ class StageModel:
         return [_respond(self._attempt(request)) for request in requests]
 
     def _attempt(self, request: Any) -> Tensors | IcPortraitError:
-        return attempt(self.context.name, lambda: self._stage(_inputs(request, self.context.input_names)))
+        return attempt(self.context.name, lambda: self._stage(self.context.inputs(request)))
 
 
 class EngineModel(StageModel):
     """A Python model around one engine; the requests that Triton batched run as one batch."""
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        inputs = [_inputs(request, self.context.input_names) for request in requests]
-        rows = [len(next(iter(tensors.values()))) for tensors in inputs]
-        joined = {name: np.concatenate([tensors[name] for tensors in inputs]) for name in self.context.input_names}
-        outputs = attempt(self.context.name, lambda: self._stage(joined))
-        if isinstance(outputs, IcPortraitError):
-            return [_respond(outputs) for _ in requests]
-        ends = np.cumsum(rows)
-        return [
-            _respond({name: output[end - size : end] for name, output in outputs.items()})
-            for size, end in zip(rows, ends, strict=True)
-        ]
+        answers = attempt(self.context.name, lambda: self._run(requests))
+        if isinstance(answers, IcPortraitError):
+            return [_respond(answers) for _ in requests]
+        return [_respond(answer) for answer in answers]
+
+    def _run(self, requests: list[Any]) -> list[Tensors]:
+        """Every request's outputs, in the host's memory: what comes next, the loop or a file's encoder, works there."""
+        inputs = [self.context.inputs(request) for request in requests]
+        ends = np.cumsum([next(iter(tensors.values())).shape[0] for tensors in inputs])
+        names = self.context.input_names
+        outputs = self._stage({name: self._join([tensors[name] for tensors in inputs]) for name in names})
+        parts = {name: np.split(output, ends[:-1]) for name, output in outputs.items()}
+        return [{name: arrays[index] for name, arrays in parts.items()} for index in range(len(requests))]
+
+    def _join(self, parts: list[Any]) -> Any:
+        on_host = all(isinstance(part, np.ndarray) for part in parts)
+        return np.concatenate(parts) if on_host else join(parts, self.context.stream)
 
 
 class DenoiseModel:
@@ -100,8 +130,10 @@ class DenoiseModel:
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             answer = _answer_with(request.get_response_sender())
-            tensors = _inputs(request, self.context.input_names)
-            failed = attempt(self.context.name, lambda: self._stage.submit(tensors, answer))  # noqa: B023
+            failed = attempt(
+                self.context.name,
+                lambda: self._stage.submit(self.context.inputs(request), answer),  # noqa: B023
+            )
             if isinstance(failed, IcPortraitError):
                 answer(failed)
 
@@ -142,7 +174,7 @@ class FrontModel:
             raise InvalidRequest(f"the request's parameters are no UTF-8 text ({error.__class__.__name__})") from error
         # HTTP generate turns a JSON member that names no input into a parameter: unknown inputs hide there.
         unknown = {name: np.array([value]) for name, value in parameters.items()}
-        return unknown | _inputs(request, self.context.input_names)
+        return unknown | self.context.inputs(request)
 
     def _serve(self, tensors: Tensors | IcPortraitError, answer: Answer) -> None:
         outcome = tensors
@@ -187,14 +219,6 @@ def attempt(where: str, run: Callable[[], Result]) -> Result | IcPortraitError:
     except Exception:
         logger.exception("%s failed", where)
         return IcPortraitError(f"{where} failed on this server; its log has the cause")
-
-
-def _inputs(request: Any, names: list[str]) -> Tensors:
-    """Copies of the request's tensors: Triton takes its memory back, and some are used from other threads."""
-    import triton_python_backend_utils as pb_utils
-
-    tensors = {name: pb_utils.get_input_tensor_by_name(request, name) for name in names}
-    return {name: np.array(tensor.as_numpy()) for name, tensor in tensors.items() if tensor is not None}
 
 
 def _respond(outcome: Tensors | IcPortraitError, restore_code: bool = False) -> Any:

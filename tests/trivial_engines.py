@@ -35,7 +35,7 @@ def write_trivial_export(directory: Path, preset: Preset, precision: str = "fp32
     for name, spec in engine_specs(preset, precision).items():
         path = directory / f"{name}.onnx"
         onnx.save(_graph(spec), path)
-        engines[name] = EngineFile(path.name, file_sha256(path), path.stat().st_size)
+        engines[name] = EngineFile(path.name, file_sha256(path), path.stat().st_size, "fp32")
     manifest = Manifest(
         preset=preset,
         precision=precision,

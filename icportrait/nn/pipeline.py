@@ -6,19 +6,21 @@ no reuse between requests.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from icportrait.contract import engine_specs
 from icportrait.masking import hide, reference_visibility
 from icportrait.nn.checkpoint import Checkpoint
 from icportrait.nn.engine_modules import engine_modules
 from icportrait.nn.matching import join_canvas, split_canvas
+from icportrait.presets import Preset
 from icportrait.randomness import canvas_noise
 from icportrait.sampling import NoiseSchedule, StepPlan, advance, guide
 
@@ -40,16 +42,46 @@ class ReferenceResult:
 
 
 class ReferencePipeline:
-    """Runs the four engine modules of a checkpoint."""
+    """Runs four engine modules: a checkpoint's (``of``), or anything that computes what they do."""
 
-    def __init__(self, checkpoint: Checkpoint, device: str = "cpu") -> None:
-        """Move the checkpoint's models to ``device``."""
-        self.preset = checkpoint.preset
-        self.guidance_scale, self.num_inference_steps = checkpoint.guidance_scale, checkpoint.num_inference_steps
-        self.spec = engine_specs(self.preset)["vae_encoder"]
-        self.schedule = NoiseSchedule.from_config(checkpoint.scheduler_config)
-        self.modules = {name: module.to(device) for name, module in engine_modules(checkpoint).items()}
+    def __init__(
+        self,
+        preset: Preset,
+        scheduler_config: Mapping[str, Any],
+        modules: Mapping[str, nn.Module],
+        *,
+        guidance_scale: float,
+        num_inference_steps: int,
+        device: str = "cpu",
+    ) -> None:
+        """Hold what makes portraits.
+
+        Args:
+            preset: the model's geometry.
+            scheduler_config: diffusers' description of the noise schedule.
+            modules: by the names of ``contract.ENGINES``, on ``device``.
+            guidance_scale: weight of the conditioning where a call doesn't say.
+            num_inference_steps: UNet calls per portrait where a call doesn't say.
+            device: where the tensors are made.
+        """
+        self.preset = preset
+        self.guidance_scale, self.num_inference_steps = guidance_scale, num_inference_steps
+        self.spec = engine_specs(preset)["vae_encoder"]
+        self.schedule = NoiseSchedule.from_config(scheduler_config)
+        self.modules = dict(modules)
         self.device = device
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, device: str = "cpu") -> ReferencePipeline:
+        """A checkpoint's pipeline; its models are moved to ``device``."""
+        return cls(
+            checkpoint.preset,
+            checkpoint.scheduler_config,
+            {name: module.to(device) for name, module in engine_modules(checkpoint).items()},
+            guidance_scale=checkpoint.guidance_scale,
+            num_inference_steps=checkpoint.num_inference_steps,
+            device=device,
+        )
 
     @torch.inference_mode()
     def __call__(

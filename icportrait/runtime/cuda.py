@@ -103,12 +103,23 @@ class DeviceArray:
 class DeviceMemory:
     """A block of GPU memory, given back when the last ``DeviceArray`` on it is gone."""
 
-    def __init__(self, nbytes: int) -> None:
+    def __init__(self, nbytes: int, stream: Stream | None = None) -> None:
+        """Allocate the block.
+
+        Args:
+            nbytes: its size.
+            stream: get it, and give it back, in this stream's order; else both wait for all that the GPU is doing.
+        """
         from cuda.bindings import runtime as cuda
 
         self.nbytes = nbytes
-        self.pointer = int(call(cuda.cudaMalloc(max(nbytes, 1))))
-        self._free = cuda.cudaFree
+        if stream is None:
+            self.pointer = int(call(cuda.cudaMalloc(max(nbytes, 1))))
+            self._free: Callable[[int], object] = cuda.cudaFree
+        else:
+            handle = stream.handle
+            self.pointer = int(call(cuda.cudaMallocAsync(max(nbytes, 1), handle)))
+            self._free = lambda pointer: cuda.cudaFreeAsync(pointer, handle)
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
         """The block as an array; it must be large enough."""

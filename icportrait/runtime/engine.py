@@ -10,6 +10,7 @@ from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.policy import RUNTIMES, ServingPolicy
+from icportrait.runtime.flavours import FLAVOURS
 
 
 class Engine(Protocol):
@@ -33,9 +34,12 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
 
     Args:
         name: one of ``contract.ENGINES``.
-        directory: holds the graph that the manifest names.
+        directory: holds the graph that the manifest names, or the plans that were built from it.
         manifest: the export's manifest.
         policy: says which runtime and how many threads.
+
+    Raises:
+        RuntimeNotAvailable: the runtime isn't installed, or there is no GPU where it needs one.
     """
     spec = engine_specs(manifest.preset, manifest.precision)[name]
     if policy.runtime == "onnxruntime":
@@ -48,4 +52,8 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
         except ImportError as error:
             raise RuntimeNotAvailable(f'runtime torch is not installed ({error}); run "make setup"') from error
         return TorchEngine.from_manifest(name, manifest, policy.engine_threads)
+    if policy.uses_plans:
+        from icportrait.runtime.loading import load_plans
+
+        return load_plans([name], directory, manifest, FLAVOURS[policy.runtime])[name]
     raise RuntimeNotAvailable(f"runtime: {policy.runtime!r}, expected one of {', '.join(RUNTIMES)}")

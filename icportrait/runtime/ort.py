@@ -36,6 +36,8 @@ class OrtEngine:
         options.enable_cpu_mem_arena = not lean
         # Several engines share the cores, each in its own process: a thread that spins steals another engine's time.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Quantised graphs run as they are written; fusing them fails for fp8.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.spec = spec
         self.version = f"onnxruntime-{ort.__version__}"
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -10,12 +10,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from icportrait.errors import PlanError
+from icportrait.manifest import Manifest, file_sha256
 
 Shape = tuple[int, ...]
+BatchRange = tuple[int, int]
+"""The smallest and the largest batch of an optimization profile."""
+BUCKETS = (1, 2, 4, 8, 16)
+"""Batches that are run, where a plan's profiles have room for them; a profile's largest batch is always one."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,12 @@ class PlanManifest:
     build_seconds: float
     peak_memory_bytes: int
     """The building process's largest resident size."""
+
+    @property
+    def batch_ranges(self) -> tuple[BatchRange, ...]:
+        """For each optimization profile the batches that it takes: every input's leading axis."""
+        shapes = [next(iter(profile.values())) for profile in self.profiles]
+        return tuple((smallest[0], largest[0]) for smallest, _, largest in shapes)
 
     @staticmethod
     def path(plan: Path) -> Path:
@@ -97,18 +109,18 @@ class PlanHost:
     """The GPU's; None leaves it unchecked, where there is none."""
 
 
-def read_plan(plan: Path, host: PlanHost) -> tuple[bytes, PlanManifest]:
+def read_plan(plan: Path, manifest: PlanManifest, host: PlanHost) -> bytes:
     """A plan's bytes, once everything that can be known without TensorRT fits.
 
     Args:
-        plan: the file; its manifest lies beside it.
+        plan: the file.
+        manifest: the one beside it.
         host: what will load it.
 
     Raises:
         PlanError: the plan is missing or changed, or its manifest names another product, version, contract or GPU
             than the host; the text names both.
     """
-    manifest = PlanManifest.read(plan)
     differences = (
         ("product", manifest.flavour, host.flavour),
         ("TensorRT", manifest.tensorrt_version, host.tensorrt_version),
@@ -123,13 +135,80 @@ def read_plan(plan: Path, host: PlanHost) -> tuple[bytes, PlanManifest]:
             f"{plan}: was built for GPUs of compute capability {', '.join(manifest.compute_capabilities)}, and this "
             f"one has {capability}; build it again with --compute-capability {capability}"
         )
+    _check_there(plan)
+    content = plan.read_bytes()
+    _check_hash(plan, manifest, hashlib.sha256(content).hexdigest())
+    return content
+
+
+def check_content(plan: Path, manifest: PlanManifest) -> None:
+    """Compare a plan's hash with its manifest's.
+
+    Raises:
+        PlanError: the plan is missing or changed.
+    """
+    _check_there(plan)
+    _check_hash(plan, manifest, file_sha256(plan))
+
+
+def find_plans(directory: Path, engine: str) -> list[Path]:
+    """An engine's plans as ``python -m engines build`` writes them: one for all buckets, or one for each.
+
+    Raises:
+        PlanError: there are none, or both kinds are there.
+    """
+    whole, static = directory / f"{engine}.plan", list(directory.glob(f"{engine}.batch*.plan"))
+    if whole.is_file() and static:
+        raise PlanError(f"{directory}: has both {whole.name} and {min(static).name}; remove one kind")
+    if not static and not whole.is_file():
+        raise PlanError(f'{whole} is missing; make it with "python -m engines build"')
+    return sorted(static, key=lambda path: (len(path.name), path.name)) or [whole]
+
+
+def fitting_plans(directory: Path, engine: str, export: Manifest, flavour: str) -> dict[Path, PlanManifest]:
+    """An engine's plans with their manifests, once they are known to be an export's.
+
+    Args:
+        directory: written by ``python -m engines build``.
+        engine: its name.
+        export: the manifest of what the plans must have been built from.
+        flavour: the product that is to run them.
+
+    Raises:
+        PlanError: one is missing or changed, or was built for another product or contract, or from another graph; the
+            text names both sides.
+    """
+    plans = {plan: PlanManifest.read(plan) for plan in find_plans(directory, engine)}
+    graph = export.engines[engine].sha256
+    for plan, manifest in plans.items():
+        differences = (
+            ("engine", manifest.engine, engine),
+            ("product", manifest.flavour, flavour),
+            ("contract", manifest.contract_hash, export.contract_hash),
+            ("a graph with hash", manifest.onnx_sha256[:12], graph[:12]),
+        )
+        for what, built_for, expected in differences:
+            if built_for != expected:
+                raise PlanError(f"{plan}: was built for {what} {built_for}, expected {expected}; build it again")
+        check_content(plan, manifest)
+    return plans
+
+
+def buckets_of(ranges: Iterable[BatchRange]) -> tuple[int, ...]:
+    """The batches that are run with optimization profiles of these ranges, smallest first."""
+    ranges = list(ranges)
+    inside = {bucket for low, high in ranges for bucket in BUCKETS if low <= bucket <= high}
+    return tuple(sorted(inside | {high for _, high in ranges}))
+
+
+def _check_there(plan: Path) -> None:
     if not plan.is_file():
         raise PlanError(f'{plan} is missing; make it with "python -m engines build"')
-    content = plan.read_bytes()
-    found = hashlib.sha256(content).hexdigest()
+
+
+def _check_hash(plan: Path, manifest: PlanManifest, found: str) -> None:
     if found != manifest.plan_sha256:
         raise PlanError(
             f"{plan}: its SHA-256 is {found[:12]}..., its manifest says {manifest.plan_sha256[:12]}...: it was "
             "changed after it was built and won't be loaded; build it again"
         )
-    return content, manifest

@@ -2,6 +2,8 @@
 
     plan --deserialised once--> engine --one context per bucket--> CUDA graph per bucket
 
+An engine may also come as several plans, one per bucket. A bucket always runs whole, at its profile's largest batch.
+
 Inputs and outputs live in static buffers of the largest batch; a bucket of b uses their first b rows. A caller that
 keeps its data there (``inputs``, ``outputs``) copies nothing from step to step, and may bind an output to another
 engine's rows. Contexts own no scratch memory: engines that never run at once share one block.
@@ -9,23 +11,31 @@ engine's rows. Contexts own no scratch memory: engines that never run at once sh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import ml_dtypes  # noqa: F401 - NumPy learns bfloat16
 import numpy as np
 
 from icportrait.contract import Array, ModelSpec, TensorSpec
 from icportrait.errors import PlanError, RuntimeNotAvailable
 from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Graph, Stream, as_device_array, find_gpu
 from icportrait.runtime.flavours import TENSORRT_RTX, Flavour
-from icportrait.runtime.plans import PlanHost, PlanManifest, read_plan
+from icportrait.runtime.plans import PlanHost, PlanManifest, buckets_of, read_plan
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
-_DTYPES = {"FLOAT": "float32", "HALF": "float16", "UINT8": "uint8", "INT32": "int32", "INT64": "int64"}
+_DTYPES = {
+    "FLOAT": "float32",
+    "HALF": "float16",
+    "BF16": "bfloat16",
+    "UINT8": "uint8",
+    "INT32": "int32",
+    "INT64": "int64",
+}
 
 
 @dataclass
@@ -37,24 +47,29 @@ class _Bucket:
 
 
 class TensorRtEngine:
-    """One plan on the GPU.
+    """An engine's plan, or its plans of one bucket each, on the GPU.
 
-    Not thread-safe: one thread loads it, gives it scratch memory with ``share_scratch`` and runs it.
+    Not thread-safe: one thread at a time loads it, gives it scratch memory with ``share_scratch`` and runs it.
     """
 
-    def __init__(self, plan: Path, spec: ModelSpec, contract_hash: str, flavour: Flavour, stream: Stream) -> None:
-        """Check the plan, load it and make its buffers and contexts.
+    def __init__(
+        self, plans: Path | Sequence[Path], spec: ModelSpec, contract_hash: str, flavour: Flavour, stream: Stream
+    ) -> None:
+        """Check the plans, load them and make buffers and contexts.
+
+        A profile of fixed shapes gives one bucket, one for a range of batches one for every batch of ``BUCKETS`` in it
+        and one for its largest.
 
         Args:
-            plan: a ``.plan`` file with its manifest beside it.
-            spec: what the plan must take and give.
+            plans: a ``.plan`` file, or several, each with its manifest beside it.
+            spec: what the plans must take and give.
             contract_hash: of the contract that ``spec`` is from.
-            flavour: the product that built the plan.
+            flavour: the product that built the plans.
             stream: everything is done on it.
 
         Raises:
-            RuntimeNotAvailable: there is no GPU, the product isn't installed, or the plan won't fit into memory.
-            PlanError: the plan isn't for this GPU, product, version or contract, was changed, or can't be loaded.
+            RuntimeNotAvailable: there is no GPU, or the product isn't installed.
+            PlanError: a plan isn't for this GPU, product, version or contract, was changed, or can't be loaded.
         """
         gpu = find_gpu()
         if TYPE_CHECKING:
@@ -63,26 +78,24 @@ class TensorRtEngine:
             trt = flavour.load()
         version = flavour.version()
         host = PlanHost(flavour.name, version, contract_hash, gpu.compute_capability)
-        manifest = PlanManifest.read(plan)
-        need = memory_need(manifest, spec)
-        if need > gpu.free_bytes:
-            raise RuntimeNotAvailable(
-                f"{plan}: needs {need / 1e9:.1f} GB for weights and buffers, and {gpu.name} has "
-                f"{gpu.free_bytes / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB free; serve fewer slots"
-            )
-        content, manifest = read_plan(plan, host)
         self.spec, self.stream = spec, stream
         self.version = f"{flavour.name}-{version}"
         self._runtime = trt.Runtime(trt.Logger(trt.ILogger.WARNING))
-        self._engine = self._runtime.deserialize_cuda_engine(content)
-        if self._engine is None:
-            raise PlanError(f"{plan}: {flavour.name} {version} can't load it on {gpu.name}; build it again here")
-        _compare(plan, spec, self._engine)
         self.inputs, self.outputs = _buffers(spec.inputs), _buffers(spec.outputs)
-        self._buckets = {
-            _batch(profile, spec): self._context(flavour, index, _batch(profile, spec))
-            for index, profile in enumerate(manifest.profiles)
-        }
+        for array in self.inputs.values():
+            stream.fill(array, 0)  # what lies in a bucket's unused rows is computed with
+        self._engines: list[trt.ICudaEngine] = []
+        self._buckets: dict[int, _Bucket] = {}
+        for plan in [plans] if isinstance(plans, Path) else plans:
+            manifest = PlanManifest.read(plan)
+            engine = self._runtime.deserialize_cuda_engine(read_plan(plan, manifest, host))
+            if engine is None:
+                raise PlanError(f"{plan}: {flavour.name} {version} can't load it on {gpu.name}; build it again here")
+            _compare(plan, spec, engine)
+            self._engines.append(engine)
+            for index, batches in enumerate(manifest.batch_ranges):
+                for batch in buckets_of([batches]):
+                    self._buckets[batch] = self._context(engine, flavour, index, batch)
 
     @property
     def buckets(self) -> tuple[int, ...]:
@@ -92,7 +105,7 @@ class TensorRtEngine:
     @property
     def scratch_bytes(self) -> int:
         """Scratch memory that the largest bucket needs."""
-        return self._engine.device_memory_size_v2
+        return max(engine.device_memory_size_v2 for engine in self._engines)
 
     def share_scratch(self, memory: DeviceMemory) -> None:
         """Use ``memory``, of ``scratch_bytes`` or more, while running; nothing else may use it then."""
@@ -119,9 +132,11 @@ class TensorRtEngine:
                 if array.shape[0] < size:
                     raise ValueError(f"{self.spec.name}: {name} has {array.shape[0]} rows, expected {size}")
                 bucket.context.set_tensor_address(name, array.pointer)
-            self._enqueue(bucket.context)
-            for name in outputs:
-                bucket.context.set_tensor_address(name, self.outputs[name].pointer)
+            try:
+                self._enqueue(bucket.context)
+            finally:
+                for name in outputs:
+                    bucket.context.set_tensor_address(name, self.outputs[name].pointer)
             return
         if bucket.graph is None:
             self._enqueue(bucket.context)  # TensorRT finishes its lazy work outside of the recording
@@ -164,16 +179,16 @@ class TensorRtEngine:
         self.stream.synchronize()
         return found
 
-    def _context(self, flavour: Flavour, profile: int, batch: int) -> _Bucket:
+    def _context(self, engine: trt.ICudaEngine, flavour: Flavour, profile: int, batch: int) -> _Bucket:
         if TYPE_CHECKING:
             import tensorrt as trt
         else:
             trt = flavour.load()
-        config = self._engine.create_runtime_config()
+        config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if flavour is TENSORRT_RTX:
             _specialise_kernels_at_once(flavour, config)
-        context = self._engine.create_execution_context(config)
+        context = engine.create_execution_context(config)
         if context is None:
             raise RuntimeNotAvailable(
                 f"{self.spec.name}: TensorRT made no context of profile {profile}; its log says why"
@@ -202,12 +217,6 @@ def share_scratch(engines: Iterable[TensorRtEngine]) -> DeviceMemory:
     return memory
 
 
-def memory_need(manifest: PlanManifest, spec: ModelSpec) -> int:
-    """Bytes of GPU memory that a plan's weights and buffers need; scratch memory comes on top, once for all engines."""
-    buffers = sum(_nbytes(tensor, spec.batch.max) for tensor in (*spec.inputs, *spec.outputs))
-    return manifest.plan_bytes + buffers
-
-
 def _specialise_kernels_at_once(flavour: Flavour, config: Any) -> None:
     """Else TensorRT-RTX runs general kernels until it has compiled those for a shape in the background, and a CUDA
     graph would keep the general ones. The full product's bindings don't have this.
@@ -216,22 +225,13 @@ def _specialise_kernels_at_once(flavour: Flavour, config: Any) -> None:
     config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
 
 
-def _nbytes(spec: TensorSpec, batch: int) -> int:
-    return int(np.prod(spec.shape(batch=batch))) * np.dtype(spec.dtype.numpy).itemsize
-
-
 def _buffers(specs: tuple[TensorSpec, ...]) -> dict[str, DeviceArray]:
+    """Arrays of the specifications' largest batches."""
     arrays = {}
     for spec in specs:
         shape = spec.shape(batch=spec.axes[0].max)
-        arrays[spec.name] = DeviceMemory(_nbytes(spec, shape[0])).array(shape, np.dtype(spec.dtype.numpy))
+        arrays[spec.name] = DeviceMemory(spec.nbytes(shape[0])).array(shape, np.dtype(spec.dtype.numpy))
     return arrays
-
-
-def _batch(profile: Mapping[str, tuple[tuple[int, ...], ...]], spec: ModelSpec) -> int:
-    """The largest batch of a plan's profile."""
-    _, _, largest = profile[spec.inputs[0].name]
-    return largest[0]
 
 
 def _compare(plan: Path, spec: ModelSpec, engine: trt.ICudaEngine) -> None:

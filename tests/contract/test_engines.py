@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,14 +20,18 @@ from engines.build_config import BuildConfig
 from engines.gpu_target import GpuTarget, gpu_target
 from engines.inspection import inspect
 from engines.network import parse
+from engines.polygraphy_setup import PRODUCT_VARIABLE, prepare_polygraphy
 from icportrait.contract import ENGINES, engine_specs
 from icportrait.errors import PlanError, RuntimeNotAvailable, VerificationError
 from icportrait.manifest import Manifest
 from icportrait.runtime.cuda import Gpu
-from icportrait.runtime.flavours import FLAVOURS, TENSORRT_RTX, Flavour
+from icportrait.runtime.flavours import FLAVOURS, TENSORRT, TENSORRT_RTX, Flavour
 from icportrait.runtime.plans import PlanHost, PlanManifest, read_plan
 from tests.tiny import TINY
 from tests.trivial_engines import write_trivial_export
+
+ALLOW = ("--allow-mixed", "--allow-warnings")
+"""Trivial graphs need both: nothing in them is a convolution, and most of their inputs aren't read."""
 
 
 @pytest.fixture(scope="module")
@@ -132,22 +137,27 @@ def test_four_engines_are_compiled_with_their_manifests(
     trivial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["--onnx", str(trivial), "--out", str(tmp_path / "plans"), "--compute-capability", "8.9", "12.0"]
-    assert main(["build", *arguments, "--buckets", "1", "2", "--allow-mixed"]) == 0
+    assert main(["build", *arguments, "--buckets", "1", "2", *ALLOW]) == 0
     export = Manifest.read(trivial)
     said = capsys.readouterr().out
     for name in ENGINES:
         plan = tmp_path / "plans" / f"{name}.plan"
         host = PlanHost("tensorrt-rtx", TENSORRT_RTX.load().__version__, export.contract_hash, "12.0")
-        content, manifest = read_plan(plan, host)
+        manifest = PlanManifest.read(plan)
+        content = read_plan(plan, manifest, host)
         spec = engine_specs(TINY)[name]
         assert len(content) == manifest.plan_bytes and manifest.engine == name
         assert manifest.onnx_sha256 == export.engines[name].sha256
-        assert [tensor.name for tensor in manifest.tensors if tensor.is_input] == [i.name for i in spec.inputs]
-        assert [tensor.name for tensor in manifest.tensors if not tensor.is_input] == [o.name for o in spec.outputs]
+        for is_input, contract in ((True, spec.inputs), (False, spec.outputs)):
+            # Were a network inspected and not put back, its batch would be 1.
+            axes = [
+                (entry.name, tuple(-1 if axis.is_dynamic else axis.min for axis in entry.axes)) for entry in contract
+            ]
+            assert [(found.name, found.shape) for found in manifest.tensors if found.is_input == is_input] == axes
         assert len(manifest.profiles) == 3 and manifest.build_seconds > 0 and manifest.peak_memory_bytes > 10**7
         assert f"{name}: {manifest.plan_bytes / 1e6:.0f} MB for 8.9, 12.0, 3 profiles" in said
         with pytest.raises(PlanError, match=r"8\.9, 12\.0, and this one has 9\.0"):
-            read_plan(plan, PlanHost(host.flavour, host.tensorrt_version, host.contract_hash, "9.0"))
+            read_plan(plan, manifest, PlanHost(host.flavour, host.tensorrt_version, host.contract_hash, "9.0"))
 
 
 def test_a_graph_in_another_precision_than_asked_is_not_built(
@@ -174,6 +184,16 @@ def test_inspect_prints_every_engine(trivial: Path, capsys: pytest.CaptureFixtur
     said = capsys.readouterr().out
     assert all(f"{name}: " in said for name in ENGINES)
     assert "TensorRT attentions: 0" in said
+
+
+def test_polygraphy_is_told_of_the_product_that_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(PRODUCT_VARIABLE, "1")
+    prepare_polygraphy(TENSORRT)
+    assert os.environ[PRODUCT_VARIABLE] == "0"
+    prepare_polygraphy()
+    assert os.environ[PRODUCT_VARIABLE] == "0", "comparing needs no product, and the one that was chosen stays"
+    prepare_polygraphy(TENSORRT_RTX)
+    assert os.environ[PRODUCT_VARIABLE] == "1"
 
 
 def gpu_of(capability: str) -> Callable[[], Gpu]:
@@ -205,7 +225,7 @@ def test_on_such_a_gpu_it_is_built_for_that_gpu_and_its_manifest_says_so(
     trivial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The builder is asked for the current GPU; having none here, it then compiles for another."""
-    monkeypatch.setenv("POLYGRAPHY_USE_TENSORRT_RTX", "1")
+    monkeypatch.setenv(PRODUCT_VARIABLE, "1")
     polygraphy: Any = importlib.import_module("polygraphy.backend.tensorrt_rtx")
     asked: list[tuple[bool, object]] = []
 
@@ -216,7 +236,7 @@ def test_on_such_a_gpu_it_is_built_for_that_gpu_and_its_manifest_says_so(
 
     monkeypatch.setattr(engines.gpu_target, "find_gpu", gpu_of("9.0"))
     monkeypatch.setattr(polygraphy, "CreateConfigRTX", Recorded)
-    arguments = ["--onnx", str(trivial), "--out", str(tmp_path), "--engine", "vae_decoder", "--allow-mixed"]
+    arguments = ["--onnx", str(trivial), "--out", str(tmp_path), "--engine", "vae_decoder", *ALLOW]
     assert main(["build", *arguments, "--compute-capability", "9.0", "--buckets", "1"]) == 0
     assert asked == [(True, None)]
     assert PlanManifest.read(tmp_path / "vae_decoder.plan").compute_capabilities == ("9.0",)

@@ -51,7 +51,7 @@ def test_the_checkpoint_is_small(trained: Checkpoint) -> None:
 def test_served_portraits_are_as_near_the_truth_as_the_reference_pipelines(
     trained: Checkpoint, trained_server: TritonServer, pairs: EvaluationPairs
 ) -> None:
-    pipeline = ReferencePipeline(trained)
+    pipeline = ReferencePipeline.of(trained)
     served, expected = [], []
     for index in range(PAIRS):
         profile, reference = (

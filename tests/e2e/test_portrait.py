@@ -59,7 +59,7 @@ def test_served_portraits_equal_the_reference_pipelines(
         crop_to_square(picture, find_crop(picture, None, f"{name}_box"), DEMO_128.image_size)
         for name, picture in ((name, decode_picture(data, name)) for name, data in pictures.items())
     ]
-    expected = ReferencePipeline(demo_checkpoint, "cpu")(*crops, seed=CLEAR_SEED, **options)
+    expected = ReferencePipeline.of(demo_checkpoint, "cpu")(*crops, seed=CLEAR_SEED, **options)
     assert len(images) == options.get("num_portraits", 1)
     for image, portrait in zip(images, expected.portraits, strict=True):
         assert psnr(pixels(image), portrait) >= 50
@@ -138,7 +138,7 @@ def server_without_f_ref(tmp_path_factory: pytest.TempPathFactory, demo_export: 
     assert zeroed == 13
     onnx.save(model, path)
     manifest = Manifest.read(export)
-    manifest.engines["warping_network"] = EngineFile(path.name, file_sha256(path), path.stat().st_size)
+    manifest.engines["warping_network"] = EngineFile(path.name, file_sha256(path), path.stat().st_size, "fp32")
     manifest.write(export)
     assemble(export, folder / "repository", ServingPolicy())
     with TritonServer(folder / "repository", Ports.free(), folder / "server.log") as running:

@@ -20,12 +20,13 @@ from icportrait.nn import ReferencePipeline, engine_modules, random_checkpoint
 from icportrait.presets import DEMO_128
 from icportrait.request import PortraitRequest
 from icportrait.runtime.eager import TorchEngine
+from icportrait.runtime.slots import HostSlots
 from icportrait.sampling import NoiseSchedule
 
 CHECKPOINT = random_checkpoint(DEMO_128)
 MODULES = engine_modules(CHECKPOINT)
 SPECS = engine_specs(DEMO_128)
-PIPELINE = ReferencePipeline(CHECKPOINT, "cpu")
+PIPELINE = ReferencePipeline.of(CHECKPOINT, "cpu")
 PICTURES = np.random.default_rng(0).integers(0, 256, (4, 128, 128, 3), dtype=np.uint8)
 BASE = PortraitRequest(
     seed=1,
@@ -76,7 +77,7 @@ def unet() -> CountingEngine:
 @pytest.fixture
 def batcher(warping: CountingEngine, unet: CountingEngine) -> Iterator[WholeBatcher]:
     schedule = NoiseSchedule.from_config(CHECKPOINT.scheduler_config)
-    batcher = WholeBatcher(warping, unet, schedule, DEMO_128, slots=16)
+    batcher = WholeBatcher(HostSlots(warping, unet, rows=16), schedule, DEMO_128)
     yield batcher
     batcher.close()
 
@@ -154,7 +155,7 @@ def test_what_does_not_fit_the_slots_waits_for_the_next_batch(batcher, warping, 
 
 def test_a_request_larger_than_all_slots_is_refused_at_once(warping, unet) -> None:
     schedule = NoiseSchedule.from_config(CHECKPOINT.scheduler_config)
-    batcher = WholeBatcher(warping, unet, schedule, DEMO_128, slots=2)
+    batcher = WholeBatcher(HostSlots(warping, unet, rows=2), schedule, DEMO_128)
     with pytest.raises(InvalidRequest, match=r"num_portraits: 2 .* need 4 slots, this server has 2"):
         submit(batcher, job(replace(BASE, num_portraits=2, guidance_scale=2.0)))
     batcher.close()
@@ -203,7 +204,7 @@ def test_an_answer_that_cannot_be_delivered_does_not_harm_the_others(batcher, wa
 
 def test_steps_that_the_schedule_has_not_are_refused_at_once(warping, unet) -> None:
     schedule = NoiseSchedule.from_config(CHECKPOINT.scheduler_config | {"num_train_timesteps": 100})
-    batcher = WholeBatcher(warping, unet, schedule, DEMO_128, slots=16)
+    batcher = WholeBatcher(HostSlots(warping, unet, rows=16), schedule, DEMO_128)
     with pytest.raises(InvalidRequest):
         submit(batcher, job(replace(BASE, num_inference_steps=150)))
     assert not warping.batches
@@ -232,3 +233,74 @@ def test_torch_runs_without_gradients() -> None:
     engine = TorchEngine(MODULES["unet"], SPECS["unet"], "cpu")
     outputs = engine.run(SPECS["unet"].dummy_inputs(1))
     assert not torch.from_numpy(outputs["noise_pred"]).requires_grad
+
+
+class LabelSlots:
+    """Slots without engines: a row's F_ref is its job's profile, and the noise that is predicted is that and the row's
+    latent. A row that lost its F_ref, or that has another's, gives another portrait.
+    """
+
+    rows, max_jobs, version = 16, 3, "labels"
+
+    def __init__(self) -> None:
+        self.labels = np.zeros(self.rows)
+        self.moves: list[tuple[int, int]] = []
+        self.steps: list[int] = []
+
+    def condition(self, jobs, rows):
+        assert len(jobs) <= self.max_jobs
+        for given, targets in zip(jobs, rows, strict=True):
+            self.labels[list(targets)] = given["profile_latent"].mean()
+        return np.zeros(len(jobs), np.float32)
+
+    def clear(self, rows):
+        self.labels[list(rows)] = 0
+
+    def move(self, source, target):
+        self.labels[target], self.labels[source] = self.labels[source], np.nan
+        self.moves.append((source, target))
+
+    def predict(self, canvas_latent, timestep):
+        self.steps.append(len(timestep))
+        labels = self.labels[: len(timestep), None, None, None]
+        return (0.1 * canvas_latent + labels + timestep[:, None, None, None] / 1000).astype(np.float32)
+
+    def to_host(self, array):
+        return array
+
+
+def labelled(request: PortraitRequest, label: float) -> DenoiseJob:
+    latent = np.full((1, 4, 32, 32), label, np.float32)
+    return DenoiseJob(request, latent, latent, np.ones((1, 1, 32, 32), np.float32))
+
+
+def run_together(entries: list[DenoiseJob]) -> tuple[LabelSlots, list[DenoiseResult]]:
+    slots, schedule = LabelSlots(), NoiseSchedule.from_config(CHECKPOINT.scheduler_config)
+    batcher = WholeBatcher(slots, schedule, DEMO_128)
+    taken, wait = batcher._next_batch, threading.Event()
+    batcher._next_batch = lambda: wait.wait(60) and taken()
+    first = submit(batcher, labelled(replace(BASE, num_inference_steps=1), 9.0))  # what the loop waits for already
+    first.result(60)
+    futures = [submit(batcher, entry) for entry in entries]
+    wait.set()
+    results = [future.result(60) for future in futures]
+    batcher.close()
+    return slots, results
+
+
+def test_rows_follow_their_jobs_when_others_end() -> None:
+    """Jobs that end at different steps, between others, guided and with several portraits."""
+    kinds = [(3, 1, 1.0), (1, 2, 4.0), (5, 3, 1.0), (2, 1, 4.0), (7, 2, 2.0)]
+    entries = [
+        labelled(
+            replace(BASE, seed=10 * index, num_inference_steps=steps, num_portraits=portraits, guidance_scale=scale),
+            label=index + 1.0,
+        )
+        for index, (steps, portraits, scale) in enumerate(kinds)
+    ]
+    slots, together = run_together(entries)
+    assert slots.steps[1:] == [14, 10, 8, 7, 7, 4, 4]
+    assert slots.moves and all(target < source for source, target in slots.moves)
+    for entry, result in zip(entries, together, strict=True):
+        (alone,) = run_together([entry])[1]
+        assert np.array_equal(result.portrait_latent, alone.portrait_latent)

@@ -80,7 +80,7 @@ def test_each_row_is_the_reference_pipelines_portrait(tiny: Checkpoint, guidance
     profile, reference, seeds = pictures(3, 1), pictures(3, 2), [7, 2**40, 0]
     options: dict[str, Any] = {"num_inference_steps": 3, "guidance_scale": guidance_scale, "mask_ratio": 0.6}
     made = make_portraits(tiny, profile, reference, seeds, batch_size=2, **options)
-    pipeline = ReferencePipeline(tiny)
+    pipeline = ReferencePipeline.of(tiny)
     for row, seed in enumerate(seeds):
         pixels = [picture[row].permute(1, 2, 0).numpy() for picture in (profile, reference)]
         expected = pipeline(*pixels, seed=seed, **options)
@@ -99,7 +99,7 @@ def test_other_schedulers_are_followed_too(tiny: Checkpoint, scheduler: str) -> 
     profile, reference = pictures(1, 1), pictures(1, 2)
     made = make_portraits(tiny, profile, reference, [5], num_inference_steps=3, scheduler=scheduler)
     pixels = [picture[0].permute(1, 2, 0).numpy() for picture in (profile, reference)]
-    expected = ReferencePipeline(tiny)(*pixels, seed=5, num_inference_steps=3, scheduler=scheduler)
+    expected = ReferencePipeline.of(tiny)(*pixels, seed=5, num_inference_steps=3, scheduler=scheduler)
     np.testing.assert_allclose(made.latent, expected.latents, atol=1e-3)
 
 

@@ -342,7 +342,7 @@ PROFILE, REFERENCE = picture(1), picture(2)
 
 def portraits(checkpoint: Checkpoint, profile: np.ndarray = PROFILE, reference: np.ndarray = REFERENCE, **options: Any):
     arguments = {"seed": 7, "num_inference_steps": 3} | options
-    return ReferencePipeline(checkpoint)(profile, reference, **arguments)
+    return ReferencePipeline.of(checkpoint)(profile, reference, **arguments)
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> float:

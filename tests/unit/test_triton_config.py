@@ -6,12 +6,17 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from icportrait.policy import ServingPolicy
+from icportrait.contract import MODEL_ENGINES
+from icportrait.policy import PLAN_RUNTIMES, RUNTIMES, ServingPolicy
 from icportrait.presets import DEMO_128, SD15_512
 from icportrait.request import INPUTS
+from icportrait.runtime.flavours import FLAVOURS
 from icportrait.triton_config import ENSEMBLE, FRONTS, model_configs, to_pbtxt
 
 CONFIGS = model_configs(DEMO_128, "fp32", ServingPolicy())
+RANGES = [(1, 1), (2, 2), (3, 4), (5, 8)]
+TENSORRT = model_configs(SD15_512, "fp16", ServingPolicy(runtime="tensorrt"), dict.fromkeys(MODEL_ENGINES, RANGES))
+TENSORRT_RTX = model_configs(SD15_512, "fp16", ServingPolicy(runtime="tensorrt-rtx"))
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -79,3 +84,74 @@ def test_the_policy_reaches_the_models_as_parameters() -> None:
     parameters = {key: value.string_value for key, value in configs["denoise"].parameters.items()}
     assert ServingPolicy.from_parameters(parameters) == policy
     assert configs["preprocess"].instance_group[0].count == 3
+
+
+# TensorRT
+
+
+def test_the_runtimes_of_plans_are_tensorrts_products() -> None:
+    assert set(PLAN_RUNTIMES) == set(FLAVOURS) <= set(RUNTIMES)
+
+
+@pytest.mark.parametrize("configs", [TENSORRT, TENSORRT_RTX], ids=["tensorrt", "tensorrt-rtx"])
+def test_configurations_for_plans_read_back_as_the_same_messages(configs: dict[str, pb.ModelConfig]) -> None:
+    for config in configs.values():
+        assert text_format.Parse(to_pbtxt(config), pb.ModelConfig()) == config
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "dims"),
+    [("vae_encoder", "pixels", [512, 512, 3]), ("vae_decoder", "portrait_latent", [4, 64, 64])],
+)
+def test_tritons_own_backend_runs_the_vae(name: str, tensor: str, dims: list[int]) -> None:
+    config = TENSORRT[name]
+    assert (config.platform, config.backend) == ("tensorrt_plan", "tensorrt")
+    assert not config.parameters and not config.default_model_filename
+    assert config.max_batch_size == 8 and config.HasField("dynamic_batching")
+    assert [(given.name, list(given.dims)) for given in config.input] == [(tensor, dims)]
+    (group,) = config.instance_group
+    assert (group.count, group.kind, list(group.gpus)) == (1, pb.ModelInstanceGroup.KIND_GPU, [0])
+    assert list(group.profile) == ["0", "1", "2", "3"]
+    cuda = config.optimization.cuda
+    assert cuda.graphs and not cuda.output_copy_stream and not cuda.busy_wait_events
+    assert [graph.batch_size for graph in cuda.graph_spec] == [1, 2, 4, 8]
+    for graph in cuda.graph_spec:
+        assert {key: list(shape.dim) for key, shape in graph.input.items()} == {tensor: dims}
+
+
+def test_every_batch_has_a_graph_and_each_graph_only_its_own_batches() -> None:
+    held = []
+    for graph in TENSORRT["vae_decoder"].optimization.cuda.graph_spec:
+        lower = graph.graph_lower_bound
+        smallest = lower.batch_size if graph.HasField("graph_lower_bound") else graph.batch_size
+        if graph.HasField("graph_lower_bound"):
+            assert lower.input == graph.input
+        held += range(smallest, graph.batch_size + 1)
+    assert held == list(range(1, 9))
+
+
+def test_a_plan_of_one_wide_profile_has_the_same_graphs() -> None:
+    wide = dict.fromkeys(MODEL_ENGINES, ((1, 8),))
+    configs = model_configs(SD15_512, "fp16", ServingPolicy(runtime="tensorrt"), wide)
+    assert configs["vae_encoder"].optimization == TENSORRT["vae_encoder"].optimization
+    assert list(configs["vae_encoder"].instance_group[0].profile) == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("configs", "on_gpu"),
+    [(TENSORRT, {"denoise"}), (TENSORRT_RTX, {"denoise", "vae_encoder", "vae_decoder"}), (CONFIGS, set())],
+    ids=["tensorrt", "tensorrt-rtx", "onnxruntime"],
+)
+def test_python_models_on_the_gpu_take_tensors_there_and_the_others_do_not(
+    configs: dict[str, pb.ModelConfig], on_gpu: set[str]
+) -> None:
+    for name, config in configs.items():
+        if config.backend != "python":
+            continue
+        (group,) = config.instance_group
+        given = config.parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value if name in on_gpu else "no key"
+        assert ("FORCE_CPU_ONLY_INPUT_TENSORS" in config.parameters) is (name in on_gpu)
+        assert given == ("no" if name in on_gpu else "no key")
+        kind = pb.ModelInstanceGroup.KIND_GPU if name in on_gpu else pb.ModelInstanceGroup.KIND_CPU
+        assert (group.kind, list(group.gpus)) == (kind, [0] if name in on_gpu else [])
+        assert config.parameters["runtime"].string_value in RUNTIMES

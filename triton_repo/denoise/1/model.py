@@ -10,11 +10,5 @@ class TritonPythonModel(DenoiseModel):
     """Runs ``DenoiseStage``; answers leave as their requests end."""
 
     def load(self, context: ModelContext) -> DenoiseStage:
-        batcher = WholeBatcher(
-            context.engine("warping_network"),
-            context.engine("unet"),
-            NoiseSchedule.from_config(context.manifest.scheduler_config),
-            context.manifest.preset,
-            context.policy.slots,
-        )
-        return DenoiseStage(batcher)
+        schedule = NoiseSchedule.from_config(context.manifest.scheduler_config)
+        return DenoiseStage(WholeBatcher(context.slots(), schedule, context.manifest.preset))

@@ -1,0 +1,82 @@
+"""Plans of one process onto its GPU: found, checked to fit into memory together, loaded, and made to share scratch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from icportrait.contract import ModelSpec, engine_specs
+from icportrait.errors import RuntimeNotAvailable
+from icportrait.manifest import Manifest
+from icportrait.runtime.cuda import Gpu, Stream, find_gpu
+from icportrait.runtime.flavours import Flavour
+from icportrait.runtime.plans import find_plans
+from icportrait.runtime.tensorrt import TensorRtEngine, share_scratch
+
+logger = logging.getLogger(__name__)
+
+
+def load_plans(
+    names: Iterable[str], directory: Path, manifest: Manifest, flavour: Flavour
+) -> dict[str, TensorRtEngine]:
+    """Load engines that never run at once: they work on one stream and share one block of scratch memory.
+
+    Args:
+        names: of ``contract.ENGINES``.
+        directory: holds their plans, each with its manifest beside it.
+        manifest: the export's that the plans were built from.
+        flavour: the product that built them.
+
+    Raises:
+        RuntimeNotAvailable: there is no GPU, the product isn't installed, or the engines won't fit into its memory.
+        PlanError: see ``TensorRtEngine``.
+    """
+    gpu = find_gpu()
+    specs = engine_specs(manifest.preset, manifest.precision)
+    plans = {name: find_plans(directory, name) for name in names}
+    check_memory({name: memory_need(paths, specs[name]) for name, paths in plans.items()}, gpu)
+    stream = Stream()
+    engines = {
+        name: TensorRtEngine(paths, specs[name], manifest.contract_hash, flavour, stream)
+        for name, paths in plans.items()
+    }
+    scratch = max(engine.scratch_bytes for engine in engines.values())
+    logger.info("%s: %.2f GB of scratch memory, shared", ", ".join(engines), scratch / 1e9)
+    if scratch > (free := find_gpu().free_bytes):
+        raise RuntimeNotAvailable(
+            f"{', '.join(engines)}: need {scratch / 1e9:.1f} GB of scratch memory, and {gpu.name} has "
+            f"{free / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB left; build smaller --buckets"
+        )
+    share_scratch(engines.values())
+    return engines
+
+
+def memory_need(plans: Iterable[Path], spec: ModelSpec) -> int:
+    """Bytes of GPU memory for an engine's weights, which a plan is next to all of, and its input and output buffers.
+
+    TensorRT says how much scratch memory an engine needs when it is loaded, and not before.
+    """
+    buffers = sum(tensor.nbytes(spec.batch.max) for tensor in (*spec.inputs, *spec.outputs))
+    return sum(plan.stat().st_size for plan in plans) + buffers
+
+
+def check_memory(needs: dict[str, int], gpu: Gpu) -> None:
+    """Report in one line what all engines of a process need together.
+
+    Args:
+        needs: bytes by engine.
+        gpu: where they are to be loaded.
+
+    Raises:
+        RuntimeNotAvailable: there isn't as much memory free.
+    """
+    need = sum(needs.values())
+    parts = ", ".join(f"{name} {each / 1e9:.2f}" for name, each in needs.items())
+    found = f"{gpu.name} has {gpu.free_bytes / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB free"
+    logger.info("weights and buffers take %.2f GB (%s) and scratch memory on top; %s", need / 1e9, parts, found)
+    if need > gpu.free_bytes:
+        raise RuntimeNotAvailable(
+            f"{', '.join(needs)}: need {need / 1e9:.1f} GB for weights and buffers ({parts}), and {found}; "
+            "free some, or use a larger GPU"
+        )

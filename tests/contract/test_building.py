@@ -1,0 +1,134 @@
+"""An engine is parsed once, inspected without a trace, and not built where TensorRT warns of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+import engines.building
+from engines.__main__ import main
+from engines.build_config import BuildConfig
+from engines.building import build_engine
+from engines.gpu_target import GpuTarget
+from engines.inspection import Inspection, inspect
+from engines.network import ParsedNetwork, parse, warnings_that_matter
+from engines.progress import progress_monitor
+from icportrait.contract import engine_specs
+from icportrait.manifest import Manifest, file_sha256
+from icportrait.runtime.flavours import TENSORRT_RTX, Flavour
+from tests.contract.test_engines import graph
+from tests.tiny import SMALL, TINY
+from tests.trivial_engines import write_trivial_export
+
+
+@pytest.fixture
+def trivial(tmp_path: Path) -> Path:
+    write_trivial_export(tmp_path / "export", TINY)
+    return tmp_path / "export"
+
+
+@pytest.mark.parametrize("layout", ["profiles", "static"])
+def test_an_engine_is_parsed_once_and_inspecting_it_changes_no_byte_of_its_plans(
+    layout: str, small_export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest, spec = Manifest.read(small_export), engine_specs(SMALL)["vae_encoder"]
+    config = BuildConfig(layout=layout, buckets=(1, 2), compute_capabilities=("8.9",))
+    plans, parsed = {}, []
+
+    def parse_and_note(flavour: Flavour, onnx: Path) -> ParsedNetwork:
+        parsed.append(parse(flavour, onnx))
+        return parsed[-1]
+
+    monkeypatch.setattr(engines.building, "parse", parse_and_note)
+    for inspected in (True, False):
+        if not inspected:
+            nothing = Inspection(weighted=Counter(fp32=1))
+            monkeypatch.setattr(engines.building, "inspect", lambda _, nothing=nothing: nothing)
+        built = build_engine(TENSORRT_RTX, small_export, manifest, spec, config, tmp_path / str(inspected))
+        plans[inspected] = [(plan.plan_sha256, plan.profiles, plan.tensors) for plan in built]
+    assert len(parsed) == 2
+    assert plans[True] == plans[False]
+    assert [[profile["pixels"][0][0] for profile in profiles] for _, profiles, _ in plans[True]] == (
+        [[1, 2, 3]] if layout == "profiles" else [[1], [2], [3]]
+    )
+
+
+def test_inspecting_leaves_a_network_as_it_was(small_export: Path) -> None:
+    parsed = parse(TENSORRT_RTX, small_export / "warping_network.onnx")
+
+    def shapes() -> list[tuple[str, tuple[int, ...], str]]:
+        network = parsed.network
+        tensors = [network.get_input(index) for index in range(network.num_inputs)]
+        tensors += [network.get_output(index) for index in range(network.num_outputs)]
+        return [(tensor.name, tuple(tensor.shape), tensor.get_dimension_name(0)) for tensor in tensors]
+
+    before = shapes()
+    assert all(shape[0] == -1 for _, shape, _ in before)
+    first = inspect(parsed)
+    assert first.products and shapes() == before
+    assert inspect(parsed) == first
+
+
+def random_graph(path: Path) -> Path:
+    """The parser warns of it: TensorRT draws its own seeds."""
+    noise = helper.make_node("RandomNormalLike", ["x"], ["noise"], seed=1.0)
+    convolution = helper.make_node("Conv", ["noise", "kernel"], ["y"])
+    return graph(path, [noise, convolution], {"kernel": np.ones((2, 4, 1, 1), np.float32)}, {"x": [1, 4, 5, 7]})
+
+
+@pytest.fixture
+def warned_of(trivial: Path) -> Path:
+    """An export whose UNet has random numbers in it."""
+    path = random_graph(trivial / "unet.onnx")
+    manifest = Manifest.read(trivial)
+    entry = replace(manifest.engines["unet"], sha256=file_sha256(path), size_bytes=path.stat().st_size)
+    replace(manifest, engines=manifest.engines | {"unet": entry}).write(trivial)
+    return trivial
+
+
+def test_what_the_parser_warns_of_is_not_built(
+    warned_of: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["build", "--onnx", str(warned_of), "--out", str(tmp_path / "plans"), "--engine", "unet"]) == 1
+    said = capsys.readouterr().err
+    assert "unet.onnx: TensorRT warns: " in said and 'ignores the "seed" field' in said and "--allow-warnings" in said
+    assert not list(tmp_path.glob("plans/*"))
+
+
+def test_what_the_builder_warns_of_is_not_built(
+    trivial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The trivial UNet reads one of its inputs; that isn't noticed before it is built."""
+    arguments = ["--onnx", str(trivial), "--out", str(tmp_path), "--engine", "unet", "--buckets", "1", "--allow-mixed"]
+    assert main(["build", *arguments]) == 1
+    streams = capsys.readouterr()
+    assert "unet.onnx: TensorRT warns: Unused Input: timestep" in streams.err
+    assert "warning: Unused Input: timestep" in streams.out
+    assert not list(tmp_path.glob("*.plan*"))
+    assert main(["build", *arguments, "--allow-warnings"]) == 0
+    assert (tmp_path / "unet.plan").is_file()
+
+
+def test_known_harmless_warnings_let_a_build_go_on(tmp_path: Path) -> None:
+    """A quantised fp16 convolution, as TensorRT itself warns of it."""
+    scales = {"scale": np.array(0.1, np.float16), "zero": np.array(0, np.int8)}
+    scales |= {"scales": np.full(4, 0.1, np.float16), "zeros": np.zeros(4, np.int8)}
+    nodes = [
+        helper.make_node("Cast", ["x"], ["x16"], to=TensorProto.FLOAT16),
+        helper.make_node("QuantizeLinear", ["x16", "scale", "zero"], ["xq"]),
+        helper.make_node("DequantizeLinear", ["xq", "scale", "zero"], ["xd"]),
+        helper.make_node("DequantizeLinear", ["kernel", "scales", "zeros"], ["kd"], axis=0),
+        helper.make_node("Conv", ["xd", "kd"], ["c"]),
+        helper.make_node("Cast", ["c"], ["y"], to=TensorProto.FLOAT),
+    ]
+    weights = scales | {"kernel": np.ones((4, 4, 3, 3), np.int8)}
+    parsed = parse(TENSORRT_RTX, graph(tmp_path / "g.onnx", nodes, weights, {"x": [2, 4, 8, 8]}, opset=23))
+    config, target = BuildConfig(), GpuTarget(("8.9",), is_current_gpu=False)
+    with progress_monitor(TENSORRT_RTX, "g.plan") as monitor:
+        assert engines.building._serialize(target, parsed, config, [], monitor) is not None
+    assert parsed.warnings and not warnings_that_matter(parsed.warnings)

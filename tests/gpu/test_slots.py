@@ -1,0 +1,94 @@
+"""F_ref in the UNet engine's own buffers on a real GPU: rows that stay equal rows handed over at every step."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engines.acceptance import installed_products
+from engines.build_config import LAYOUTS, BuildConfig
+from engines.building import build_engine
+from icportrait.contract import engine_specs
+from icportrait.errors import RuntimeNotAvailable
+from icportrait.manifest import Manifest
+from icportrait.runtime.cuda import Stream, find_gpu
+from icportrait.runtime.flavours import FLAVOURS
+from icportrait.runtime.loading import load_plans
+from icportrait.runtime.placement import private_copy
+from icportrait.runtime.slots import DeviceSlots, HostSlots, Slots
+
+pytestmark = pytest.mark.timeout(1800)
+ENGINES = ("warping_network", "unet")
+
+
+def rows_of_a_batch(slots: Slots, manifest: Manifest) -> list[np.ndarray]:
+    """Jobs that join, share, are guided and leave; what the UNet says after each."""
+    specs = engine_specs(manifest.preset, manifest.precision)
+    given, canvas = specs["warping_network"].dummy_inputs(2), specs["unet"].dummy_inputs(4)
+    jobs = [{name: array[index : index + 1] for name, array in given.items()} for index in range(2)]
+
+    def predict(rows: int) -> np.ndarray:
+        return slots.predict(canvas["canvas_latent"][:rows], canvas["timestep"][:rows])
+
+    found = [slots.condition(jobs[:1], [[0]]), predict(1)]
+    found += [slots.condition(jobs, [[0], [1]]), predict(2)]
+    found += [slots.condition(jobs[::-1], [[1, 2], [3]]), predict(4)]
+    slots.clear([2])
+    found.append(predict(4))
+    slots.move(3, 0)
+    return [*found, predict(3)]
+
+
+def compare(product: str, export: Path, out: Path, layout: str) -> list[int]:
+    """Bytes that differ, after each step, between rows handed over to the same engines and rows that stay."""
+    flavour, manifest = FLAVOURS[product], Manifest.read(export)
+    config = BuildConfig(layout=layout, compute_capabilities=(find_gpu().compute_capability,))
+    for name in ENGINES:
+        build_engine(flavour, export, manifest, engine_specs(manifest.preset, manifest.precision)[name], config, out)
+    engines = load_plans(ENGINES, out, manifest, flavour)
+    pair: tuple[Any, Any] = engines["warping_network"], engines["unet"]
+    expected = rows_of_a_batch(HostSlots(*pair, rows=4), manifest)
+    found = rows_of_a_batch(DeviceSlots(*pair, rows=4), manifest)
+    assert all(np.isfinite(array).all() for array in found)
+    return [int(np.count_nonzero(a.view(np.uint8) != b.view(np.uint8))) for a, b in zip(found, expected, strict=True)]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> None:
+    try:
+        find_gpu()
+    except RuntimeNotAvailable as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("product", FLAVOURS)
+def test_rows_that_stay_equal_rows_that_are_handed_over(
+    gpu: None, product: str, layout: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    try:
+        installed_products(product)
+    except RuntimeNotAvailable as error:
+        pytest.skip(str(error))
+    export = request.getfixturevalue("small_export")  # not made where it isn't used
+    # Two TensorRTs don't share a process.
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as process:
+        assert set(process.submit(compare, product, export, tmp_path, layout).result()) == {0}
+
+
+def test_a_tensor_of_another_library_is_copied_on_the_gpu(gpu: None) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} has no CUDA here")
+    stream, tensor = Stream(), torch.arange(24, dtype=torch.float32, device="cuda").reshape(2, 3, 4)
+    copied = private_copy(tensor, stream)
+    tensor.zero_()
+    torch.cuda.synchronize()
+    found = stream.download(copied)
+    stream.synchronize()
+    assert found.tolist() == np.arange(24, dtype=np.float32).reshape(2, 3, 4).tolist()

@@ -1,0 +1,145 @@
+"""Repositories of plans: which files lie where, and what is refused with both sides named."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from engines.build_config import BuildConfig
+from icportrait.contract import ENGINES
+from icportrait.errors import IcPortraitError, PlanError
+from icportrait.manifest import Manifest
+from icportrait.policy import ServingPolicy
+from icportrait.presets import DEMO_128
+from icportrait.repository import assemble, main
+from icportrait.runtime.plans import PlanManifest, check_content, find_plans
+from tests.fake_plans import write_fake_plans
+from tests.trivial_engines import write_trivial_export
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("export")
+    write_trivial_export(directory, DEMO_128)
+    return directory
+
+
+def files(repository: Path) -> dict[str, set[str]]:
+    return {folder.parent.name: {path.name for path in folder.iterdir()} for folder in repository.glob("*/1")}
+
+
+def assembled(export: Path, tmp_path: Path, runtime: str, config: BuildConfig | None = None) -> dict[str, set[str]]:
+    write_fake_plans(tmp_path / "plans", Manifest.read(export), runtime, config)
+    assemble(export, tmp_path / "repository", ServingPolicy(runtime=runtime), plans=tmp_path / "plans")
+    return files(tmp_path / "repository")
+
+
+def with_manifest(*plans: str) -> set[str]:
+    return {name for plan in plans for name in (plan, f"{plan}.json")}
+
+
+PYTHON = {"model.py", "manifest.json"}
+
+
+def test_triton_itself_runs_the_vae_and_denoise_the_rest(export: Path, tmp_path: Path) -> None:
+    found = assembled(export, tmp_path, "tensorrt")
+    for name in ("vae_encoder", "vae_decoder"):
+        assert found[name] == with_manifest("model.plan")
+        plan = tmp_path / "repository" / name / "1" / "model.plan"
+        check_content(plan, PlanManifest.read(plan))
+        assert PlanManifest.read(plan).engine == name
+        config = text_format.Parse((tmp_path / "repository" / name / "config.pbtxt").read_text(), pb.ModelConfig())
+        assert config.platform == "tensorrt_plan" and list(config.instance_group[0].profile) == ["0", "1", "2", "3"]
+    assert found["denoise"] == PYTHON | with_manifest("warping_network.plan", "unet.plan")
+    assert found["preprocess"] == found["postprocess"] == found["ic_portrait"] == PYTHON
+
+
+def test_python_models_run_every_engine_on_tensorrt_rtx(export: Path, tmp_path: Path) -> None:
+    found = assembled(export, tmp_path, "tensorrt-rtx")
+    assert found["vae_encoder"] == PYTHON | with_manifest("vae_encoder.plan")
+    assert found["vae_decoder"] == PYTHON | with_manifest("vae_decoder.plan")
+    assert found["denoise"] == PYTHON | with_manifest("warping_network.plan", "unet.plan")
+    assert not list((tmp_path / "repository").rglob("*.onnx"))
+
+
+def test_every_plan_of_a_static_layout_is_placed_in_the_order_of_its_batch(export: Path, tmp_path: Path) -> None:
+    found = assembled(export, tmp_path, "tensorrt-rtx", BuildConfig(layout="static"))
+    expected = [f"unet.batch{batch}.plan" for batch in (1, 2, 4, 8, 16)]
+    assert with_manifest(*expected) < found["denoise"]
+    assert [plan.name for plan in find_plans(tmp_path / "repository" / "denoise" / "1", "unet")] == expected
+
+
+def refusal(export: Path, tmp_path: Path, runtime: str = "tensorrt") -> str:
+    with pytest.raises(PlanError) as refused:
+        assemble(export, tmp_path / "repository", ServingPolicy(runtime=runtime), plans=tmp_path / "plans")
+    assert "\n" not in str(refused.value) and not (tmp_path / "repository").exists()
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "both"),
+    [
+        ({"flavour": "tensorrt-rtx"}, ("product tensorrt-rtx", "expected tensorrt;")),
+        ({"contract_hash": "decade"}, ("contract decade", "expected {contract}")),
+        ({"onnx_sha256": "f" * 64}, ("hash ffffffffffff", "expected {graph}")),
+        ({"engine": "vae_encoder"}, ("engine vae_encoder", "expected unet")),
+    ],
+)
+def test_a_plan_of_something_else_is_refused(
+    export: Path, tmp_path: Path, changes: dict[str, str], both: tuple[str, str]
+) -> None:
+    manifest, plan = Manifest.read(export), tmp_path / "plans" / "unet.plan"
+    write_fake_plans(plan.parent, manifest, "tensorrt")
+    dataclasses.replace(PlanManifest.read(plan), **changes).write(plan)
+    text = refusal(export, tmp_path)
+    known = {"contract": manifest.contract_hash, "graph": manifest.engines["unet"].sha256[:12]}
+    assert str(plan) in text and all(side.format(**known) in text for side in both)
+
+
+def test_a_changed_plan_and_a_missing_one_are_refused(export: Path, tmp_path: Path) -> None:
+    plan = tmp_path / "plans" / "vae_decoder.plan"
+    write_fake_plans(plan.parent, Manifest.read(export), "tensorrt")
+    plan.write_bytes(b"changed")
+    assert "vae_decoder.plan: its SHA-256 is" in refusal(export, tmp_path)
+    plan.unlink()
+    assert "vae_decoder.plan is missing" in refusal(export, tmp_path)
+
+
+def test_plans_of_two_layouts_are_refused(export: Path, tmp_path: Path) -> None:
+    for layout in ("profiles", "static"):
+        write_fake_plans(tmp_path / "plans", Manifest.read(export), "tensorrt-rtx", BuildConfig(layout=layout))
+    assert "has both vae_encoder.plan and vae_encoder.batch1.plan" in refusal(export, tmp_path, "tensorrt-rtx")
+
+
+def test_plans_that_tritons_backend_could_not_run_are_refused(export: Path, tmp_path: Path) -> None:
+    write_fake_plans(tmp_path / "plans", Manifest.read(export), "tensorrt", cover_gaps=False)
+    assert "vae_encoder.plan: no optimization profile holds a batch of 3" in refusal(export, tmp_path)
+    for path in (tmp_path / "plans").iterdir():
+        path.unlink()
+    write_fake_plans(tmp_path / "plans", Manifest.read(export), "tensorrt", BuildConfig(layout="static"))
+    assert "vae_encoder has 4 plans, and Triton's TensorRT backend takes one" in refusal(export, tmp_path)
+
+
+def test_plans_and_runtimes_belong_together(export: Path, tmp_path: Path) -> None:
+    with pytest.raises(IcPortraitError, match="runtime tensorrt-rtx runs plans: name their directory"):
+        assemble(export, tmp_path / "repository", ServingPolicy(runtime="tensorrt-rtx"))
+    with pytest.raises(IcPortraitError, match="runtime onnxruntime runs no plans, expected tensorrt or tensorrt-rtx"):
+        assemble(export, tmp_path / "repository", ServingPolicy(), plans=tmp_path)
+
+
+def test_the_command_takes_plans(export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_fake_plans(tmp_path / "plans", Manifest.read(export), "tensorrt-rtx")
+    arguments = ["--export", str(export), "--out", str(tmp_path / "repository"), "--runtime", "tensorrt-rtx"]
+    assert main([*arguments, "--plans", str(tmp_path / "plans")]) == 0
+    assert "demo-128, fp32, tensorrt-rtx" in capsys.readouterr().out
+    assert main(arguments) == 1
+    assert "error: runtime tensorrt-rtx runs plans" in capsys.readouterr().err
+
+
+def test_every_engine_has_a_model_that_runs_it(export: Path, tmp_path: Path) -> None:
+    placed = {plan for names in assembled(export, tmp_path, "tensorrt-rtx").values() for plan in names}
+    assert {f"{engine}.plan" for engine in ENGINES} <= placed

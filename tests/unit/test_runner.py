@@ -1,0 +1,264 @@
+"""The TensorRT runner's bookkeeping on a stand-in for TensorRT: which contexts it makes, and what fits into memory."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import icportrait.runtime.loading
+import icportrait.runtime.tensorrt
+from engines.build_config import BuildConfig
+from icportrait.contract import ModelSpec, engine_specs
+from icportrait.errors import PlanError, RuntimeNotAvailable
+from icportrait.manifest import Manifest
+from icportrait.policy import ServingPolicy
+from icportrait.presets import DEMO_128
+from icportrait.runtime import load_engine, load_slots
+from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Gpu, Stream
+from icportrait.runtime.flavours import FLAVOURS, Flavour
+from icportrait.runtime.loading import load_plans
+from icportrait.runtime.slots import DeviceSlots
+from icportrait.runtime.tensorrt import TensorRtEngine
+from tests.fake_plans import VERSIONS, write_fake_plans
+from tests.host_cuda import HostCuda
+from tests.trivial_engines import write_trivial_export
+
+SPECS = engine_specs(DEMO_128)
+FULL = Flavour("tensorrt", "tensorrt_stand_in", "tensorrt==0", compiles_without_gpu=False)
+
+
+class Context:
+    """Remembers what it was told."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine, self.profile, self.runs = engine, -1, 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.bound: list[dict[str, int]] = []
+        self.fails = False
+        engine.contexts.append(self)
+
+    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
+        self.profile = profile
+        return True
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self.shapes[name] = shape
+        return True
+
+    def set_tensor_address(self, name: str, pointer: int) -> bool:
+        self.addresses[name] = pointer
+        return True
+
+    def set_device_memory(self, pointer: int, nbytes: int) -> None:
+        self.scratch = (pointer, nbytes)
+
+    def execute_async_v3(self, stream: int) -> bool:
+        self.bound.append(dict(self.addresses))
+        return not self.fails
+
+
+class Engine:
+    device_memory_size_v2 = 1000
+
+    def __init__(self, spec: ModelSpec, content: bytes) -> None:
+        self.content, self.contexts = content, list[Context]()
+        self._types = {tensor.name: tensor.dtype.numpy for tensor in (*spec.inputs, *spec.outputs)}
+        self.num_io_tensors = len(self._types)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self._types)[index]
+
+    def get_tensor_dtype(self, name: str) -> Any:
+        names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "uint8": "UINT8", "int32": "INT32"}
+        return SimpleNamespace(name=names[self._types[name]])
+
+    def create_runtime_config(self) -> Any:
+        return SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)
+
+    def create_execution_context(self, config: object) -> Context:
+        return Context(self)
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Engine]:
+    """What the stand-in deserialised, by the plan's content, which is its name."""
+    made: dict[str, Engine] = {}
+
+    def deserialize(content: bytes) -> Engine:
+        name = content.decode()
+        made[name] = Engine(SPECS[name.split(".")[0]], content)
+        return made[name]
+
+    stand_in = SimpleNamespace(
+        __version__=VERSIONS["tensorrt"],
+        Logger=lambda severity: None,
+        ILogger=SimpleNamespace(WARNING=1),
+        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialize),
+        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2),
+    )
+    monkeypatch.setitem(sys.modules, FULL.module, stand_in)
+    monkeypatch.setitem(FLAVOURS, "tensorrt", FULL)
+    return made
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
+    emulated = HostCuda()
+    emulated.install(monkeypatch)
+    for module in (icportrait.runtime.loading, icportrait.runtime.tensorrt):
+        monkeypatch.setattr(
+            module, "find_gpu", lambda: Gpu("NVIDIA Test", "8.9", 8 * 10**9, emulated.free_bytes, "13.0")
+        )
+    return emulated
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    return write_trivial_export(tmp_path_factory.mktemp("export"), DEMO_128)
+
+
+@pytest.fixture
+def plans(tmp_path: Path, export: Manifest) -> Callable[..., Path]:
+    def write(layout: str = "profiles", **options: Any) -> Path:
+        write_fake_plans(tmp_path, export, "tensorrt", BuildConfig(layout=layout, **options))
+        return tmp_path
+
+    return write
+
+
+def test_a_profile_per_bucket_gives_a_context_each(plans, export, engines, cuda) -> None:
+    decoder = load_plans(["vae_decoder"], plans(), export, FULL)["vae_decoder"]
+    assert decoder.buckets == (1, 2, 4, 8) and decoder.bucket(3) == 4
+    contexts = engines["vae_decoder.plan"].contexts
+    assert [context.profile for context in contexts] == [0, 1, 2, 3]
+    assert [context.shapes["portrait_latent"][0] for context in contexts] == [1, 2, 4, 8]
+
+
+def test_one_wide_profile_gives_a_context_per_bucket_on_the_same_profile(plans, export, engines, cuda) -> None:
+    unet = load_plans(["unet"], plans("dynamic"), export, FULL)["unet"]
+    assert unet.buckets == (1, 2, 4, 8, 16)
+    contexts = engines["unet.plan"].contexts
+    assert {context.profile for context in contexts} == {0}
+    assert [context.shapes["timestep"] for context in contexts] == [(1,), (2,), (4,), (8,), (16,)]
+
+
+def test_plans_of_one_bucket_each_are_one_engine(plans, export, engines, cuda) -> None:
+    unet = load_plans(["unet"], plans("static", buckets=(2, 4)), export, FULL)["unet"]
+    assert unet.buckets == (2, 4, 16)
+    for batch in unet.buckets:
+        (context,) = engines[f"unet.batch{batch}.plan"].contexts
+        assert context.profile == 0 and context.shapes["timestep"] == (batch,)
+        # One set of buffers for all of them.
+        assert context.addresses["timestep"] == unet.inputs["timestep"].pointer
+
+
+def test_engines_of_a_process_share_a_stream_and_scratch_memory(plans, export, engines, cuda) -> None:
+    slots = load_slots(plans(), export, ServingPolicy(runtime="tensorrt", slots=12))
+    assert isinstance(slots, DeviceSlots) and slots.rows == 12 and slots.max_jobs == DEMO_128.max_warping_batch
+    assert slots.version == f"tensorrt-{VERSIONS['tensorrt']}"
+    contexts = [context for name in ("unet", "warping_network") for context in engines[f"{name}.plan"].contexts]
+    assert len({context.scratch for context in contexts}) == 1 and contexts[0].scratch[1] == 1000
+
+
+def test_unused_rows_begin_as_zeros(plans, export, engines, cuda) -> None:
+    unet = load_plans(["unet"], plans(), export, FULL)["unet"]
+    filled = sum(nbytes for name, nbytes in cuda.log if name == "fill")
+    assert filled == sum(array.nbytes for array in unet.inputs.values())
+
+
+def test_outputs_are_bound_elsewhere_for_one_run_only(plans, export, engines, cuda) -> None:
+    warping = load_plans(["warping_network"], plans(), export, FULL)["warping_network"]
+    own = warping.outputs["f_ref_00"]
+    target = DeviceMemory(own.nbytes).array(own.shape, own.dtype)
+    context = engines["warping_network.plan"].contexts[0]
+    warping.execute(1, {"f_ref_00": target})
+    assert context.bound[-1]["f_ref_00"] == target.pointer
+    context.fails = True
+    with pytest.raises(PlanError, match="refused to run"):
+        warping.execute(1, {"f_ref_00": target})
+    assert context.addresses["f_ref_00"] == own.pointer
+    short = DeviceArray(target.pointer, (1, *own.shape[1:]), own.dtype, target)
+    with pytest.raises(ValueError, match="f_ref_00 has 1 rows, expected 4"):
+        warping.execute(3, {"f_ref_00": short})
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_f_ref_of_half_precision_lies_in_half_the_bytes(
+    precision: str, tmp_path: Path, engines, cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = write_trivial_export(tmp_path / "export", DEMO_128, precision)
+    write_fake_plans(tmp_path / "plans", export, "tensorrt")
+    whole = SPECS["unet"].inputs[-1]
+    monkeypatch.setitem(SPECS, "unet", engine_specs(DEMO_128, precision)["unet"])
+    unet = load_plans(["unet"], tmp_path / "plans", export, FULL)["unet"]
+    assert unet.inputs[whole.name].nbytes == whole.nbytes(16) // 2
+
+
+# Memory
+
+
+def test_what_all_engines_need_together_is_said_in_one_line_before_they_are_loaded(
+    plans, export, engines, cuda, caplog
+) -> None:
+    with caplog.at_level(logging.INFO, "icportrait"):
+        load_plans(["warping_network", "unet"], plans(), export, FULL)
+    line = caplog.messages[0]
+    assert "weights and buffers take" in line and "warping_network 0." in line and "unet 0." in line
+    assert "NVIDIA Test has 8.0 of 8.0 GB free" in line
+
+
+def test_engines_that_fit_alone_and_not_together_are_refused_before_one_is_loaded(plans, export, engines, cuda) -> None:
+    buffers = {
+        name: sum(tensor.nbytes(spec.batch.max) for tensor in (*spec.inputs, *spec.outputs))
+        for name, spec in SPECS.items()
+    }
+    cuda.free_bytes = buffers["unet"] + 10000
+    load_plans(["unet"], plans(), export, FULL)
+    engines.clear()
+    with pytest.raises(RuntimeNotAvailable) as refusal:
+        load_plans(["warping_network", "unet"], plans(), export, FULL)
+    assert "warping_network, unet: need 0." in str(refusal.value) and "NVIDIA Test has" in str(refusal.value)
+    assert "\n" not in str(refusal.value) and not engines
+
+
+def test_scratch_memory_that_does_not_fit_is_refused(plans, export, engines, cuda, monkeypatch) -> None:
+    monkeypatch.setattr(Engine, "device_memory_size_v2", 9 * 10**9)
+    with pytest.raises(RuntimeNotAvailable, match=r"unet: need 9.0 GB of scratch memory, and NVIDIA Test has 8.0"):
+        load_plans(["unet"], plans(), export, FULL)
+
+
+# What is refused
+
+
+def test_a_plan_for_another_gpu_never_reaches_tensorrt(plans, export, engines, cuda, monkeypatch) -> None:
+    other = Gpu("NVIDIA Other", "9.0", 8 * 10**9, 8 * 10**9, "13.0")
+    monkeypatch.setattr(icportrait.runtime.tensorrt, "find_gpu", lambda: other)
+    with pytest.raises(PlanError, match=r"compute capability 8\.9, and this one has 9\.0"):
+        TensorRtEngine(plans() / "unet.plan", SPECS["unet"], export.contract_hash, FULL, Stream())
+    assert not engines
+
+
+@pytest.mark.parametrize("runtime", ["tensorrt", "tensorrt-rtx"])
+def test_without_a_gpu_nothing_native_is_touched(
+    tmp_path: Path, export: Manifest, runtime: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cuda.bindings.runtime.cudaDriverGetVersion", lambda: (cuda_success(), 0))
+    monkeypatch.setattr(Flavour, "load", lambda self: pytest.fail("TensorRT was loaded"))
+    write_fake_plans(tmp_path, export, runtime)
+    policy = ServingPolicy(runtime=runtime)
+    for load in (lambda: load_engine("unet", tmp_path, export, policy), lambda: load_slots(tmp_path, export, policy)):
+        with pytest.raises(RuntimeNotAvailable, match="no NVIDIA GPU was found"):
+            load()
+
+
+def cuda_success() -> Any:
+    from cuda.bindings import runtime
+
+    return runtime.cudaError_t.cudaSuccess

@@ -1,0 +1,192 @@
+"""What is refused before tritonserver is started. The TensorRT that is asked for its version is a real one."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+import icportrait.installation
+import icportrait.startup
+from icportrait.errors import IcPortraitError, RuntimeNotAvailable
+from icportrait.installation import Installation, find_installation
+from icportrait.manifest import Manifest
+from icportrait.policy import ServingPolicy
+from icportrait.presets import DEMO_128
+from icportrait.repository import assemble
+from icportrait.runtime.cuda import Gpu
+from icportrait.runtime.flavours import Flavour
+from icportrait.runtime.plans import PlanManifest
+from icportrait.server import Ports, TritonServer, main
+from icportrait.startup import backend_version, check_plans, repository_runtime
+from tests.fake_plans import VERSIONS, write_fake_plans
+from tests.trivial_engines import write_trivial_export
+
+
+@pytest.fixture
+def repository(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    runtime = getattr(request, "param", "tensorrt")
+    write_trivial_export(tmp_path / "export", DEMO_128)
+    plans = tmp_path / "plans" if runtime.startswith("tensorrt") else None
+    if plans:
+        write_fake_plans(plans, Manifest.read(tmp_path / "export"), runtime)
+    assemble(tmp_path / "export", tmp_path / "repository", ServingPolicy(runtime=runtime), plans=plans)
+    return tmp_path / "repository"
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = Gpu("NVIDIA Test", "8.9", 8 * 10**9, 8 * 10**9, "13.0")
+    monkeypatch.setattr(icportrait.startup, "find_gpu", lambda: found)
+    monkeypatch.setattr(Flavour, "version", lambda self: VERSIONS[self.name])
+
+
+@pytest.fixture
+def container(tmp_path: Path) -> Installation:
+    """A server with a TensorRT backend, beside which lies TensorRT-RTX's library in place of TensorRT's."""
+    backend = tmp_path / "opt" / "backends" / "tensorrt"
+    backend.mkdir(parents=True)
+    (backend / "libtriton_tensorrt.so").touch()
+    package = importlib.util.find_spec("tensorrt_rtx_libs")
+    assert package and package.submodule_search_locations
+    (library,) = Path(package.submodule_search_locations[0]).glob("libtensorrt_rtx.so.*")
+    (backend / "libnvinfer.so.1").symlink_to(library)
+    return Installation(tmp_path / "opt")
+
+
+def rewrite(plan: Path, **changes: str) -> None:
+    manifest = PlanManifest.read(plan)
+    for name, value in changes.items():
+        object.__setattr__(manifest, name, value)
+    PlanManifest.path(plan).unlink()  # it is a link to the built plan's
+    manifest.write(plan)
+
+
+def refusal(repository: Path, runtime: str, installation: Installation) -> str:
+    with pytest.raises(IcPortraitError) as refused:
+        check_plans(repository, runtime, installation)
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("repository", "runtime"),
+    [(name, name) for name in ("onnxruntime", "torch", "tensorrt", "tensorrt-rtx")],
+    indirect=["repository"],
+)
+def test_a_repository_says_its_runtime(repository: Path, runtime: str) -> None:
+    assert repository_runtime(repository) == runtime
+
+
+def test_what_is_no_repository_of_ours_is_tritons_to_refuse(tmp_path: Path) -> None:
+    assert repository_runtime(tmp_path) == "onnxruntime"
+    (tmp_path / "denoise").mkdir()
+    (tmp_path / "denoise" / "config.pbtxt").write_text("no: [ protobuf")
+    assert repository_runtime(tmp_path) == "onnxruntime"
+
+
+@pytest.mark.parametrize(
+    ("repository", "runtime"), [(name, name) for name in ("tensorrt", "tensorrt-rtx")], indirect=["repository"]
+)
+def test_plans_without_a_gpu_are_refused_by_the_server_and_its_command(
+    repository: Path, runtime: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_gpu() -> Gpu:
+        raise RuntimeNotAvailable("no NVIDIA GPU was found (a test)")
+
+    monkeypatch.setattr(icportrait.startup, "find_gpu", no_gpu)
+    expected = f"{repository}: was assembled for {runtime}, and no NVIDIA GPU was found (a test)"
+    with pytest.raises(RuntimeNotAvailable) as refused:
+        TritonServer(repository, Ports.free(), tmp_path / "log").start()
+    assert str(refused.value) == expected and not (tmp_path / "log").exists()
+    ports = [f"--{name}-port={port}" for name, port in vars(Ports.free()).items()]
+    assert main(["--repository", str(repository), *ports]) == 1
+    assert capsys.readouterr().err == f"error: {expected}\n"
+
+
+def test_the_embedded_server_is_refused_for_the_want_of_a_backend(gpu: None, repository: Path) -> None:
+    text = refusal(repository, "tensorrt", find_installation("tensorrt-rtx"))
+    assert "tritonserver has no TensorRT backend" in text
+    assert "nvcr.io/nvidia/tritonserver:YY.MM-py3" in text and "TRT_VERSION is 11.4.0" in text
+
+
+def test_tensorrt_is_asked_for_its_version_without_a_gpu(container: Installation) -> None:
+    assert backend_version(container, "0.0.0") == ".".join(VERSIONS["tensorrt-rtx"].split(".")[:3])
+
+
+def test_another_tensorrt_than_the_plans_is_refused_with_both_versions(
+    gpu: None, repository: Path, container: Installation
+) -> None:
+    text = refusal(repository, "tensorrt", container)
+    assert "vae_decoder/1/model.plan: was built by tensorrt 11.4.0.106" in text
+    assert f"{container.binary} has 1.7.1; use the container release whose TRT_VERSION is 11.4.0" in text
+
+
+def test_plans_of_the_servers_tensorrt_are_let_through_until_one_is_changed(
+    gpu: None, repository: Path, container: Installation
+) -> None:
+    for name in ("vae_encoder", "vae_decoder"):
+        rewrite(repository / name / "1" / "model.plan", tensorrt_version="1.7.1.999")
+    check_plans(repository, "tensorrt", container)
+    for plan in (repository / "denoise" / "1" / "unet.plan", repository / "vae_encoder" / "1" / "model.plan"):
+        content = plan.read_bytes()
+        plan.write_bytes(content + b"!")
+        assert f"{plan}: its SHA-256 is" in refusal(repository, "tensorrt", container)
+        plan.write_bytes(content)
+
+
+@pytest.mark.parametrize("repository", ["tensorrt-rtx"], indirect=True)
+def test_another_python_package_than_the_plans_is_refused(
+    gpu: None, repository: Path, container: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_plans(repository, "tensorrt-rtx", container)
+    monkeypatch.setattr(Flavour, "version", lambda self: "1.8.0.1")
+    text = refusal(repository, "tensorrt-rtx", container)
+    assert "was built by tensorrt-rtx 1.7.1.116, and the Python package here has 1.8.0.1; install 1.7.1.116" in text
+
+
+def test_a_tensorrt_that_cannot_be_loaded_is_named(
+    gpu: None, repository: Path, container: Installation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = container.tensorrt_backend / "libnvinfer.so.1"
+    library.unlink()
+    library.write_bytes(b"no library")
+    assert "its TensorRT can't be loaded" in refusal(repository, "tensorrt", container)
+    library.unlink()
+    monkeypatch.setattr("ctypes.util.find_library", lambda name: None)
+    assert "no libnvinfer.so is installed" in refusal(repository, "tensorrt", container)
+
+
+@pytest.mark.parametrize("repository", ["onnxruntime"], indirect=True)
+def test_a_repository_without_plans_needs_none_of_it(repository: Path, tmp_path: Path) -> None:
+    check_plans(repository, "onnxruntime", Installation(tmp_path / "nowhere"))
+
+
+# Which server
+
+
+@pytest.fixture
+def on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    binary = tmp_path / "container" / "bin" / "tritonserver"
+    binary.parent.mkdir(parents=True)
+    binary.touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(binary.parent))
+    return binary
+
+
+def test_tensorrt_takes_the_server_on_path_and_the_others_the_embedded_one(on_path: Path) -> None:
+    container, embedded = find_installation("tensorrt"), find_installation("tensorrt-rtx")
+    assert container.binary == on_path and container.libraries is None
+    assert container.prepare_backends(on_path.parents[2] / "made") == on_path.parents[1] / "backends"
+    assert "nvidia_pytriton.libs" not in container.environment()["LD_LIBRARY_PATH"]
+    assert "pytriton" in str(embedded.binary) and embedded == find_installation("onnxruntime")
+    assert "nvidia_pytriton.libs" in embedded.environment()["LD_LIBRARY_PATH"]
+
+
+def test_without_the_wheel_the_server_on_path_serves_all(on_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(icportrait.installation.importlib.util, "find_spec", lambda name: None)
+    assert find_installation("onnxruntime").binary == on_path
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(RuntimeNotAvailable, match=r"\(nvidia-pytriton\) is not installed"):
+        find_installation("onnxruntime")

@@ -1,0 +1,172 @@
+"""Python models without Triton: tensors of both placements in, every request's own rows out."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from google.protobuf import json_format
+
+import icportrait.runtime.placement
+from icportrait.errors import ContractError
+from icportrait.policy import ServingPolicy
+from icportrait.presets import DEMO_128
+from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Stream
+from icportrait.runtime.placement import join
+from icportrait.triton_backend import DenoiseModel, EngineModel, ModelContext
+from icportrait.triton_config import model_configs
+from tests.host_cuda import HostCuda, view
+from tests.trivial_engines import write_trivial_export
+
+
+class Tensor:
+    """Triton's: in its own memory, which is gone when the request is."""
+
+    def __init__(self, name: str, array: np.ndarray, on_gpu: bool = False) -> None:
+        self.name, self._array, self._on_gpu = name, array, on_gpu
+        if on_gpu:
+            self.memory = DeviceMemory(array.nbytes).array(array.shape, array.dtype)
+            ctypes.memmove(self.memory.pointer, array.ctypes.data, array.nbytes)
+
+    def is_cpu(self) -> bool:
+        return not self._on_gpu
+
+    def as_numpy(self) -> np.ndarray:
+        assert not self._on_gpu, "Triton refuses it for a tensor in GPU memory"
+        return self._array
+
+    def take_back(self) -> None:
+        """The request ended."""
+        memory = view(self.memory.pointer, self.memory.shape, self.memory.dtype) if self._on_gpu else self._array
+        memory[...] = 0
+
+
+class Response:
+    def __init__(self, tensors: list[Tensor] | None = None, error: Any = None) -> None:
+        self.outputs = {tensor.name: tensor.as_numpy() for tensor in tensors or []}
+        self.error = error
+
+
+class Error(str):
+    INVALID_ARG = INTERNAL = 1
+
+    def __new__(cls, text: str, code: int) -> Error:
+        return super().__new__(cls, text)
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
+    emulated = HostCuda()
+    emulated.install(monkeypatch)
+    # DLPack itself needs a driver to say in which memory an address lies.
+    monkeypatch.setattr(icportrait.runtime.placement, "as_device_array", lambda tensor, stream: tensor.memory)
+    return emulated
+
+
+@pytest.fixture
+def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """``initialize``'s for the VAE encoder."""
+    utils = SimpleNamespace(
+        get_input_tensor_by_name=lambda request, name: request.get(name),
+        Tensor=Tensor,
+        InferenceResponse=Response,
+        TritonError=Error,
+    )
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
+    write_trivial_export(tmp_path / "1", DEMO_128)
+    config = model_configs(DEMO_128, "fp32", ServingPolicy(runtime="tensorrt-rtx"))["vae_encoder"]
+    text = json.dumps(json_format.MessageToDict(config, preserving_proto_field_name=True))
+    return {"model_config": text, "model_repository": str(tmp_path), "model_version": "1"}
+
+
+class Doubled(EngineModel):
+    """An engine that doubles its input, wherever that lies."""
+
+    def load(self, context: ModelContext) -> Any:
+        self.given: list[Any] = []
+
+        def run(inputs: dict[str, Any]) -> dict[str, np.ndarray]:
+            pixels = inputs["pixels"]
+            self.given.append(pixels)
+            on_gpu = isinstance(pixels, DeviceArray)
+            array = view(pixels.pointer, pixels.shape, pixels.dtype) if on_gpu else pixels
+            return {"latent": 2 * array.astype(np.float32)}
+
+        return run
+
+
+def pixels(rows: int, first: int, on_gpu: bool = False) -> Tensor:
+    values = np.arange(first, first + rows, dtype=np.uint8)
+    return Tensor("pixels", np.broadcast_to(values[:, None, None, None], (rows, 4, 4, 3)).copy(), on_gpu)
+
+
+@pytest.mark.parametrize("placements", [(False, False, False), (True, True, True), (False, True, False)])
+def test_a_batch_of_either_placement_gives_each_request_its_rows(
+    arguments: dict[str, str], cuda: HostCuda, placements: tuple[bool, ...]
+) -> None:
+    model = Doubled()
+    model.initialize(arguments)
+    rows = (1, 3, 2)
+    tensors = [
+        pixels(count, 10 * index, on_gpu) for index, (count, on_gpu) in enumerate(zip(rows, placements, strict=True))
+    ]
+    responses = model.execute([{"pixels": tensor} for tensor in tensors])
+    assert isinstance(model.given[0], DeviceArray) is any(placements)
+    for index, (count, response) in enumerate(zip(rows, responses, strict=True)):
+        expected = [2 * (10 * index + row) for row in range(count)]
+        assert response.outputs["latent"].shape == (count, 4, 4, 3)
+        assert response.outputs["latent"][:, 0, 0, 0].tolist() == expected
+
+
+def test_a_model_on_the_cpu_makes_no_stream(arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Stream, "__init__", lambda self: pytest.fail("CUDA was called"))
+    model = Doubled()
+    model.initialize(arguments)
+    (response,) = model.execute([{"pixels": pixels(2, 5)}])
+    assert response.outputs["latent"][:, 0, 0, 0].tolist() == [10, 12]
+
+
+@pytest.mark.parametrize("on_gpu", [False, True])
+def test_a_stage_that_runs_later_has_its_own_copy(arguments: dict[str, str], cuda: HostCuda, on_gpu: bool) -> None:
+    kept: list[Any] = []
+
+    class Later(DenoiseModel):
+        def load(self, context: ModelContext) -> Any:
+            return SimpleNamespace(submit=lambda tensors, answer: kept.append(tensors["pixels"]))
+
+    model, tensor = Later(), pixels(2, 7, on_gpu)
+    model.initialize(arguments)
+    model.execute([SimpleNamespace(get=lambda name: tensor, get_response_sender=lambda: None)])
+    tensor.take_back()
+    (array,) = kept
+    assert isinstance(array, DeviceArray) is on_gpu
+    values = view(array.pointer, array.shape, array.dtype) if on_gpu else array
+    assert values[:, 0, 0, 0].tolist() == [7, 8]
+
+
+def test_a_failure_answers_every_request_of_the_batch(arguments: dict[str, str], cuda: HostCuda) -> None:
+    model = Doubled()
+    model.initialize(arguments)
+    other = Tensor("pixels", np.zeros((1, 5, 4, 3), np.uint8), on_gpu=True)
+    responses = model.execute([{"pixels": pixels(1, 0)}, {"pixels": other}])
+    assert [response.error for response in responses] == [
+        "[INVALID_ARG] arrays that are batched must be equal in type and in all axes but the first"
+    ] * 2
+
+
+def test_memory_of_a_copy_is_given_back_in_its_streams_order(cuda: HostCuda) -> None:
+    stream = Stream()
+    joined = join([np.arange(6, dtype=np.float32).reshape(2, 3), np.ones((1, 3), np.float32)], stream)
+    pointer = joined.pointer
+    assert view(pointer, (3, 3), joined.dtype).tolist() == [[0, 1, 2], [3, 4, 5], [1, 1, 1]]
+    assert cuda.is_on_device(pointer)
+    del joined
+    assert not cuda.is_on_device(pointer)
+    with pytest.raises(ContractError, match="equal in type"):
+        join([np.ones((1, 3), np.float32), np.ones((1, 3), np.float16)], stream)
