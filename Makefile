@@ -1,9 +1,11 @@
 # Every task of the project. Each target does its own set-up; `make help` lists them.
 
 PRESET ?= demo-128
-PRECISION ?= $(if $(filter demo-128,$(PRESET)),fp32,fp16)
+# fp16 is what GPUs are fast in, and as good (README, "Precision"); on the CPU it gains nothing.
+PRECISION ?= $(if $(filter demo-128-20,$(PRESET)-$(OPSET)),fp32,fp16)
 RUNTIME ?= onnxruntime
-TARGET ?= tensorrt-rtx
+PLAN_RUNTIME := $(filter tensorrt tensorrt-rtx,$(RUNTIME))
+TARGET ?= $(or $(PLAN_RUNTIME),tensorrt-rtx)
 # Of the larger presets there are no weights here: random ones show that the path works.
 WEIGHTS ?= $(if $(filter demo-128,$(PRESET)),checkpoint,random)
 CHECKPOINT ?= checkpoints/demo-128
@@ -15,11 +17,14 @@ BOOT_PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
+QUANTIZER := .venv-quantizer
+QUANTIZER_STAMP := $(QUANTIZER)/.setup-stamp
 # Graphs for ONNX Runtime's CPU kernels; TensorRT gets attentions and group norms whole, which came later (ADR 0006).
-OPSET ?= 20
 TENSORRT_OPSET := 23
+OPSET ?= $(if $(PLAN_RUNTIME),$(TENSORRT_OPSET),20)
 EXPORT := build/export/$(PRESET)-$(PRECISION)$(if $(filter-out 20,$(OPSET)),-opset$(OPSET))
 REPOSITORY := build/repository/$(RUNTIME)
+PLANS := build/engines/$(TARGET)/$(PRESET)-$(PRECISION)
 
 ifeq ($(WEIGHTS),random)
 EXPORT_FROM := --random-weights --preset $(PRESET)
@@ -30,7 +35,7 @@ WEIGHT_FILES := $(CHECKPOINT)/model_index.json $(wildcard $(CHECKPOINT)/*.safete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup demo serve export engines plans gpu-acceptance accept repository configs heads test lint format clean
+.PHONY: FORCE help setup quantizer demo serve export engines plans gpu-acceptance accept repository configs heads test test-full lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -41,12 +46,22 @@ $(STAMP): setup.sh pyproject.toml client/pyproject.toml constraints.txt
 	@BOOT_PYTHON="$(BOOT_PYTHON)" sh setup.sh $(VENV)
 	@touch $@
 
+quantizer: $(QUANTIZER_STAMP) ## make .venv-quantizer, which int8 and fp8 exports need
+
+# Over the project's environment: what it needs in the same version is taken from there.
+$(QUANTIZER_STAMP): $(STAMP) export/quantization-requirements.txt
+	@$(PYTHON) -m venv --clear $(QUANTIZER)
+	@$(PYTHON) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(QUANTIZER)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth
+	@$(QUANTIZER)/bin/python -m pip --disable-pip-version-check install --quiet --no-deps -r export/quantization-requirements.txt
+	@touch $@
+
 demo: repository ## rendered heads and photographs -> portraits, through the real server
 	@$(PYTHON) -m examples.demo --export $(EXPORT) --repository $(REPOSITORY)
 
 export: $(EXPORT)/manifest.json ## export the preset's engines to verified ONNX
 
-$(EXPORT)/manifest.json: $(STAMP) $(EXPORT).weights $(WEIGHT_FILES) \
+$(EXPORT)/manifest.json: $(STAMP) $(if $(filter int8 fp8,$(PRECISION)),$(QUANTIZER_STAMP)) $(EXPORT).weights $(WEIGHT_FILES) \
 		$(wildcard export/*.py icportrait/nn/*.py) icportrait/contract.py icportrait/presets.py
 	@$(PYTHON) -m export $(EXPORT_FROM) --precision $(PRECISION) --opset $(OPSET) --out $(EXPORT)
 
@@ -59,7 +74,11 @@ engines: ## export and compile into TensorRT plans (TARGET=tensorrt-rtx needs no
 	@$(MAKE) --no-print-directory plans OPSET=$(TENSORRT_OPSET)
 
 plans: $(EXPORT)/manifest.json
-	@$(PYTHON) -m engines build --onnx $(EXPORT) --target $(TARGET) --out build/engines/$(TARGET)/$(PRESET)-$(PRECISION)
+	@$(PYTHON) -m engines build --onnx $(EXPORT) --target $(TARGET) --out $(PLANS)
+
+# The last file that a build writes.
+$(PLANS)/vae_decoder.plan.json: $(EXPORT)/manifest.json
+	@$(MAKE) --no-print-directory engines
 
 gpu-acceptance: ## check and time everything on an NVIDIA GPU: build/gpu-acceptance/report.md
 	@$(MAKE) --no-print-directory accept OPSET=$(TENSORRT_OPSET)
@@ -67,10 +86,11 @@ gpu-acceptance: ## check and time everything on an NVIDIA GPU: build/gpu-accepta
 accept: $(EXPORT)/manifest.json
 	@$(PYTHON) -m engines accept --onnx $(EXPORT) $(if $(filter-out file,$(origin TARGET)),--target $(TARGET))
 
-repository: $(EXPORT)/manifest.json ## assemble build/repository/<runtime> from triton_repo/ and the export
-	@$(PYTHON) -m icportrait.repository --export $(EXPORT) --out $(REPOSITORY) --runtime $(RUNTIME)
+repository: $(EXPORT)/manifest.json $(if $(PLAN_RUNTIME),$(PLANS)/vae_decoder.plan.json) ## assemble build/repository/<runtime> from triton_repo/ and the export
+	@$(PYTHON) -m icportrait.repository --export $(EXPORT) --out $(REPOSITORY) --runtime $(RUNTIME) \
+		$(if $(PLAN_RUNTIME),--plans $(PLANS))
 
-serve: repository ## run the embedded tritonserver on loopback until Ctrl-C
+serve: repository ## run tritonserver on loopback until Ctrl-C
 	@exec $(PYTHON) -m icportrait.server --repository $(REPOSITORY) \
 		--grpc-port $(GRPC_PORT) --http-port $(HTTP_PORT) --metrics-port $(METRICS_PORT)
 
@@ -82,6 +102,9 @@ heads: $(STAMP) ## render the committed heads of the demo and of the client's sw
 
 test: lint ## lint, types, and the unit, contract and e2e tests
 	@$(PYTHON) -m pytest
+
+test-full: $(STAMP) ## export and compile all of sd15-512: about 10 minutes, 11 GB of memory, 7 GB of disk
+	@$(PYTHON) -m pytest -m full -s
 
 lint: $(STAMP) ## ruff, and mypy against the real signatures of both TensorRT products
 	@$(PYTHON) -m ruff check .

@@ -10,15 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from icportrait.contract import ENGINES, PRECISIONS, contract_hash, engine_specs
+from icportrait.contract import ENGINES, PRECISIONS, QUANTIZED_PRECISIONS, Array, contract_hash, engine_specs
 from icportrait.errors import IcPortraitError
 from icportrait.presets import DEMO_128, PRESETS
 
 if TYPE_CHECKING:
+    from export.calibration import Pixels
     from icportrait.manifest import Manifest
     from icportrait.nn import Checkpoint
 
 OPSET = 20
+LEAST_OPSETS = {"bf16": 22, "int8": 23, "fp8": 23}
+"""Convolutions take bfloat16 from opset 22 on; graphs are quantised as they go to TensorRT, in opset 23."""
 SMALL_IMAGE_SIZE = 256
 """Presets up to this picture size are also compared at their largest batch; larger ones would take too long."""
 
@@ -30,6 +33,7 @@ def export_checkpoint(
     directory: Path,
     opset: int = OPSET,
     progress: Callable[[str], None] = lambda _: None,
+    calibration_pairs: list[tuple[Pixels, Pixels]] | None = None,
 ) -> Manifest:
     """Write and verify the four graphs and their manifest.
 
@@ -40,9 +44,11 @@ def export_checkpoint(
         directory: made where it is missing; files of an earlier export are replaced.
         opset: the ONNX operator set, 20 or later.
         progress: called with what is being done now.
+        calibration_pairs: for int8 and fp8, see ``calibration``.
 
     Raises:
         VerificationError: a graph isn't what the contract says or doesn't do what torch does.
+        RuntimeNotAvailable: int8 or fp8, and the quantiser isn't installed.
     """
     import diffusers
     import numpy as np
@@ -50,41 +56,48 @@ def export_checkpoint(
     import onnxruntime
     import torch
 
+    from export.calibration import record_inputs
     from export.graphs import export_graph
-    from export.verification import TOLERANCES, check_axes, check_names_and_types, check_shapes, check_values
+    from export.quantization import check_quantizer, engine_precision, quantize
+    from export.verification import WEIGHT_TYPES, cast, verify
     from icportrait.manifest import MANIFEST_NAME, EngineFile, Manifest, file_sha256
     from icportrait.nn import engine_modules
 
+    recorded: dict[str, Array] = {}
+    if precision in QUANTIZED_PRECISIONS:
+        check_quantizer()
+        recorded = record_inputs(checkpoint, calibration_pairs or [], progress)
     directory.mkdir(parents=True, exist_ok=True)
     # Without a manifest a directory is no export: one that failed half-way is never taken for a good one.
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
     specs = engine_specs(checkpoint.preset, precision)
     modules = engine_modules(checkpoint)
     for module in modules.values():
-        module.half() if precision == "fp16" else module.float()
+        cast(module, WEIGHT_TYPES[precision])
+    small = checkpoint.preset.image_size <= SMALL_IMAGE_SIZE
     engines = {}
     for name in ENGINES:
         spec, module = specs[name], modules[name]
         for stale in directory.glob(f"{name}.onnx*"):
             stale.unlink()
-        progress(f"{name}: to ONNX, {precision}")
+        final = engine_precision(precision, name)
+        is_quantized = final in QUANTIZED_PRECISIONS
+        plain = "fp16" if is_quantized else final
+        progress(f"{name}: to ONNX, {plain}")
         files = export_graph(module, spec, directory, opset)
-        path = files[0]
-        progress(f"{name}: names and types")
-        check_names_and_types(path, spec, opset)
-        progress(f"{name}: axes")
-        check_axes(path, spec)
-        progress(f"{name}: shapes at batch {spec.batch.max}")
-        check_shapes(path, spec)
-        small = checkpoint.preset.image_size <= SMALL_IMAGE_SIZE
-        batches = (1, spec.batch.max) if small else (1,)
-        progress(f"{name}: values at batch {' and '.join(map(str, batches))}")
-        figures = check_values(path, spec, module, TOLERANCES[precision][name], batches)
-        progress(f"{name}: " + ", ".join(f"{figure} {value:.2g}" for figure, value in figures.items()))
+        sizes = (1, spec.batch.max) if small else (1,)
+        verify(files[0], spec, module, plain, opset, [spec.dummy_inputs(size) for size in sizes], progress)
+        if is_quantized:
+            inputs = {tensor.name: recorded[tensor.name].astype(tensor.dtype.numpy) for tensor in spec.inputs}
+            progress(f"{name}: to {final}, calibrated on {len(inputs[spec.inputs[0].name])} recorded inputs")
+            quantize(files, final, inputs)
+            batches = [{key: array[:size] for key, array in inputs.items()} for size in sizes]
+            verify(files[0], spec, module, final, opset, batches, progress)
         engines[name] = EngineFile(
-            file=path.name,
+            file=files[0].name,
             sha256=file_sha256(*files),
             size_bytes=sum(file.stat().st_size for file in files),
+            precision=final,
             external_data=files[1].name if len(files) > 1 else None,
         )
     manifest = Manifest(
@@ -121,11 +134,20 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="default: %(default)s")
     parser.add_argument("--opset", type=int, default=OPSET, help="ONNX operator set (default: %(default)s)")
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
+    calibration = parser.add_argument_group("int8 and fp8 are calibrated on portraits that the checkpoint makes")
+    calibration.add_argument(
+        "--calibration-pictures", type=Path, metavar="DIR", help="of these people (default: rendered heads)"
+    )
+    calibration.add_argument(
+        "--calibration-pairs", type=int, default=16, metavar="N", help="how many (default: %(default)s)"
+    )
     args = parser.parse_args(argv)
     if args.random_weights and not args.preset:
         parser.error("--random-weights needs --preset")
-    if args.opset < OPSET:
-        parser.error(f"--opset is {args.opset}, expected {OPSET} or later")
+    if args.opset < (least := LEAST_OPSETS.get(args.precision, OPSET)):
+        parser.error(f"--opset is {args.opset}, expected {least} or later for {args.precision}")
+    if args.calibration_pairs < 2:
+        parser.error(f"--calibration-pairs is {args.calibration_pairs}, expected 2 or more")
     try:
         manifest = _run(args)
     except IcPortraitError as error:
@@ -151,8 +173,16 @@ def _run(args: argparse.Namespace) -> Manifest:
     else:
         checkpoint = random_checkpoint(PRESETS[args.preset], args.seed)
         source = {"random_weights": args.seed}
+    pairs: list[tuple[Pixels, Pixels]] | None = None
+    if args.precision in QUANTIZED_PRECISIONS:
+        from export.calibration import folder_pairs, rendered_pairs
+
+        if args.calibration_pictures:
+            pairs = folder_pairs(checkpoint.preset, args.calibration_pictures, args.calibration_pairs)
+        else:
+            pairs = rendered_pairs(checkpoint.preset, args.calibration_pairs)
     with _progress() as progress:
-        return export_checkpoint(checkpoint, source, args.precision, args.out, args.opset, progress)
+        return export_checkpoint(checkpoint, source, args.precision, args.out, args.opset, progress, pairs)
 
 
 @contextmanager

@@ -7,10 +7,12 @@ import logging
 import warnings
 from pathlib import Path
 
+import ml_dtypes  # noqa: F401 - NumPy learns bfloat16
+import numpy as np
 import torch
 
 from export.constant_prompt import constant_prompt
-from icportrait.contract import ModelSpec
+from icportrait.contract import Array, ModelSpec
 
 EXTERNAL_DATA_BYTES = 2**30
 """Graphs with more weights than this keep them in a file of their own: a protobuf message ends at 2 GiB, and parsers
@@ -30,7 +32,7 @@ def export_graph(module: torch.nn.Module, spec: ModelSpec, directory: Path, opse
         The files written, the graph first.
     """
     # A batch of 2 for tracing: torch.export takes an axis of size 1 for a constant.
-    inputs = tuple(torch.from_numpy(array) for array in spec.dummy_inputs(batch=2).values())
+    inputs = tuple(as_tensor(array) for array in spec.dummy_inputs(batch=2).values())
     path = directory / f"{spec.name}.onnx"
     weights_bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
@@ -53,6 +55,13 @@ def export_graph(module: torch.nn.Module, spec: ModelSpec, directory: Path, opse
     program.save(path, external_data=weights_bytes > EXTERNAL_DATA_BYTES)
     data = path.with_name(f"{path.name}.data")
     return [path, data] if data.exists() else [path]
+
+
+def as_tensor(array: Array) -> torch.Tensor:
+    """``torch.from_numpy``, for bfloat16 too."""
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
 
 
 def _dynamic_shapes(module: torch.nn.Module, spec: ModelSpec) -> tuple[object, ...]:

@@ -7,19 +7,32 @@ figures.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import torch
-from onnx import TensorProto, helper, shape_inference
+from onnx import TensorProto
 
-from icportrait.contract import Array, ModelSpec, TensorSpec
+from export.inference import infer
+from export.tensorrt_support import check_operators
+from export.widening import save, widened
+from icportrait.contract import Array, DType, ModelSpec, TensorSpec
 from icportrait.errors import VerificationError
 from icportrait.runtime.ort import OrtEngine
+
+WEIGHT_TYPES = {
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+    "int8": torch.float16,
+    "fp8": torch.float16,
+}
+"""What an export's modules hold their weights in; for int8 and fp8, before they are quantised."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +64,18 @@ TOLERANCES: dict[str, dict[str, Tolerance]] = {
         "unet": Tolerance(1e-2),
         "vae_decoder": Tolerance(1e-2, levels=4, mean_levels=0.5),
     },
+    "bf16": {
+        "vae_encoder": Tolerance(3e-2),
+        "warping_network": Tolerance(3e-2, flow_disagreement=0.15, flow_error_cells=2.0),
+        "unet": Tolerance(3e-2),
+        "vae_decoder": Tolerance(3e-2, levels=8, mean_levels=1.0),
+    },
+    "int8": {"unet": Tolerance(0.15)},
+    "fp8": {"unet": Tolerance(0.15)},
 }
-"""By precision and component. fp32: two runtimes that sum in another order. fp16: weights are equal, activations are
-rounded; matches that are nearly tied fall the other way."""
+"""By an engine's precision and name. fp32: two runtimes that sum in another order. fp16, bf16: weights are equal,
+activations are rounded; matches that are nearly tied fall the other way. int8, fp8: that the quantiser did what it
+should; what it costs a portrait is ``engines quality``'s to say."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +93,32 @@ class Figure:
 
     def __str__(self) -> str:
         return f"{self.name} is {self.value:.3g}, allowed {self.limit:g}"
+
+
+def verify(
+    path: Path,
+    spec: ModelSpec,
+    module: torch.nn.Module,
+    precision: str,
+    opset: int,
+    batches: Sequence[Mapping[str, Array]],
+    progress: Callable[[str], None],
+) -> None:
+    """All stages for one graph; ``precision`` is the graph's own, the rest is as in the stages."""
+    progress(f"{spec.name}: names and types")
+    check_names_and_types(path, spec, opset)
+    progress(f"{spec.name}: operators and their types")
+    check_operators(path, opset)
+    progress(f"{spec.name}: axes")
+    check_axes(path, spec)
+    progress(f"{spec.name}: shapes at batch {spec.batch.max}")
+    check_shapes(path, spec)
+    sizes = " and ".join(str(len(next(iter(inputs.values())))) for inputs in batches)
+    progress(f"{spec.name}: values at batch {sizes}")
+    # Of a bfloat16 graph nothing is rounded here: see _graph_outputs.
+    tolerance = TOLERANCES["fp32" if precision == "bf16" else precision][spec.name]
+    figures = check_values(path, spec, module, tolerance, batches)
+    progress(f"{spec.name}: " + ", ".join(f"{figure} {value:.2g}" for figure, value in figures.items()))
 
 
 def check_names_and_types(path: Path, spec: ModelSpec, opset: int) -> None:
@@ -109,12 +157,7 @@ def check_shapes(path: Path, spec: ModelSpec) -> None:
         node.type.tensor_type.shape.dim[0].dim_value = batch
     for node in model.graph.output:
         node.type.tensor_type.ClearField("shape")
-    del model.graph.value_info[:]
-    for node in model.graph.node:
-        if node.op_type == "GroupNormalization":  # onnx can't infer its output, which is shaped as its first input
-            node.CopyFrom(helper.make_node("Identity", node.input[:1], node.output, name=node.name))
-    inferred = shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
-    nodes = {node.name: node for node in inferred.graph.output}
+    nodes = {node.name: node for node in infer(model, strict=True).graph.output}
     for tensor in spec.outputs:
         found = [dim.dim_value for dim in nodes[tensor.name].type.tensor_type.shape.dim]
         expected = list(tensor.shape(batch=batch))
@@ -125,18 +168,22 @@ def check_shapes(path: Path, spec: ModelSpec) -> None:
 
 
 def check_values(
-    path: Path, spec: ModelSpec, module: torch.nn.Module, tolerance: Tolerance, batches: tuple[int, ...]
+    path: Path,
+    spec: ModelSpec,
+    module: torch.nn.Module,
+    tolerance: Tolerance,
+    batches: Sequence[Mapping[str, Array]],
 ) -> dict[str, float]:
-    """Run the graph and the module on the same random inputs and compare.
+    """Run the graph and the module on the same inputs and compare.
 
     The module and the graph's session are never in memory in fp32 at the same time: each holds gigabytes.
 
     Args:
-        path: the graph.
+        path: the graph. One in bfloat16 is compared before its activations are rounded: see ``widening``.
         spec: its specification.
         module: what it was made from, with the graph's own, rounded weights; computes in fp32 and keeps its type.
         tolerance: how far the two may differ.
-        batches: batch sizes to compare at.
+        batches: inputs by name.
 
     Returns:
         The largest figure of each kind that was compared.
@@ -144,21 +191,41 @@ def check_values(
     Raises:
         VerificationError: a figure is over its tolerance, or an output isn't finite.
     """
-    inputs = {batch: spec.dummy_inputs(batch) for batch in batches}
-    expected = {batch: torch_outputs(module, spec, inputs[batch]) for batch in batches}
-    engine = OrtEngine(path, spec, lean=True)
-    found = {batch: engine.run(inputs[batch]) for batch in batches}
-    del engine
+    expected = [torch_outputs(module, spec, inputs) for inputs in batches]
+    found = _graph_outputs(path, spec, batches, is_bf16=next(module.parameters()).dtype == torch.bfloat16)
     worst: dict[str, float] = {}
-    for batch in batches:
-        again = partial(torch_outputs, module, spec, inputs[batch])
-        wanted = with_flows_of(found[batch], expected[batch], again)
+    for inputs, outputs, reference in zip(batches, found, expected, strict=True):
+        wanted = with_flows_of(outputs, reference, partial(torch_outputs, module, spec, inputs))
         for tensor in spec.outputs:
-            for figure in compare(tensor, found[batch][tensor.name], wanted[tensor.name], tolerance):
+            for figure in compare(tensor, outputs[tensor.name], wanted[tensor.name], tolerance):
                 if not figure.passed:
+                    batch = len(outputs[tensor.name])
                     raise VerificationError(f"{spec.name}: {tensor.name} at batch {batch}: {figure}")
                 worst[figure.name] = max(worst.get(figure.name, 0.0), figure.value)
     return worst
+
+
+def _graph_outputs(
+    path: Path, spec: ModelSpec, batches: Sequence[Mapping[str, Array]], is_bf16: bool
+) -> list[dict[str, Array]]:
+    if not is_bf16:
+        engine = OrtEngine(path, spec, lean=True)
+        return [engine.run(inputs) for inputs in batches]
+    wide_spec = replace(spec, inputs=tuple(map(_wide, spec.inputs)), outputs=tuple(map(_wide, spec.outputs)))
+    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+        wide = Path(folder) / path.name
+        save(widened(onnx.load(path)), wide)
+        engine = OrtEngine(wide, wide_spec, lean=True)
+    return [engine.run({name: _float32(array) for name, array in inputs.items()}) for inputs in batches]
+
+
+def _wide(tensor: TensorSpec) -> TensorSpec:
+    return replace(tensor, dtype=DType.FLOAT32) if tensor.dtype is DType.BFLOAT16 else tensor
+
+
+def _float32(array: Array) -> Array:
+    """Half precision as float32, other types as they are."""
+    return array.astype(np.float32) if array.dtype.name in ("float16", "bfloat16") else array
 
 
 def torch_outputs(
@@ -176,12 +243,8 @@ def torch_outputs(
         known_flows: for the warping network, ``flow_L`` by name: warp by these and not by the matches found.
     """
     weight = next(module.parameters())
-    is_half, device = weight.dtype == torch.float16, weight.device
-    arrays = [inputs[tensor.name] for tensor in spec.inputs]
-    tensors = [
-        torch.from_numpy(array.astype(np.float32) if array.dtype == np.float16 else array).to(device)
-        for array in arrays
-    ]
+    dtype, device = weight.dtype, weight.device
+    tensors = [torch.from_numpy(_float32(inputs[tensor.name])).to(device) for tensor in spec.inputs]
     extra = {}
     if known_flows:
         # Of a wrong engine a flow may be anything, and a gather from outside of the grid ends a process on a GPU.
@@ -192,10 +255,14 @@ def torch_outputs(
     module.float()
     with torch.inference_mode():
         outputs = module(*tensors, **extra)
-    if is_half:
-        module.half()
+    cast(module, dtype)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     return {tensor.name: output.cpu().numpy() for tensor, output in zip(spec.outputs, outputs, strict=True)}
+
+
+def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """``module.to(dtype)``, of which diffusers' modules warn."""
+    {torch.float32: module.float, torch.float16: module.half, torch.bfloat16: module.bfloat16}[dtype]()
 
 
 def with_flows_of(
