@@ -24,6 +24,7 @@ TENSORRT_OPSET := 23
 OPSET ?= $(if $(PLAN_RUNTIME),$(TENSORRT_OPSET),20)
 EXPORT := build/export/$(PRESET)-$(PRECISION)$(if $(filter-out 20,$(OPSET)),-opset$(OPSET))
 REPOSITORY := build/repository/$(RUNTIME)
+QUALITY_EXPORT := build/export/$(PRESET)
 PLANS := build/engines/$(TARGET)/$(PRESET)-$(PRECISION)
 
 ifeq ($(WEIGHTS),random)
@@ -35,7 +36,7 @@ WEIGHT_FILES := $(CHECKPOINT)/model_index.json $(wildcard $(CHECKPOINT)/*.safete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup quantizer demo serve export engines plans gpu-acceptance accept repository configs heads test test-full lint format clean
+.PHONY: FORCE help setup quantizer quality demo serve export engines plans gpu-acceptance accept repository configs heads test test-full lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -80,6 +81,12 @@ plans: $(EXPORT)/manifest.json
 $(PLANS)/vae_decoder.plan.json: $(EXPORT)/manifest.json
 	@$(MAKE) --no-print-directory engines
 
+quality: $(QUANTIZER_STAMP) ## what each precision costs the demo checkpoint's portraits, and how near fp16 is to overflow
+	@for precision in fp32 fp16 int8 fp8; do \
+		$(MAKE) --no-print-directory export OPSET=$(TENSORRT_OPSET) PRECISION=$$precision || exit 1; done
+	@$(PYTHON) -m export.quality $(foreach precision,fp32 fp16 int8 fp8,$(QUALITY_EXPORT)-$(precision)-opset$(TENSORRT_OPSET))
+	@$(PYTHON) -m export.magnitudes $(QUALITY_EXPORT)-fp16-opset$(TENSORRT_OPSET)
+
 gpu-acceptance: ## check and time everything on an NVIDIA GPU: build/gpu-acceptance/report.md
 	@$(MAKE) --no-print-directory accept OPSET=$(TENSORRT_OPSET)
 
@@ -100,7 +107,7 @@ configs: $(STAMP) ## regenerate the committed config.pbtxt files and the client'
 heads: $(STAMP) ## render the committed heads of the demo and of the client's sweep again
 	@$(PYTHON) -m training.example_heads
 
-test: lint ## lint, types, and the unit, contract and e2e tests
+test: lint $(QUANTIZER_STAMP) ## lint, types, and the unit, contract and e2e tests
 	@$(PYTHON) -m pytest
 
 test-full: $(STAMP) ## export and compile all of sd15-512: about 10 minutes, 11 GB of memory, 7 GB of disk

@@ -74,19 +74,25 @@ class MeasuredEngine:
                 extreme = f"{name}/{reduce}"
                 model.graph.node.append(helper.make_node(reduce, [name], [extreme], keepdims=0))
                 model.graph.output.append(helper.make_tensor_value_info(extreme, TensorProto.FLOAT, []))
+        self._folder = tempfile.TemporaryDirectory(dir=path.parent)
+        self._path = Path(self._folder.name) / path.name
+        save(model, self._path)
+        is_large = self._path.with_name(f"{path.name}.data").exists()
+        # Large graphs are loaded for every run, so that only one of them is in memory.
+        self._session = None if is_large else self._load()
+        self._largest = dict.fromkeys(self._operators, 0.0)
+
+    def _load(self) -> onnxruntime.InferenceSession:
         options = onnxruntime.SessionOptions()
         options.enable_cpu_mem_arena = False
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            copy = Path(folder) / path.name
-            save(model, copy)
-            del model
-            self._session = onnxruntime.InferenceSession(str(copy), options, providers=["CPUExecutionProvider"])
-        self._largest = dict.fromkeys(self._operators, 0.0)
+        options.add_session_config_entry("session.disable_prepacking", "1")  # which keeps the weights twice
+        return onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one batch; see ``Engine.run``."""
-        names = [output.name for output in self._session.get_outputs()]
-        outputs = dict(zip(names, self._session.run(names, dict(inputs)), strict=True))
+        session = self._session or self._load()
+        names = [output.name for output in session.get_outputs()]
+        outputs = dict(zip(names, session.run(names, dict(inputs)), strict=True))
         for name, largest in self._largest.items():
             extremes = [abs(float(outputs.pop(f"{name}/{reduce}"))) for reduce in ("ReduceMax", "ReduceMin")]
             self._largest[name] = float(np.max([largest, *extremes]))  # of which a NaN isn't lost

@@ -46,7 +46,7 @@ def quantize(files: list[Path], precision: str, calibration: Mapping[str, Array]
         VerificationError: it failed.
     """
     check_quantizer()
-    graph = files[0]
+    graph = files[0].resolve()
     with tempfile.TemporaryDirectory(dir=graph.parent) as folder:
         out = Path(folder)
         np.savez(out / "calibration.npz", **calibration)

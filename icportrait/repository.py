@@ -58,6 +58,8 @@ def assemble(
         manifest.check_files(name, export)
     if policy.runtime == "torch" and manifest.precision != "fp32":
         raise CheckpointError(f"{export}: is {manifest.precision}, expected fp32: the torch runtime computes in fp32")
+    if policy.runtime == "onnxruntime" and manifest.precision == "bf16":
+        raise CheckpointError(f"{export}: is bf16, for which ONNX Runtime has no CPU kernels, expected fp32 or fp16")
     found = _find_plans(manifest, policy, plans)
     ranges = _batch_ranges(manifest, found) if policy.runtime == TENSORRT.name else {}
     configs = model_configs(manifest.preset, manifest.precision, policy, ranges)
