@@ -1,6 +1,7 @@
 # Every task of the project. Each target does its own set-up; `make help` lists them.
 
 PRESET ?= demo-128
+NEEDS_OPSET_23 := $(filter bf16 int8 fp8,$(PRECISION))
 # fp16 is what GPUs are fast in, and as good (README, "Precision"); on the CPU it gains nothing.
 PRECISION ?= $(if $(filter demo-128-20,$(PRESET)-$(OPSET)),fp32,fp16)
 RUNTIME ?= onnxruntime
@@ -21,7 +22,7 @@ QUANTIZER := .venv-quantizer
 QUANTIZER_STAMP := $(QUANTIZER)/.setup-stamp
 # Graphs for ONNX Runtime's CPU kernels; TensorRT gets attentions and group norms whole, which came later (ADR 0006).
 TENSORRT_OPSET := 23
-OPSET ?= $(if $(PLAN_RUNTIME),$(TENSORRT_OPSET),20)
+OPSET ?= $(if $(PLAN_RUNTIME)$(NEEDS_OPSET_23),$(TENSORRT_OPSET),20)
 EXPORT := build/export/$(PRESET)-$(PRECISION)$(if $(filter-out 20,$(OPSET)),-opset$(OPSET))
 REPOSITORY := build/repository/$(RUNTIME)
 QUALITY_EXPORT := build/export/$(PRESET)

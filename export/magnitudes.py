@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 import tempfile
+import weakref
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -74,8 +76,9 @@ class MeasuredEngine:
                 extreme = f"{name}/{reduce}"
                 model.graph.node.append(helper.make_node(reduce, [name], [extreme], keepdims=0))
                 model.graph.output.append(helper.make_tensor_value_info(extreme, TensorProto.FLOAT, []))
-        self._folder = tempfile.TemporaryDirectory(dir=path.parent)
-        self._path = Path(self._folder.name) / path.name
+        folder = Path(tempfile.mkdtemp(dir=path.parent))
+        weakref.finalize(self, shutil.rmtree, folder)
+        self._path = folder / path.name
         save(model, self._path)
         is_large = self._path.with_name(f"{path.name}.data").exists()
         # Large graphs are loaded for every run, so that only one of them is in memory.
