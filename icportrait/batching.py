@@ -1,57 +1,36 @@
-"""The denoising loop: one thread owns the warping network and the UNet and runs requests in batches.
+"""The denoising loop: one thread owns the warping network and the UNet and runs requests in one batch.
 
-A request's way: ``submit`` puts it into the queue; the loop gives each of its portraits a row (two with guidance),
-warps its profile into the reference's view once and leaves the result in those rows (``runtime.slots``), and steps all
-rows together, every row with its own timestep and schedule. A row's result doesn't depend on the rows beside it.
+A request's way: ``submit`` puts it into the queue; the scheduler says when it joins; the slot table gives each of its
+portraits a row (two with guidance), warps its profile into the reference's view once and steps it with all the others,
+every row with its own timestep and schedule; it leaves when its own steps are done. What shares a batch changes no bit
+of a row's result.
 
-``WholeBatcher`` forms a batch when the previous one has ended and runs it to its end.
+The same loop batches whole requests, as the baseline to compare with: see ``scheduling.BATCHING_MODES``.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import queue
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import islice
 
 import numpy as np
 
 from icportrait.contract import Array
-from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable
+from icportrait.errors import Cancelled, IcPortraitError, InvalidRequest, Unavailable
 from icportrait.presets import Preset
-from icportrait.randomness import canvas_noise
 from icportrait.request import PortraitRequest
 from icportrait.runtime import Slots
-from icportrait.runtime.placement import Placed
-from icportrait.sampling import NoiseSchedule, StepPlan, advance, guide
+from icportrait.sampling import NoiseSchedule, StepPlan
+from icportrait.scheduling import BATCHING_MODES, Scheduler
+from icportrait.slot_table import DenoiseJob, RunningJob, SlotTable
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class DenoiseJob:
-    """One request at the loop's door.
-
-    ``profile_latent`` and ``reference_latent`` are [1, 4, s, s], ``visibility`` is [1, 1, s, s], all float32, each in
-    the host's memory or the GPU's.
-    """
-
-    request: PortraitRequest
-    profile_latent: Placed
-    reference_latent: Placed
-    visibility: Placed
-
-    @property
-    def inputs(self) -> dict[str, Placed]:
-        """The warping network's, by name."""
-        return {
-            "profile_latent": self.profile_latent,
-            "reference_latent": self.reference_latent,
-            "visibility": self.visibility,
-        }
+SHUTTING_DOWN = "the server is shutting down; try again"
 
 
 @dataclass(frozen=True)
@@ -68,7 +47,8 @@ class DenoiseResult:
 
 
 OnDone = Callable[[DenoiseResult | IcPortraitError], None]
-SHUTTING_DOWN = "the server is shutting down; try again"
+OnStep = Callable[[int, Callable[[], Array]], None]
+"""Is told how many steps are done, and may ask for the portraits' latent as it is now, [num_portraits, 4, s, s]."""
 
 
 def check_slots(request: PortraitRequest, slots: int) -> None:
@@ -80,213 +60,207 @@ def check_slots(request: PortraitRequest, slots: int) -> None:
         )
 
 
-@dataclass
-class _Waiting:
-    """A job with its schedule and its way back."""
+@dataclass(eq=False)
+class Ticket:
+    """A job on its way through the loop."""
 
     job: DenoiseJob
     plan: StepPlan
     on_done: OnDone
-    answered: bool = False
+    on_step: OnStep | None
+    priority: int
+    deadline_s: float
+    arrived_s: float
+    is_cancelled: bool = field(default=False, init=False)
+    _is_answered: bool = field(default=False, init=False)
+
+    @property
+    def rows(self) -> int:
+        return self.job.request.rows
+
+    @property
+    def steps(self) -> int:
+        return len(self.plan.timesteps)
+
+    def cancel(self) -> None:
+        """Drop the job before the next step, from any thread; ``on_done`` is then told ``Cancelled``."""
+        self.is_cancelled = True
 
     def answer(self, outcome: DenoiseResult | IcPortraitError) -> None:
         """Call ``on_done``, the first time only; what it raises ends here, for the other jobs' sake."""
-        if self.answered:
+        if self._is_answered:
             return
-        self.answered = True
+        self._is_answered = True
         try:
             self.on_done(outcome)
         except Exception:
             logger.exception("an answer could not be delivered")
 
-
-@dataclass
-class _Running:
-    """A job's rows while they are denoised."""
-
-    entry: _Waiting
-    rows: list[int]
-    """Its slots: one for each portrait, then, with guidance, one more for each with ``F_ref`` = 0."""
-    profile_latent: Array
-    match_confidence: float
-    noise: Array
-    """[num_portraits, 4, s, 2 s]; its left half is what the held profile is noised with at every step."""
-    conditioned_ns: int
-    latent: Array = field(init=False)
-    history: Array = field(init=False)
-    step: int = 0
-
-    def __post_init__(self) -> None:
-        self.latent = self.noise * np.float32(self.plan.initial_scale)
-        self.history = np.zeros_like(self.noise)
-
-    @property
-    def plan(self) -> StepPlan:
-        return self.entry.plan
-
-    @property
-    def job(self) -> DenoiseJob:
-        return self.entry.job
-
-    @property
-    def ended(self) -> bool:
-        return self.step == len(self.plan.timesteps)
-
-    def hold_profile(self) -> None:
-        """Set the canvas's left half to the profile at this step's noise level."""
-        side = self.latent.shape[-1] // 2
-        signal, noise = self.plan.signal_level[self.step], self.plan.noise_level[self.step]
-        self.latent[..., :side] = signal * self.profile_latent + noise * self.noise[..., :side]
-
-    def advance(self, noise_pred: Array) -> None:
-        """Take one sampler step; ``noise_pred`` holds the conditional rows, then the unconditional ones."""
-        portraits = len(self.latent)
-        if len(noise_pred) > portraits:
-            noise_pred = guide(noise_pred[:portraits], noise_pred[portraits:], self.job.request.guidance_scale)
-        coefficients = np.repeat(self.plan.coefficients[self.step : self.step + 1], portraits, axis=0)
-        self.latent, self.history = advance(self.latent, noise_pred, self.history, coefficients)
-        self.step += 1
-
-    def result(self) -> DenoiseResult:
-        side = self.latent.shape[-1] // 2
-        portrait = np.ascontiguousarray(self.latent[..., side:])
-        return DenoiseResult(portrait, self.match_confidence, self.conditioned_ns, time.monotonic_ns())
+    def report(self, running: RunningJob[Ticket]) -> None:
+        """Call ``on_step``; likewise."""
+        if self.on_step is None:
+            return
+        try:
+            self.on_step(running.step, lambda: running.portrait_latent)
+        except Exception:
+            logger.exception("a step could not be reported")
 
 
-class WholeBatcher:
-    """Runs jobs in batches that are formed once and run to their end; an answer leaves when its own steps are done."""
+class Batcher:
+    """Runs jobs in the rows of ``slots``; in-flight, they join and leave between any two steps."""
 
-    def __init__(self, slots: Slots, schedule: NoiseSchedule, preset: Preset) -> None:
+    def __init__(
+        self,
+        slots: Slots,
+        schedule: NoiseSchedule,
+        preset: Preset,
+        mode: str = "in-flight",
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """Start the loop's thread.
 
         Args:
-            slots: the rows of one batch, with the engines behind them; used from the loop's thread only.
+            slots: the rows of the batch, with the engines behind them; used from the loop's thread only.
             schedule: the checkpoint's noise schedule.
             preset: the model's geometry.
+            mode: one of ``BATCHING_MODES``.
+            clock: seconds; deadlines and waiting times are measured by it.
         """
-        self._slots, self._schedule, self._preset = slots, schedule, preset
+        self._rows, self._schedule, self._clock = slots.rows, schedule, clock
+        self._mode = BATCHING_MODES[mode]
         self.engine_version = slots.version
-        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._held: _Waiting | None = None
+        self._table: SlotTable[Ticket] = SlotTable(slots, preset)
+        self._scheduler: Scheduler[Ticket] = Scheduler(self._mode, slots.rows, slots.max_jobs)
+        self._max_jobs = slots.max_jobs
+        self._arrivals: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._closed = False
         self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="denoise", daemon=True)
         self._thread.start()
 
-    def submit(self, job: DenoiseJob, on_done: OnDone) -> None:
-        """Queue a job; ``on_done`` is called once, from the loop's thread, with its result or its error.
+    def submit(
+        self,
+        job: DenoiseJob,
+        on_done: OnDone,
+        on_step: OnStep | None = None,
+        *,
+        priority: int = 1,
+        deadline_s: float = math.inf,
+    ) -> Ticket:
+        """Queue a job.
+
+        Args:
+            job: what to denoise.
+            on_done: called once, from the loop's thread, with the result or the error.
+            on_step: called after every step, from the loop's thread, which waits for it.
+            priority: 0 first.
+            deadline_s: by the clock; a job that hasn't ended by then is dropped before the next step.
 
         Raises:
             InvalidRequest: the request needs more slots than there are, or more steps than the schedule has.
             Unavailable: the loop was closed.
         """
-        request = job.request
-        check_slots(request, self._slots.rows)
-        entry = _Waiting(job, self._schedule.plan(request.scheduler, request.num_inference_steps), on_done)
+        check_slots(job.request, self._rows)
+        plan = self._schedule.plan(job.request.scheduler, job.request.num_inference_steps)
+        ticket = Ticket(job, plan, on_done, on_step, priority, deadline_s, self._clock())
         with self._closing:
             if self._closed:
                 raise Unavailable(SHUTTING_DOWN)
-            self._queue.put(entry)
+            self._arrivals.put(ticket)
+        return ticket
 
     def close(self) -> None:
         """Refuse what runs and what waits, and end the thread."""
         with self._closing:
             if not self._closed:
                 self._closed = True
-                self._queue.put(None)
+                self._arrivals.put(None)
         self._thread.join()
 
     def _loop(self) -> None:
-        while (entries := self._next_batch()) is not None:
+        while self._take_arrivals():
+            self._drop_unwanted()
+            if tickets := self._scheduler.next_to_warp(self._clock(), self._table.used_rows):
+                self._join(tickets)
+            elif self._table.running:
+                self._step()
+        for ticket in self._scheduler.remove(lambda _: True):
+            ticket.answer(Unavailable(SHUTTING_DOWN))
+        self._fail(self._table.running, Unavailable(SHUTTING_DOWN))
+
+    def _take_arrivals(self) -> bool:
+        """Queue what has come, and wait for it where there is nothing else to do; False once the loop is closed."""
+        is_open = True
+        while not self._arrivals.empty() or (is_open and not self._table.running and not len(self._scheduler)):
+            ticket = self._arrivals.get()
+            if ticket is None:
+                is_open = False
+            else:
+                self._scheduler.push(ticket)
+        return is_open and not self._closed
+
+    def _drop_unwanted(self) -> None:
+        """Let those go whose caller has gone or whose deadline has passed."""
+        now = self._clock()
+
+        def reason(ticket: Ticket) -> IcPortraitError | None:
+            if ticket.is_cancelled:
+                return Cancelled("the request was cancelled")
+            if now >= ticket.deadline_s:
+                waited_ms = 1000 * (now - ticket.arrived_s)
+                return Unavailable(f"the deadline passed after {waited_ms:.0f} ms in the denoising loop")
+            return None
+
+        for ticket in self._scheduler.remove(lambda ticket: reason(ticket) is not None):
+            ticket.answer(reason(ticket) or Cancelled(""))
+        for running in list(self._table.running):
+            if error := reason(running.ticket):
+                self._fail([running], error)
+
+    def _join(self, tickets: list[Ticket]) -> None:
+        for start in range(0, len(tickets), self._max_jobs):
+            part = tickets[start : start + self._max_jobs]
             try:
-                self._run(entries)
-            except Exception:
-                logger.exception("the denoising loop failed on a batch of %d requests", len(entries))
-                for entry in entries:
-                    entry.answer(IcPortraitError("denoising failed on this server; its log has the cause"))
+                self._table.join(part)
+            except Exception as error:
+                for ticket in part:
+                    ticket.answer(_failure(error, "warping"))
 
-    def _next_batch(self) -> list[_Waiting] | None:
-        """Wait for a job, then take all that wait as long as their rows fit the slots; None after the last."""
-        entries: list[_Waiting] = []
-        rows = 0
-        while True:
-            entry = self._held or self._queue.get()
-            self._held = None
-            if entry is None:
-                for refused in entries:
-                    refused.answer(Unavailable(SHUTTING_DOWN))
-                return None
-            rows += entry.job.request.rows
-            if rows > self._slots.rows and not self._closed:
-                self._held = entry
-                return entries
-            entries.append(entry)
-            # A closed loop gathers all that is left, up to the None behind it, and runs none of it.
-            if self._queue.empty() and not self._closed:
-                return entries
+    def _step(self) -> None:
+        stepping = [running for running in self._table.running if not running.ended]
+        try:
+            broken = self._table.step(stepping)
+        except Exception as error:
+            self._fail(stepping, _failure(error, "denoising"))
+            return
+        self._fail(broken, IcPortraitError("the UNet gave NaN or Inf for this request; no picture was made"))
+        for running in stepping:
+            if running not in broken:
+                running.ticket.report(running)
+        ended = [running for running in self._table.running if running.ended]
+        if ended and (self._mode.leaves_early or len(ended) == len(self._table.running)):
+            self._table.leave(ended)
+            for running in ended:
+                running.ticket.answer(_result(running))
 
-    def _run(self, entries: list[_Waiting]) -> None:
-        running = self._condition(entries)
-        while running and not self._closed:
-            self._step(running)
-            for ended in [entry for entry in running if entry.ended]:
-                running.remove(ended)
-                ended.entry.answer(_checked(ended.result()))
-            self._close_gaps(running)
-        for left in running:
-            left.entry.answer(Unavailable(SHUTTING_DOWN))
-
-    def _condition(self, entries: list[_Waiting]) -> list[_Running]:
-        """Give the jobs their rows and run the warping network over them, as many at a time as its engine takes."""
-        running: list[_Running] = []
-        free = iter(range(self._slots.rows))
-        for start in range(0, len(entries), self._slots.max_jobs):
-            part = entries[start : start + self._slots.max_jobs]
-            rows = [list(islice(free, entry.job.request.rows)) for entry in part]
-            shared = [each[: entry.job.request.num_portraits] for entry, each in zip(part, rows, strict=True)]
-            confidences = self._slots.condition([entry.job.inputs for entry in part], shared)
-            now = time.monotonic_ns()
-            for entry, own, confidence in zip(part, rows, confidences, strict=True):
-                request = entry.job.request
-                self._slots.clear(own[request.num_portraits :])
-                seeds = range(request.seed, request.seed + request.num_portraits)
-                running.append(
-                    _Running(
-                        entry=entry,
-                        rows=own,
-                        profile_latent=self._slots.to_host(entry.job.profile_latent),
-                        match_confidence=float(confidence),
-                        noise=np.stack([canvas_noise(self._preset, seed) for seed in seeds]),
-                        conditioned_ns=now,
-                    )
-                )
-        return running
-
-    def _step(self, running: list[_Running]) -> None:
-        """One UNet forward over every row that still runs, then one sampler step for each job."""
-        rows = sum(len(entry.rows) for entry in running)
-        canvas_latent = np.empty((rows, *running[0].latent.shape[1:]), np.float32)
-        timestep = np.empty(rows, np.float32)
-        for entry in running:
-            entry.hold_profile()
-            canvas_latent[entry.rows] = np.concatenate([entry.latent] * (len(entry.rows) // len(entry.latent)))
-            timestep[entry.rows] = entry.plan.timesteps[entry.step]
-        noise_pred = self._slots.predict(canvas_latent, timestep)
-        for entry in running:
-            entry.advance(noise_pred[entry.rows])
-
-    def _close_gaps(self, running: list[_Running]) -> None:
-        """Move the last rows to where rows ended, so that those in use are the first ones again."""
-        owners = {row: (entry, index) for entry in running for index, row in enumerate(entry.rows)}
-        count = len(owners)
-        free = (row for row in range(count) if row not in owners)
-        for source in sorted(row for row in owners if row >= count):
-            entry, index = owners[source]
-            entry.rows[index] = next(free)
-            self._slots.move(source, entry.rows[index])
+    def _fail(self, failed: Iterable[RunningJob[Ticket]], error: IcPortraitError) -> None:
+        leaving = list(failed)
+        if leaving:
+            self._table.leave(leaving)
+        for running in leaving:
+            running.ticket.answer(error)
 
 
-def _checked(result: DenoiseResult) -> DenoiseResult | IcPortraitError:
-    if np.isfinite(result.portrait_latent).all():
-        return result
-    return IcPortraitError("the denoised latent has NaN or Inf in it; no picture was made")
+def _result(running: RunningJob[Ticket]) -> DenoiseResult | IcPortraitError:
+    latent = running.portrait_latent
+    if not np.isfinite(latent).all():
+        return IcPortraitError("the denoised latent has NaN or Inf in it; no picture was made")
+    return DenoiseResult(latent, running.match_confidence, running.conditioned_ns, time.monotonic_ns())
+
+
+def _failure(error: Exception, what: str) -> IcPortraitError:
+    """The caller's mistake as it is; a failure of ours into the log, and answered without its details."""
+    if isinstance(error, InvalidRequest):
+        return error
+    logger.error("%s failed", what, exc_info=error)
+    return IcPortraitError(f"{what} failed on this server; its log has the cause")

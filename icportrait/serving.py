@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from icportrait.batching import DenoiseJob, DenoiseResult, WholeBatcher, check_slots
+from icportrait.batching import Batcher, DenoiseResult, check_slots
 from icportrait.contract import Array
 from icportrait.errors import IcPortraitError
 from icportrait.faces import crop_to_square, find_crop
@@ -26,6 +26,7 @@ from icportrait.policy import ServingPolicy
 from icportrait.presets import Preset
 from icportrait.request import PortraitRequest, parse_request
 from icportrait.sampling import NoiseSchedule
+from icportrait.slot_table import DenoiseJob
 
 Tensors = dict[str, Array]
 
@@ -103,7 +104,7 @@ class PreprocessStage:
 class DenoiseStage:
     """The denoising loop as an asynchronous stage: answers arrive by callback."""
 
-    def __init__(self, batcher: WholeBatcher) -> None:
+    def __init__(self, batcher: Batcher) -> None:
         self._batcher = batcher
 
     def submit(self, tensors: Mapping[str, Array], answer: Callable[[Tensors | IcPortraitError], None]) -> None:

@@ -6,15 +6,17 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from icportrait.batching import DenoiseJob, DenoiseResult, WholeBatcher
+from icportrait.batching import Batcher, DenoiseResult
 from icportrait.contract import engine_specs
-from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable
+from icportrait.errors import Cancelled, IcPortraitError, InvalidRequest, Unavailable
 from icportrait.masking import hide, reference_visibility
 from icportrait.nn import ReferencePipeline, engine_modules, random_checkpoint
 from icportrait.presets import DEMO_128
@@ -22,6 +24,7 @@ from icportrait.request import PortraitRequest
 from icportrait.runtime.eager import TorchEngine
 from icportrait.runtime.slots import HostSlots
 from icportrait.sampling import NoiseSchedule
+from icportrait.slot_table import DenoiseJob
 
 CHECKPOINT = random_checkpoint(DEMO_128)
 MODULES = engine_modules(CHECKPOINT)
@@ -53,10 +56,11 @@ class CountingEngine(TorchEngine):
         super().__init__(MODULES[name], SPECS[name], "cpu")
         self.batches: list[int] = []
         self.fails_at = 0
-        self.gate = threading.Event()
+        self.gate, self.is_running = threading.Event(), threading.Event()
         self.gate.set()
 
     def run(self, inputs):
+        self.is_running.set()
         self.gate.wait(60)
         self.batches.append(len(next(iter(inputs.values()))))
         if len(self.batches) == self.fails_at:
@@ -75,9 +79,9 @@ def unet() -> CountingEngine:
 
 
 @pytest.fixture
-def batcher(warping: CountingEngine, unet: CountingEngine) -> Iterator[WholeBatcher]:
+def batcher(warping: CountingEngine, unet: CountingEngine) -> Iterator[Batcher]:
     schedule = NoiseSchedule.from_config(CHECKPOINT.scheduler_config)
-    batcher = WholeBatcher(HostSlots(warping, unet, rows=16), schedule, DEMO_128)
+    batcher = Batcher(HostSlots(warping, unet, rows=16), schedule, DEMO_128)
     yield batcher
     batcher.close()
 
@@ -90,7 +94,7 @@ def job(request: PortraitRequest, index: int = 0) -> DenoiseJob:
     return DenoiseJob(request, latents[0], latents[1], visibility)
 
 
-def submit(batcher: WholeBatcher, entry: DenoiseJob) -> Future[DenoiseResult]:
+def submit(batcher: Batcher, entry: DenoiseJob) -> Future[DenoiseResult]:
     future: Future[DenoiseResult] = Future()
 
     def on_done(result: DenoiseResult | IcPortraitError) -> None:
@@ -103,10 +107,12 @@ def submit(batcher: WholeBatcher, entry: DenoiseJob) -> Future[DenoiseResult]:
     return future
 
 
-def hold_first(batcher: WholeBatcher, warping: CountingEngine) -> Future[DenoiseResult]:
+def hold_first(batcher: Batcher, warping: CountingEngine) -> Future[DenoiseResult]:
     """Keep the loop busy with one job until the gate opens, so that all that is submitted meanwhile waits."""
     warping.gate.clear()
-    return submit(batcher, job(BASE))
+    first = submit(batcher, job(BASE))
+    warping.is_running.wait(60)
+    return first
 
 
 def test_jobs_of_one_batch_equal_the_reference_pipeline(batcher, warping, unet) -> None:
@@ -116,7 +122,7 @@ def test_jobs_of_one_batch_equal_the_reference_pipeline(batcher, warping, unet) 
     first.result(60)
     results = [future.result(60) for future in futures]
     assert warping.batches == [1, 4]
-    assert unet.batches[3:] == [7, 7, 6, 1, 1]
+    assert unet.batches == [1, 8, 8, 6, 1, 1]
     for index, (request, result) in enumerate(zip(REQUESTS, results, strict=True)):
         expected = PIPELINE(
             PICTURES[index],
@@ -142,7 +148,7 @@ def test_an_answer_leaves_when_its_own_steps_are_done(batcher, warping) -> None:
     first.result(60)
 
 
-def test_what_does_not_fit_the_slots_waits_for_the_next_batch(batcher, warping, unet) -> None:
+def test_what_does_not_fit_waits_until_slots_are_free(batcher, warping, unet) -> None:
     first = hold_first(batcher, warping)
     big = replace(BASE, num_portraits=8, num_inference_steps=1)
     futures = [submit(batcher, job(request)) for request in (big, replace(big, seed=9), replace(big, seed=17))]
@@ -150,12 +156,12 @@ def test_what_does_not_fit_the_slots_waits_for_the_next_batch(batcher, warping, 
     first.result(60)
     for future in futures:
         assert future.result(60).portrait_latent.shape == (8, 4, 32, 32)
-    assert unet.batches[3:] == [16, 8]
+    assert unet.batches == [1, 9, 9, 8]
 
 
 def test_a_request_larger_than_all_slots_is_refused_at_once(warping, unet) -> None:
     schedule = NoiseSchedule.from_config(CHECKPOINT.scheduler_config)
-    batcher = WholeBatcher(HostSlots(warping, unet, rows=2), schedule, DEMO_128)
+    batcher = Batcher(HostSlots(warping, unet, rows=2), schedule, DEMO_128)
     with pytest.raises(InvalidRequest, match=r"num_portraits: 2 .* need 4 slots, this server has 2"):
         submit(batcher, job(replace(BASE, num_portraits=2, guidance_scale=2.0)))
     batcher.close()
@@ -180,7 +186,7 @@ def test_a_latent_that_is_not_finite_is_an_error_not_a_picture(batcher) -> None:
 def test_a_failure_after_some_answers_left_reaches_the_others_and_the_loop_goes_on(batcher, warping, unet) -> None:
     first = hold_first(batcher, warping)
     short, long = (submit(batcher, job(replace(BASE, num_inference_steps=steps))) for steps in (1, 5))
-    unet.fails_at = len(unet.batches) + 3 + 2
+    unet.fails_at = 4  # the first job has ended by then, and the short one
     warping.gate.set()
     first.result(60)
     assert short.result(60).portrait_latent.shape == (1, 4, 32, 32)
@@ -204,7 +210,7 @@ def test_an_answer_that_cannot_be_delivered_does_not_harm_the_others(batcher, wa
 
 def test_steps_that_the_schedule_has_not_are_refused_at_once(warping, unet) -> None:
     schedule = NoiseSchedule.from_config(CHECKPOINT.scheduler_config | {"num_train_timesteps": 100})
-    batcher = WholeBatcher(HostSlots(warping, unet, rows=16), schedule, DEMO_128)
+    batcher = Batcher(HostSlots(warping, unet, rows=16), schedule, DEMO_128)
     with pytest.raises(InvalidRequest):
         submit(batcher, job(replace(BASE, num_inference_steps=150)))
     assert not warping.batches
@@ -246,8 +252,12 @@ class LabelSlots:
         self.labels = np.zeros(self.rows)
         self.moves: list[tuple[int, int]] = []
         self.steps: list[int] = []
+        self.gate, self.is_warping = threading.Event(), threading.Event()
+        self.gate.set()
 
     def condition(self, jobs, rows):
+        self.is_warping.set()
+        self.gate.wait(60)
         assert len(jobs) <= self.max_jobs
         for given, targets in zip(jobs, rows, strict=True):
             self.labels[list(targets)] = given["profile_latent"].mean()
@@ -275,17 +285,26 @@ def labelled(request: PortraitRequest, label: float) -> DenoiseJob:
 
 
 def run_together(entries: list[DenoiseJob]) -> tuple[LabelSlots, list[DenoiseResult]]:
+    """Denoise a short job, and meanwhile the others arrive."""
+    with label_batcher() as (slots, batcher):
+        slots.gate.clear()
+        first = submit(batcher, labelled(replace(BASE, num_inference_steps=1), 9.0))
+        slots.is_warping.wait(60)
+        futures = [submit(batcher, entry) for entry in entries]
+        slots.gate.set()
+        first.result(60)
+        return slots, [future.result(60) for future in futures]
+
+
+@contextmanager
+def label_batcher(mode: str = "in-flight", **options: Any) -> Iterator[tuple[LabelSlots, Batcher]]:
     slots, schedule = LabelSlots(), NoiseSchedule.from_config(CHECKPOINT.scheduler_config)
-    batcher = WholeBatcher(slots, schedule, DEMO_128)
-    taken, wait = batcher._next_batch, threading.Event()
-    batcher._next_batch = lambda: wait.wait(60) and taken()
-    first = submit(batcher, labelled(replace(BASE, num_inference_steps=1), 9.0))  # what the loop waits for already
-    first.result(60)
-    futures = [submit(batcher, entry) for entry in entries]
-    wait.set()
-    results = [future.result(60) for future in futures]
-    batcher.close()
-    return slots, results
+    batcher = Batcher(slots, schedule, DEMO_128, mode, **options)
+    try:
+        yield slots, batcher
+    finally:
+        slots.gate.set()
+        batcher.close()
 
 
 def test_rows_follow_their_jobs_when_others_end() -> None:
@@ -299,8 +318,125 @@ def test_rows_follow_their_jobs_when_others_end() -> None:
         for index, (steps, portraits, scale) in enumerate(kinds)
     ]
     slots, together = run_together(entries)
-    assert slots.steps[1:] == [14, 10, 8, 7, 7, 4, 4]
+    assert slots.steps == [1, 8, 10, 10, 7, 7, 4, 4, 4]
     assert slots.moves and all(target < source for source, target in slots.moves)
     for entry, result in zip(entries, together, strict=True):
         (alone,) = run_together([entry])[1]
         assert np.array_equal(result.portrait_latent, alone.portrait_latent)
+
+
+def steps_of(*counts: int) -> list[DenoiseJob]:
+    return [
+        labelled(replace(BASE, seed=index, num_inference_steps=count), index + 1.0)
+        for index, count in enumerate(counts)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("mode", "steps", "order"),
+    [
+        ("in-flight", [1, 4, 4, 1, 1, 1], "ABDC"),
+        ("whole", [1, 1, 1, 3, 3, 3, 3, 3], "ABCD"),
+        ("whole-leave-early", [1, 1, 1, 3, 3, 1, 1, 1], "ABDC"),
+        ("whole-equal-steps", [1, 1, 1, 2, 2, 1, 1, 1, 1, 1], "ABDC"),
+    ],
+)
+def test_modes_differ_in_who_joins_and_who_leaves(mode: str, steps: list[int], order: str) -> None:
+    """A is being warped when B, C and D arrive; they have 3, 2, 5 and 2 steps."""
+    answered: list[str] = []
+    with label_batcher(mode) as (slots, batcher):
+        slots.gate.clear()
+        futures = []
+        for name, entry in zip("ABCD", steps_of(3, 2, 5, 2), strict=True):
+            futures.append(future := Future[DenoiseResult]())
+            future.add_done_callback(lambda _, name=name: answered.append(name))
+            batcher.submit(entry, future.set_result)
+            slots.is_warping.wait(60)
+        slots.gate.set()
+        results = [future.result(60) for future in futures]
+    assert (slots.steps, "".join(answered)) == (steps, order)
+    for entry, result in zip(steps_of(3, 2, 5, 2), results, strict=True):
+        assert np.array_equal(result.portrait_latent, run_together([entry])[1][0].portrait_latent)
+
+
+def test_every_step_is_reported_with_its_latent() -> None:
+    reported: list[tuple[int, Any]] = []
+    with label_batcher() as (_, batcher):
+        future: Future[DenoiseResult] = Future()
+        entry = labelled(replace(BASE, num_portraits=2), 1.0)
+        batcher.submit(entry, future.set_result, lambda step, latent: reported.append((step, latent())))
+        result = future.result(60)
+    assert [step for step, _ in reported] == [1, 2, 3]
+    assert not np.array_equal(reported[0][1], reported[1][1])
+    assert np.array_equal(reported[-1][1], result.portrait_latent)
+
+
+def test_a_cancelled_job_stops_at_the_next_step_and_its_slot_is_used_again() -> None:
+    with label_batcher() as (slots, batcher):
+        outcomes: dict[str, Any] = {}
+        done = threading.Event()
+        tickets: list[Any] = []
+
+        def cancel_after_three(step: int, _: object) -> None:
+            if step == 3:
+                tickets[0].cancel()
+
+        def note(outcome: object) -> None:
+            outcomes["cancelled"] = outcome
+            done.set()
+
+        slots.gate.clear()
+        tickets.append(batcher.submit(steps_of(30)[0], note, cancel_after_three))
+        slots.gate.set()
+        assert done.wait(60)
+        assert isinstance(outcomes["cancelled"], Cancelled)
+        assert slots.steps == [1, 1, 1]
+        submit(batcher, steps_of(1)[0]).result(60)
+        assert slots.steps == [1, 1, 1, 1]
+
+
+def test_a_job_that_is_cancelled_while_it_waits_runs_no_engine() -> None:
+    with label_batcher("whole") as (slots, batcher):
+        slots.gate.clear()
+        first = submit(batcher, steps_of(2)[0])
+        slots.is_warping.wait(60)
+        future: Future[Any] = Future()
+        batcher.submit(steps_of(5)[0], future.set_result).cancel()
+        slots.gate.set()
+        assert isinstance(future.result(60), Cancelled)
+        first.result(60)
+        assert slots.steps == [1, 1]
+
+
+def test_a_job_whose_deadline_passes_is_dropped_and_told_so() -> None:
+    """By the clock that the loop is given: a second a step."""
+    steps: list[int] = []
+    with label_batcher(clock=lambda: float(len(steps))) as (slots, batcher):
+        slots.steps = steps
+        slots.gate.clear()
+        outcomes: list[Future[Any]] = [Future(), Future()]
+        for future, deadline_s in zip(outcomes, (3.0, 1000.0), strict=True):
+            batcher.submit(steps_of(5)[0], future.set_result, deadline_s=deadline_s)
+            slots.is_warping.wait(60)
+        slots.gate.set()
+        late, whole = (future.result(60) for future in outcomes)
+    assert isinstance(late, Unavailable)
+    assert "deadline passed after 3000 ms" in str(late)
+    assert isinstance(whole, DenoiseResult)
+    assert slots.steps[:4] == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_that_is_not_finite_fails_alone(value: float) -> None:
+    with label_batcher() as (slots, batcher):
+        slots.gate.clear()
+        good, bad, last = (submit(batcher, entry) for entry in steps_of(4, 4, 6))
+        bad_entry = steps_of(4)[0]
+        bad_entry.profile_latent[...] = value
+        broken = submit(batcher, bad_entry)
+        slots.gate.set()
+        with pytest.raises(IcPortraitError, match="NaN or Inf for this request"):
+            broken.result(60)
+        alone = [run_together([entry])[1][0].portrait_latent for entry in steps_of(4, 4, 6)]
+        for future, expected in zip((good, bad, last), alone, strict=True):
+            assert np.array_equal(future.result(60).portrait_latent, expected)

@@ -1,6 +1,6 @@
 """The ensemble's heart: owns the warping network and the UNet and runs the denoising loop."""
 
-from icportrait.batching import WholeBatcher
+from icportrait.batching import Batcher
 from icportrait.sampling import NoiseSchedule
 from icportrait.serving import DenoiseStage
 from icportrait.triton_backend import DenoiseModel, ModelContext
@@ -11,4 +11,4 @@ class TritonPythonModel(DenoiseModel):
 
     def load(self, context: ModelContext) -> DenoiseStage:
         schedule = NoiseSchedule.from_config(context.manifest.scheduler_config)
-        return DenoiseStage(WholeBatcher(context.slots(), schedule, context.manifest.preset))
+        return DenoiseStage(Batcher(context.slots(), schedule, context.manifest.preset))

@@ -1,0 +1,115 @@
+"""The order of waiting requests and the turn between warping and stepping, without engines and in made-up time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import pytest
+
+from icportrait.scheduling import BATCHING_MODES, Scheduler
+
+
+@dataclass(eq=False)
+class Request:
+    name: str
+    rows: int = 1
+    steps: int = 10
+    priority: int = 1
+    deadline_s: float = math.inf
+    arrived_s: float = 0.0
+
+
+def scheduler(mode: str = "in-flight", rows: int = 16, max_jobs: int = 8, aging_s: float = 10.0) -> Scheduler[Request]:
+    return Scheduler(BATCHING_MODES[mode], rows, max_jobs, aging_s)
+
+
+def names(requests: list[Request]) -> str:
+    return "".join(request.name for request in requests)
+
+
+def joined(waiting: list[Request], now_s: float = 0.0, used_rows: int = 0, **options) -> str:
+    queue = scheduler(**options)
+    for request in waiting:
+        queue.push(request)
+    return names(queue.next_to_warp(now_s, used_rows))
+
+
+def test_classes_come_first_then_deadlines_then_arrival() -> None:
+    waiting = [
+        Request("a", arrived_s=1),
+        Request("b", arrived_s=2, deadline_s=50),
+        Request("c", arrived_s=3, deadline_s=40),
+        Request("d", arrived_s=4, priority=0),
+        Request("e", arrived_s=0, priority=2),
+    ]
+    assert joined(waiting, now_s=5) == "dcbae"
+
+
+def test_waiting_moves_a_request_up_so_that_none_starves() -> None:
+    old = Request("o", priority=3, arrived_s=0)
+    fresh = [Request("f", priority=0, arrived_s=arrived) for arrived in (9.0, 29.0)]
+    assert joined([fresh[0], old], now_s=9.5, max_jobs=1) == "f"
+    assert joined([fresh[1], old], now_s=29.5, max_jobs=1) == "f"
+    # Three classes up after 30 s, and older than what has come since.
+    assert joined([Request("f", priority=0, arrived_s=29.0), old], now_s=30.5, max_jobs=1) == "o"
+
+
+def test_a_large_request_isnt_overtaken_by_small_ones() -> None:
+    waiting = [Request("s", rows=2), Request("L", rows=8, arrived_s=1), Request("t", rows=1, arrived_s=2)]
+    assert joined(waiting, used_rows=8) == "s"
+
+
+def test_no_more_are_warped_at_once_than_the_engine_takes() -> None:
+    waiting = [Request(name, arrived_s=index) for index, name in enumerate("abcde")]
+    assert joined(waiting, max_jobs=3) == "abc"
+    assert joined(waiting, max_jobs=3, mode="whole") == "abcde"
+
+
+def test_warping_and_stepping_take_turns() -> None:
+    """However many arrive, what runs is stepped after every warping."""
+    queue = scheduler(max_jobs=1)
+    turns = []
+    used = 0
+    for turn in range(8):
+        queue.push(Request("x", arrived_s=turn))
+        found = queue.next_to_warp(float(turn), used)
+        used += len(found)
+        turns.append("warp" if found else "step")
+    assert turns == ["warp", "step"] * 4
+
+
+def test_without_arrivals_every_turn_is_a_step_and_an_arrival_waits_for_one_at_most() -> None:
+    queue = scheduler()
+    queue.push(Request("a"))
+    assert names(queue.next_to_warp(0, 0)) == "a"
+    assert [names(queue.next_to_warp(0, 1)) for _ in range(3)] == ["", "", ""]
+    queue.push(Request("b"))
+    assert names(queue.next_to_warp(0, 1)) == "b"
+
+
+@pytest.mark.parametrize("mode", ["whole", "whole-leave-early", "whole-equal-steps"])
+def test_whole_batches_are_joined_by_none(mode: str) -> None:
+    queue = scheduler(mode)
+    queue.push(Request("a"))
+    assert names(queue.next_to_warp(0, 0)) == "a"
+    queue.push(Request("b"))
+    assert [names(queue.next_to_warp(0, 1)) for _ in range(3)] == ["", "", ""]
+    assert names(queue.next_to_warp(0, 0)) == "b"
+
+
+def test_equal_steps_share_a_batch_and_the_others_keep_their_place() -> None:
+    queue = scheduler("whole-equal-steps")
+    for index, (name, steps) in enumerate([("a", 5), ("b", 9), ("c", 5), ("d", 9)]):
+        queue.push(Request(name, steps=steps, arrived_s=index))
+    assert names(queue.next_to_warp(0, 0)) == "ac"
+    assert names(queue.next_to_warp(0, 0)) == "bd"
+
+
+def test_unwanted_requests_are_taken_out() -> None:
+    queue = scheduler()
+    for name in "abc":
+        queue.push(Request(name))
+    assert names(queue.remove(lambda request: request.name == "b")) == "b"
+    assert len(queue) == 2
+    assert names(queue.next_to_warp(0, 0)) == "ac"
