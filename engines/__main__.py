@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> int:
     build.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of the batches (default: %(default)s)")
     build.add_argument("--opt-level", type=int, choices=range(6), metavar="0..5", help="effort of the builder")
     build.add_argument("--timing-cache", type=Path, metavar="FILE", help="kernel times to read and add to")
-    build.add_argument("--workspace", type=float, metavar="GB", help="largest scratch memory of a kernel")
+    build.add_argument("--workspace", type=_gigabytes, metavar="GB", help="largest scratch memory of a kernel")
     build.add_argument("--allow-mixed", action="store_true", help="build although much is in another precision")
     build.add_argument("--allow-warnings", action="store_true", help="build although TensorRT warns of the graph")
     args = parser.parse_args(argv)
@@ -74,6 +74,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
+def _gigabytes(text: str) -> int:
+    return int(float(text) * 1e9)  # of a NaN a ValueError, which argparse tells
+
+
 def _build(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> None:
     from engines.building import build_engine
 
@@ -82,7 +86,7 @@ def _build(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> No
         buckets=tuple(args.buckets),
         compute_capabilities=tuple(args.compute_capability) if args.compute_capability else None,
         optimization_level=args.opt_level,
-        workspace_bytes=None if args.workspace is None else int(args.workspace * 1e9),
+        workspace_bytes=args.workspace,
         timing_cache=args.timing_cache,
     )
     specs = engine_specs(manifest.preset, manifest.precision)
@@ -110,6 +114,7 @@ def _inspect(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> 
     from engines.network import parse
 
     for name in args.engine or ENGINES:
+        manifest.check_files(name, args.onnx)
         parsed = parse(flavour, manifest.files(name, args.onnx)[0])
         print(table(name, inspect(parsed), parsed.warnings), flush=True)
 

@@ -38,6 +38,8 @@ class BuildConfig:
     def __post_init__(self) -> None:
         if wrong := [bucket for bucket in self.buckets if bucket < 1]:
             raise PlanError(f"buckets: {wrong[0]}, expected batches of 1 or more, such as {BUCKETS}")
+        if self.workspace_bytes is not None and self.workspace_bytes < 1:
+            raise PlanError(f"workspace: {self.workspace_bytes} bytes, expected 1 or more")
 
     def compute_capabilities_for(self, precision: str) -> tuple[str, ...]:
         """The GPUs to compile an export in ``precision`` for.

@@ -114,6 +114,7 @@ def _build_plan(
         _refuse_warnings(onnx, warned)
     # A plan without its manifest is never loaded, so neither half of an interrupted build is taken for a whole one.
     PlanManifest.path(plan).unlink(missing_ok=True)
+    plan.unlink(missing_ok=True)  # a repository may hold a link to it
     plan.write_bytes(serialized)
     network = parsed.network
     tensors = [

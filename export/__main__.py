@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icportrait.contract import ENGINES, PRECISIONS, QUANTIZED_PRECISIONS, Array, contract_hash, engine_specs
-from icportrait.errors import IcPortraitError
+from icportrait.errors import CheckpointError, IcPortraitError
 from icportrait.presets import DEMO_128, PRESETS
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from icportrait.nn import Checkpoint
 
 OPSET = 20
+LATEST_OPSET = 23
+"""The last that exports are tested with."""
 LEAST_OPSETS = {"bf16": 22, "int8": 23, "fp8": 23}
 """Convolutions take bfloat16 from opset 22 on; graphs are quantised as they go to TensorRT, in opset 23."""
 SMALL_IMAGE_SIZE = 256
@@ -66,7 +68,9 @@ def export_checkpoint(
     recorded: dict[str, Array] = {}
     if precision in QUANTIZED_PRECISIONS:
         check_quantizer()
-        recorded = record_inputs(checkpoint, calibration_pairs or [], progress)
+        if not calibration_pairs:
+            raise CheckpointError(f"{precision} is calibrated on portraits: give calibration_pairs")
+        recorded = record_inputs(checkpoint, calibration_pairs, progress)
     directory.mkdir(parents=True, exist_ok=True)
     # Without a manifest a directory is no export: one that failed half-way is never taken for a good one.
     (directory / MANIFEST_NAME).unlink(missing_ok=True)
@@ -146,11 +150,13 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--random-weights needs --preset")
     if args.opset < (least := LEAST_OPSETS.get(args.precision, OPSET)):
         parser.error(f"--opset is {args.opset}, expected {least} or later for {args.precision}")
+    if args.opset > LATEST_OPSET:
+        parser.error(f"--opset is {args.opset}, expected {LATEST_OPSET} or earlier")
     if args.calibration_pairs < 2:
         parser.error(f"--calibration-pairs is {args.calibration_pairs}, expected 2 or more")
     try:
         manifest = _run(args)
-    except IcPortraitError as error:
+    except (IcPortraitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     size_mb = sum(engine.size_bytes for engine in manifest.engines.values()) / 1e6

@@ -44,7 +44,7 @@ def folder_pairs(preset: Preset, folder: Path, number: int) -> list[tuple[Pixels
     Raises:
         CheckpointError: the folder has fewer than two pictures, or one can't be read.
     """
-    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES)[:number]
+    paths = sorted(path for path in folder.glob("*") if path.suffix.lower() in _SUFFIXES and path.is_file())[:number]
     if len(paths) < 2:
         raise CheckpointError(f"{folder}: has {len(paths)} pictures (jpg, png, webp), expected 2 or more")
     pixels = []

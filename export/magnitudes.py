@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import sys
 import tempfile
@@ -23,6 +24,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 from tqdm import tqdm
 
+from export.calibration import MANY_STEPS
 from export.graph_pipeline import GraphModule, manifest_pipeline
 from export.widening import save, widened
 from icportrait.contract import ENGINES, Array, ModelSpec, engine_specs
@@ -30,6 +32,7 @@ from icportrait.errors import CheckpointError, IcPortraitError
 from icportrait.manifest import Manifest
 from training.evaluation_pairs import evaluation_pairs
 
+EXTREMES = ("highest", "lowest", "has_nan")
 LARGEST = 65504.0
 """float16's largest finite number."""
 
@@ -72,10 +75,7 @@ class MeasuredEngine:
                 node.output.extend(["", "", scores])  # past keys and values, which it has not; then the scores
                 self._operators[scores] = "Attention, inside"
         for name in self._operators:
-            for reduce in ("ReduceMax", "ReduceMin"):
-                extreme = f"{name}/{reduce}"
-                model.graph.node.append(helper.make_node(reduce, [name], [extreme], keepdims=0))
-                model.graph.output.append(helper.make_tensor_value_info(extreme, TensorProto.FLOAT, []))
+            _add_extremes(model.graph, name)
         folder = Path(tempfile.mkdtemp(dir=path.parent))
         weakref.finalize(self, shutil.rmtree, folder)
         self._path = folder / path.name
@@ -97,8 +97,8 @@ class MeasuredEngine:
         names = [output.name for output in session.get_outputs()]
         outputs = dict(zip(names, session.run(names, dict(inputs)), strict=True))
         for name, largest in self._largest.items():
-            extremes = [abs(float(outputs.pop(f"{name}/{reduce}"))) for reduce in ("ReduceMax", "ReduceMin")]
-            self._largest[name] = float(np.max([largest, *extremes]))  # of which a NaN isn't lost
+            highest, lowest, has_nan = (float(outputs.pop(f"{name}/{figure}")) for figure in EXTREMES)
+            self._largest[name] = math.nan if has_nan else float(np.max([largest, abs(highest), abs(lowest)]))
         return outputs
 
     def magnitudes(self) -> list[Magnitude]:
@@ -107,28 +107,49 @@ class MeasuredEngine:
         ]
 
 
+def _add_extremes(graph: onnx.GraphProto, name: str) -> None:
+    """Outputs for a tensor's ``EXTREMES``. The runtime's reductions lose a NaN, so it is asked for by itself."""
+    highest, lowest, has_nan = (f"{name}/{figure}" for figure in EXTREMES)
+    graph.node.extend(
+        [
+            helper.make_node("ReduceMax", [name], [highest], keepdims=0),
+            helper.make_node("ReduceMin", [name], [lowest], keepdims=0),
+            helper.make_node("IsNaN", [name], [f"{name}/is_nan"]),
+            helper.make_node("Cast", [f"{name}/is_nan"], [f"{name}/nans"], to=TensorProto.FLOAT),
+            helper.make_node("ReduceMax", [f"{name}/nans"], [has_nan], keepdims=0),
+        ]
+    )
+    graph.output.extend(
+        helper.make_tensor_value_info(output, TensorProto.FLOAT, []) for output in (highest, lowest, has_nan)
+    )
+
+
 def measure(directory: Path, count: int, steps: int | None = None, seed: int = 0) -> list[Magnitude]:
     """Every float16 tensor's largest magnitude over the portraits of rendered heads, largest first.
 
     Args:
         directory: an fp16 export in opset 23 or later, in which attentions are whole.
         count: number of pairs.
-        steps: UNet calls per portrait; None takes the checkpoint's.
+        steps: UNet calls per portrait; None takes the checkpoint's and, for every other one, calibration's
+            ``MANY_STEPS``.
         seed: of the pairs.
 
     Raises:
-        CheckpointError: the export isn't fp16.
+        CheckpointError: the export isn't fp16, or a graph isn't the one that its manifest names.
     """
     manifest = Manifest.read(directory)
     if manifest.precision != "fp16":
         raise CheckpointError(f"{directory}: is {manifest.precision}, expected fp16")
+    for name in ENGINES:
+        manifest.check_files(name, directory)
     specs = engine_specs(manifest.preset)
     engines = {name: MeasuredEngine(directory / manifest.engines[name].file, specs[name]) for name in ENGINES}
     pipeline = manifest_pipeline(manifest, {name: GraphModule(engine) for name, engine in engines.items()})
     pairs = evaluation_pairs(manifest.preset, seed, count)
     for index in tqdm(range(count), manifest.preset.name, unit="portrait"):
         profile, reference = (picture[index].permute(1, 2, 0).numpy() for picture in (pairs.profile, pairs.reference))
-        pipeline(profile, reference, seed=seed + index, num_inference_steps=steps)
+        own = steps or (MANY_STEPS if index % 2 else pipeline.num_inference_steps)
+        pipeline(profile, reference, seed=seed + index, num_inference_steps=own)
     found = [magnitude for engine in engines.values() for magnitude in engine.magnitudes()]
     return sorted(found, key=lambda magnitude: -np.nan_to_num(magnitude.largest, nan=np.inf))
 
@@ -146,13 +167,18 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m export.magnitudes", description=__doc__.splitlines()[0])
     parser.add_argument("export", type=Path, help="directory of an fp16 export")
     parser.add_argument("--pairs", type=int, default=8, help="rendered pairs (default: %(default)s)")
-    parser.add_argument("--steps", type=int, help="UNet calls per portrait (default: the checkpoint's)")
+    parser.add_argument(
+        "--steps", type=int, help=f"UNet calls per portrait (default: the checkpoint's and {MANY_STEPS} in turns)"
+    )
     parser.add_argument("--rows", type=int, default=10, help="how many to show (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print all of them as JSON")
     args = parser.parse_args(argv)
+    for name in ("pairs", "steps"):
+        if (given := getattr(args, name)) is not None and given < 1:
+            parser.error(f"--{name} is {given}, expected 1 or more")
     try:
         found = measure(args.export, args.pairs, args.steps)
-    except IcPortraitError as error:
+    except (IcPortraitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     if args.json:

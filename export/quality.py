@@ -9,7 +9,9 @@ by torch.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +22,7 @@ from torch.nn.functional import cosine_similarity
 from tqdm import tqdm
 
 from export.graph_pipeline import GraphModule, load_graphs, manifest_pipeline
+from icportrait.contract import ENGINES
 from icportrait.errors import CheckpointError, IcPortraitError
 from icportrait.manifest import Manifest
 from icportrait.nn.pipeline import ReferencePipeline
@@ -59,7 +62,8 @@ def compare_precisions(exports: list[Path], count: int, seed: int = 0) -> list[Q
         seed: of the evaluation's pairs; pair i is hidden and sampled with ``seed + i``.
 
     Raises:
-        CheckpointError: none of the exports is fp32, or they are of different checkpoints.
+        CheckpointError: none of the exports is fp32, one is bf16, they are of different checkpoints, or a graph isn't
+            the one that its manifest names.
     """
     manifests = {directory: Manifest.read(directory) for directory in exports}
     plain = {directory: manifest for directory, manifest in manifests.items() if manifest.precision == "fp32"}
@@ -67,6 +71,10 @@ def compare_precisions(exports: list[Path], count: int, seed: int = 0) -> list[Q
         raise CheckpointError("none of the exports is fp32, with which the others are compared")
     first_directory, first = next(iter(plain.items()))
     for directory, manifest in manifests.items():
+        if manifest.precision == "bf16":
+            raise CheckpointError(f"{directory}: is bf16, which is computed by torch here; leave it out")
+        for name in ENGINES:
+            manifest.check_files(name, directory)
         if (manifest.source, manifest.preset) != (first.source, first.preset):
             raise CheckpointError(
                 f"{directory}: was made from {manifest.source}, {first_directory} from {first.source}"
@@ -75,10 +83,11 @@ def compare_precisions(exports: list[Path], count: int, seed: int = 0) -> list[Q
     expected = _portraits("fp32", _graphs(first_directory, first), pairs, seed)
     found = [_quality("fp32", "onnxruntime", expected, expected, pairs)]
     for directory, manifest in manifests.items():
-        if manifest.precision != "fp32":
+        if directory != first_directory:
             made = _portraits(manifest.precision, _graphs(directory, manifest), pairs, seed)
             found.append(_quality(manifest.precision, "onnxruntime", made, expected, pairs))
-    modules = {name: module.bfloat16() for name, module in source_modules(first).items()}
+    # Copies: the modules are shared by all that ask for this export's.
+    modules = {name: copy.deepcopy(module).bfloat16() for name, module in source_modules(first).items()}
     made = _portraits("bf16", manifest_pipeline(first, modules), pairs, seed)
     return [*found, _quality("bf16", "torch", made, expected, pairs)]
 
@@ -141,12 +150,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the pairs (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)
+    if args.pairs < 1:
+        parser.error(f"--pairs is {args.pairs}, expected 1 or more")
     try:
         found = compare_precisions(args.exports, args.pairs, args.seed)
-    except IcPortraitError as error:
+    except (IcPortraitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(json.dumps([asdict(row) for row in found], indent=2) if args.json else table(found))
+    if args.json:
+        # JSON has no infinity, which fp32's PSNR to itself is.
+        rows = [{name: None if value == math.inf else value for name, value in asdict(row).items()} for row in found]
+        print(json.dumps(rows, indent=2, allow_nan=False))
+    else:
+        print(table(found))
     return 0 if all(row.passed for row in found) else 1
 
 

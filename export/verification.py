@@ -75,7 +75,7 @@ TOLERANCES: dict[str, dict[str, Tolerance]] = {
 }
 """By an engine's precision and name. fp32: two runtimes that sum in another order. fp16, bf16: weights are equal,
 activations are rounded; matches that are nearly tied fall the other way. int8, fp8: that the quantiser did what it
-should; what it costs a portrait is ``engines quality``'s to say."""
+should; what it costs a portrait is ``export.quality``'s to say."""
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,10 @@ def call(result: tuple[Any, ...]) -> Any:
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """A C-contiguous array in GPU memory that somebody else owns; torch, CuPy and pycuda take it as it is."""
+    """A C-contiguous array in GPU memory that somebody else owns; torch, CuPy and pycuda take it as it is.
+
+    Of bfloat16 they see two bytes without a meaning, as the interface has no name for it.
+    """
 
     pointer: int
     shape: tuple[int, ...]

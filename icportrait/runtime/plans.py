@@ -118,8 +118,20 @@ def read_plan(plan: Path, manifest: PlanManifest, host: PlanHost) -> bytes:
         host: what will load it.
 
     Raises:
-        PlanError: the plan is missing or changed, or its manifest names another product, version, contract or GPU
-            than the host; the text names both.
+        PlanError: the plan is missing or changed, or isn't for the host: see ``check_host``.
+    """
+    check_host(plan, manifest, host)
+    _check_there(plan)
+    content = plan.read_bytes()
+    _check_hash(plan, manifest, hashlib.sha256(content).hexdigest())
+    return content
+
+
+def check_host(plan: Path, manifest: PlanManifest, host: PlanHost) -> None:
+    """Compare what a plan was built for with what is to load it.
+
+    Raises:
+        PlanError: the manifest names another product, version, contract or GPU than the host; the text names both.
     """
     differences = (
         ("product", manifest.flavour, host.flavour),
@@ -135,10 +147,6 @@ def read_plan(plan: Path, manifest: PlanManifest, host: PlanHost) -> bytes:
             f"{plan}: was built for GPUs of compute capability {', '.join(manifest.compute_capabilities)}, and this "
             f"one has {capability}; build it again with --compute-capability {capability}"
         )
-    _check_there(plan)
-    content = plan.read_bytes()
-    _check_hash(plan, manifest, hashlib.sha256(content).hexdigest())
-    return content
 
 
 def check_content(plan: Path, manifest: PlanManifest) -> None:

@@ -78,6 +78,9 @@ class TensorRtEngine:
             trt = flavour.load()
         version = flavour.version()
         host = PlanHost(flavour.name, version, contract_hash, gpu.compute_capability)
+        paths = [plans] if isinstance(plans, Path) else plans
+        manifests = {plan: PlanManifest.read(plan) for plan in paths}
+        contents = {plan: read_plan(plan, manifest, host) for plan, manifest in manifests.items()}
         self.spec, self.stream = spec, stream
         self.version = f"{flavour.name}-{version}"
         self._runtime = trt.Runtime(trt.Logger(trt.ILogger.WARNING))
@@ -86,9 +89,8 @@ class TensorRtEngine:
             stream.fill(array, 0)  # what lies in a bucket's unused rows is computed with
         self._engines: list[trt.ICudaEngine] = []
         self._buckets: dict[int, _Bucket] = {}
-        for plan in [plans] if isinstance(plans, Path) else plans:
-            manifest = PlanManifest.read(plan)
-            engine = self._runtime.deserialize_cuda_engine(read_plan(plan, manifest, host))
+        for plan, manifest in manifests.items():
+            engine = self._runtime.deserialize_cuda_engine(contents.pop(plan))
             if engine is None:
                 raise PlanError(f"{plan}: {flavour.name} {version} can't load it on {gpu.name}; build it again here")
             _compare(plan, spec, engine)

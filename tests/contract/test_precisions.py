@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -23,6 +25,7 @@ from icportrait.manifest import Manifest, file_sha256
 from icportrait.nn import engine_modules, random_checkpoint
 from icportrait.policy import ServingPolicy
 from icportrait.repository import assemble
+from icportrait.runtime.eager import source_modules
 from tests.tiny import SMALL
 
 
@@ -81,19 +84,18 @@ def test_precisions_are_compared_with_fp32(exports: dict[str, Path]) -> None:
 def test_a_spoilt_graph_shows_in_its_quality(exports: dict[str, Path], tmp_path: Path) -> None:
     spoilt = tmp_path / "fp16"
     spoilt.mkdir()
-    for path in exports["fp16"].iterdir():
-        (spoilt / path.name).write_bytes(path.read_bytes())
+    copy(exports["fp16"], spoilt)
     model = onnx.load(spoilt / "unet.onnx")
     weight = next(weight for weight in model.graph.initializer if weight.name == "unet.conv_out.weight")
     weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float16(1.5), weight.name))
-    onnx.save(model, spoilt / "unet.onnx")
+    save_with_its_hash(model, spoilt, "unet")
     whole, broken = (compare_precisions([exports["fp32"], each], 2)[1] for each in (exports["fp16"], spoilt))
     assert broken.latent_cosine < whole.latent_cosine
     assert broken.psnr_db < whole.psnr_db - 3
 
 
 def test_exports_of_different_weights_arent_compared(exports: dict[str, Path], tmp_path: Path) -> None:
-    Manifest.read(exports["fp16"]).write(tmp_path)
+    copy(exports["fp16"], tmp_path)
     text = (tmp_path / "manifest.json").read_text()
     (tmp_path / "manifest.json").write_text(text.replace('"random_weights": 0', '"random_weights": 1'))
     with pytest.raises(CheckpointError, match=r"was made from .*1.*, .* from .*0"):
@@ -112,6 +114,9 @@ def test_a_precision_below_its_limit_fails(monkeypatch: pytest.MonkeyPatch, caps
     assert "FAILS 45 dB" in capsys.readouterr().out
     assert quality.main(["somewhere", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)[1]["psnr_db"] == 44.9
+    monkeypatch.setattr(quality, "compare_precisions", lambda *_: [replace(rows[0], psnr_db=float("inf"))])
+    assert quality.main(["somewhere", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[0]["psnr_db"] is None
 
 
 def test_an_overflow_is_seen_that_the_cpu_would_hide(
@@ -119,16 +124,70 @@ def test_an_overflow_is_seen_that_the_cpu_would_hide(
 ) -> None:
     assert magnitudes.main([str(exports["fp16"]), "--pairs", "1"]) == 0
     assert "| of 65504 |" in capsys.readouterr().out
-    for path in exports["fp16"].iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
+    copy(exports["fp16"], tmp_path)
     model = onnx.load(tmp_path / "vae_decoder.onnx")
     weight = next(weight for weight in model.graph.initializer if weight.name == "vae.decoder.conv_in.weight")
     weight.CopyFrom(numpy_helper.from_array(np.full_like(numpy_helper.to_array(weight), 60000), weight.name))
-    onnx.save(model, tmp_path / "vae_decoder.onnx")
+    save_with_its_hash(model, tmp_path, "vae_decoder")
     assert magnitudes.main([str(tmp_path), "--pairs", "1", "--json"]) == 1
     worst = json.loads(capsys.readouterr().out)[0]
     assert worst["engine"] == "vae_decoder"
     assert worst["largest"] > LARGEST
+
+
+def test_a_nan_is_the_worst_of_all(
+    exports: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One in the last place, which the runtime's own reductions lose."""
+    copy(exports["fp16"], tmp_path)
+    model = onnx.load(tmp_path / "vae_decoder.onnx")
+    weight = next(weight for weight in model.graph.initializer if weight.name == "vae.decoder.conv_out.weight")
+    values = numpy_helper.to_array(weight).copy()
+    values[-1, -1, -1, -1] = np.nan
+    weight.CopyFrom(numpy_helper.from_array(values, weight.name))
+    save_with_its_hash(model, tmp_path, "vae_decoder")
+    assert magnitudes.main([str(tmp_path), "--pairs", "1"]) == 1
+    assert "| nan | nan % |" in capsys.readouterr().out
+
+
+def copy(source: Path, target: Path) -> None:
+    for path in source.iterdir():
+        if path.is_file():
+            (target / path.name).write_bytes(path.read_bytes())
+
+
+def save_with_its_hash(model: onnx.ModelProto, directory: Path, name: str) -> None:
+    """As if the export had made it so."""
+    onnx.save(model, directory / f"{name}.onnx")
+    manifest = Manifest.read(directory)
+    manifest.engines[name] = replace(manifest.engines[name], sha256=file_sha256(directory / f"{name}.onnx"))
+    manifest.write(directory)
+
+
+def test_a_changed_graph_and_a_bf16_export_are_refused(exports: dict[str, Path], tmp_path: Path) -> None:
+    copy(exports["fp16"], tmp_path)
+    (tmp_path / "unet.onnx").write_bytes(b"damaged")
+    for refused in (
+        lambda: compare_precisions([exports["fp32"], tmp_path], 1),
+        lambda: magnitudes.measure(tmp_path, 1),
+    ):
+        with pytest.raises(CheckpointError, match=r"unet\.onnx: hash is"):
+            refused()
+    with pytest.raises(CheckpointError, match="is bf16, which is computed by torch here"):
+        compare_precisions([exports["fp32"], exports["bf16"]], 1)
+
+
+@pytest.mark.parametrize("command", [quality, magnitudes])
+def test_numbers_below_one_are_refused(command: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["somewhere", "--pairs", "0"])
+    assert "--pairs is 0, expected 1 or more" in capsys.readouterr().err
+
+
+def test_the_exports_own_modules_stay_as_they_are(exports: dict[str, Path]) -> None:
+    compare_precisions([exports["fp32"]], 1)
+    modules = source_modules(Manifest.read(exports["fp32"]))
+    assert {weight.dtype for module in modules.values() for weight in module.parameters()} == {torch.float32}
 
 
 def test_magnitudes_are_those_of_the_tensors_and_of_the_scores(exports: dict[str, Path]) -> None:

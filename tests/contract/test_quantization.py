@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto
+from onnx import TensorProto, helper, numpy_helper
 
 import export.quantization
 from engines.__main__ import main as engines_main
@@ -115,7 +115,7 @@ def test_what_is_recorded_is_what_the_unet_got() -> None:
 
 
 def test_rows_with_and_without_f_ref_and_many_timesteps_are_recorded() -> None:
-    checkpoint = replace(random_checkpoint(TINY), guidance_scale=2.0, num_inference_steps=3)
+    checkpoint = replace(random_checkpoint(TINY), guidance_scale=2.0, num_inference_steps=10)
     recorded = record_inputs(checkpoint, rendered_pairs(TINY, 8))
     unconditional = (recorded["f_ref_00"] == 0).all(axis=(1, 2, 3))
     assert 0.3 < unconditional.mean() < 0.7
@@ -169,6 +169,39 @@ def test_the_quantisers_failure_is_told(tmp_path: Path, small_checkpoint: Checkp
     with pytest.raises(VerificationError, match=r"unet.onnx: ModelOpt couldn't quantise it to int8: \S+"):
         quantize([graph], "int8", {"x": np.zeros(1, np.float32)})
     assert graph.read_bytes() == b"no graph"
+
+
+@pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
+def test_only_int8_clips_a_rare_value(precision: str, tmp_path: Path) -> None:
+    """int8 is calibrated by entropy and fp8 by the largest value: what one value does to the scale of an input."""
+    generator = np.random.default_rng(0)
+    usual = generator.normal(0, 1, (16, 32, 8, 8)).astype(np.float16)
+    rare = usual.copy()
+    rare[3, 4, 5, 6] = 64
+    given = {"usual": usual, "rare": rare}
+    tensors = {
+        name: helper.make_tensor_value_info(name, TensorProto.FLOAT16, ["batch", 32, 8, 8]) for name in (*given, "y")
+    }
+    kernel = numpy_helper.from_array(generator.normal(0, 0.1, (32, 32, 3, 3)).astype(np.float16), "kernel")
+    nodes = [helper.make_node("Conv", [name, "kernel"], [f"{name}_y"], f"{name}_conv", pads=[1] * 4) for name in given]
+    nodes.append(helper.make_node("Add", ["usual_y", "rare_y"], ["y"], "sum"))
+    inputs = [tensors[name] for name in given]
+    made = helper.make_graph(nodes, "test", inputs, [tensors["y"]], [kernel])
+    path = tmp_path / "g.onnx"
+    onnx.save(helper.make_model(made, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path)
+    quantize([path], precision, given)
+    quantized = onnx.load(path).graph
+    constants = {tensor.name: tensor for tensor in quantized.initializer}
+    constants |= {node.output[0]: node.attribute[0].t for node in quantized.node if node.op_type == "Constant"}
+    scales = {
+        node.input[0]: float(numpy_helper.to_array(constants[node.input[1]]))
+        for node in quantized.node
+        if node.op_type == "QuantizeLinear" and node.input[0] in given
+    }
+    growth = scales["rare"] / scales["usual"]
+    by_largest = 64 / float(np.abs(usual).max())
+    assert by_largest > 10
+    assert growth < 2 if precision == "int8" else growth == pytest.approx(by_largest, rel=0.02)
 
 
 @pytest.mark.parametrize(("precision", "least"), [("bf16", 22), ("int8", 23), ("fp8", 23)])

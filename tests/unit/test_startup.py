@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -82,8 +83,9 @@ def test_a_repository_says_its_runtime(repository: Path, runtime: str) -> None:
 def test_what_is_no_repository_of_ours_is_tritons_to_refuse(tmp_path: Path) -> None:
     assert repository_runtime(tmp_path) == "onnxruntime"
     (tmp_path / "denoise").mkdir()
-    (tmp_path / "denoise" / "config.pbtxt").write_text("no: [ protobuf")
-    assert repository_runtime(tmp_path) == "onnxruntime"
+    for content in (b"no: [ protobuf", b"\xff\xfe"):
+        (tmp_path / "denoise" / "config.pbtxt").write_bytes(content)
+        assert repository_runtime(tmp_path) == "onnxruntime"
 
 
 @pytest.mark.parametrize(
@@ -119,7 +121,7 @@ def test_another_tensorrt_than_the_plans_is_refused_with_both_versions(
     gpu: None, repository: Path, container: Installation
 ) -> None:
     text = refusal(repository, "tensorrt", container)
-    assert "vae_decoder/1/model.plan: was built by tensorrt 11.4.0.106" in text
+    assert "vae_encoder/1/model.plan: was built by tensorrt 11.4.0.106" in text
     assert f"{container.binary} has 1.7.1; use the container release whose TRT_VERSION is 11.4.0" in text
 
 
@@ -190,3 +192,56 @@ def test_without_the_wheel_the_server_on_path_serves_all(on_path: Path, monkeypa
     monkeypatch.setenv("PATH", "")
     with pytest.raises(RuntimeNotAvailable, match=r"\(nvidia-pytriton\) is not installed"):
         find_installation("onnxruntime")
+
+
+@pytest.mark.parametrize("model", ["vae_encoder", "denoise"])
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({"contract_hash": "another"}, "was built for contract another, and this is"),
+        ({"flavour": "tensorrt-rtx"}, "was built for product tensorrt-rtx, and this is tensorrt"),
+        ({"compute_capabilities": ("9.0",)}, "was built for GPUs of compute capability 9.0, and this one has 8.9"),
+    ],
+)
+def test_a_plan_for_something_else_is_refused_whoever_loads_it(
+    gpu: None,
+    repository: Path,
+    container: Installation,
+    model: str,
+    changes: dict[str, Any],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(icportrait.startup, "backend_version", lambda *_: "11.4.0")
+    check_plans(repository, "tensorrt", container)
+    plan = repository / model / "1" / ("unet.plan" if model == "denoise" else "model.plan")
+    rewrite(plan, **changes)
+    text = refusal(repository, "tensorrt", container)
+    assert text.startswith(f"{plan}: ")
+    assert expected in text
+
+
+@pytest.mark.parametrize("plan", ["vae_decoder/1/model.plan", "denoise/1/warping_network.plan"])
+def test_a_plan_that_is_missing_is_refused(
+    gpu: None, repository: Path, container: Installation, plan: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(icportrait.startup, "backend_version", lambda *_: "11.4.0")
+    (repository / plan).unlink()
+    assert f"{plan} is missing" in refusal(repository, "tensorrt", container)
+
+
+def test_the_gpu_is_asked_for_in_a_process_that_ends() -> None:
+    """Its refusal comes back as it is; nothing of CUDA stays in this process."""
+    if gpu_here():
+        assert icportrait.startup.find_gpu().total_bytes > 0
+    else:
+        with pytest.raises(RuntimeNotAvailable, match="no NVIDIA GPU was found"):
+            icportrait.startup.find_gpu()
+
+
+def gpu_here() -> bool:
+    try:
+        icportrait.runtime.cuda.find_gpu()
+    except RuntimeNotAvailable:
+        return False
+    return True
