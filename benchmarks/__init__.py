@@ -1,0 +1,1 @@
+"""Measurements of a running server, from outside: ``python -m benchmarks``."""

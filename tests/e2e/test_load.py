@@ -1,0 +1,67 @@
+"""The load generator's command against the real server."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+from benchmarks.settings import LoadSettings
+from icportrait.server import Ports, TritonServer
+from tests.conftest import ROOT
+
+
+def load(url: str, options: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "benchmarks", "load", "--url", url, *options.split()]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_a_light_load_is_all_served_and_reported(server: TritonServer) -> None:
+    answer = load(server.grpc_url, "--rate 2 --duration 6 --warm-up 1 --steps 1 2 --seed 3 --json")
+    assert answer.returncode == 0, answer.stderr
+    report = json.loads(answer.stdout)
+    sent = report["requests"]["sent"]
+    assert sent > 3
+    assert report["requests"] == {"planned": sent, "sent": sent, "ended": sent}
+    assert report["outcomes"] == {"OK": {"count": sent, "first_message": None}}
+    assert report["interrupted"] is False
+    assert report["simulated"] is False
+    assert report["rate_per_s"]["achieved"] > 0
+    assert report["rate_per_s"]["steady"] > 0
+    latency_ms = report["latency_ms"]
+    assert latency_ms["whole run"]["count"] == sent
+    assert 0 < latency_ms["whole run"]["p50"] <= latency_ms["whole run"]["p99"] <= latency_ms["whole run"]["max"]
+    assert latency_ms["short"]["count"] + latency_ms["long"]["count"] == latency_ms["steady"]["count"] > 0
+    # The server's own time is a part of what the caller waits for.
+    assert {"preprocess", "denoise", "decode"} <= set(report["stage_ms"])
+    assert 0 < report["stage_ms"]["denoise"] < latency_ms["steady"]["max"]
+    conditions = report["conditions"]
+    assert (conditions["preset"], conditions["precision"], conditions["seed"]) == ("demo-128", "fp32", 3)
+    assert conditions["arguments"]["steps"] == [1, 2]
+    assert conditions["arguments"]["profile"] == "examples/heads/profile.png"
+    assert conditions["picture_bytes"]["profile"] == LoadSettings().profile.stat().st_size
+    for name in ("commit", "date", "python", "tritonclient", "cpu_count", "model_version", "engine"):
+        assert name in conditions
+    # A line every 5 s.
+    assert " sent, " in answer.stderr
+
+
+def test_what_the_server_refuses_is_counted_with_its_first_message(server: TritonServer) -> None:
+    answer = load(server.grpc_url, "--profile pyproject.toml --rate 8 --duration 1 --warm-up 0 --steps 1 1")
+    assert answer.returncode == 0, answer.stderr
+    assert "INVALID_ARGUMENT" in answer.stdout
+    assert "profile" in answer.stdout.split("INVALID_ARGUMENT")[1].splitlines()[0]
+
+
+def test_a_model_that_is_not_there_is_named(server: TritonServer) -> None:
+    answer = load(server.grpc_url, "--model nobody")
+    assert answer.returncode == 1
+    assert answer.stderr == f"error: {server.grpc_url}: model 'nobody' isn't ready there\n"
+
+
+def test_a_server_that_is_not_there_gives_one_line() -> None:
+    url = f"localhost:{Ports.free().grpc}"
+    answer = load(url)
+    assert answer.returncode == 1
+    assert answer.stderr == f'error: {url}: no server answers; "make serve" starts one\n'
+    assert answer.stdout == ""

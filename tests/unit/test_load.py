@@ -1,0 +1,228 @@
+"""The load generator without a server: schedules, what counts as latency, and the arithmetic of its report."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from icportrait_client.errors import InvalidRequest
+
+from benchmarks.__main__ import main
+from benchmarks.load import UNANSWERED, Answer, LoadRun, OpenLoop, Outcome
+from benchmarks.report import fell_behind, step_thirds, summarise, table
+from benchmarks.schedule import PlannedRequest, poisson_schedule
+from benchmarks.settings import LoadSettings
+
+
+def test_a_schedule_is_its_seeds_and_a_longer_one_begins_with_it() -> None:
+    settings = LoadSettings(rate_per_s=20, duration_s=10)
+    schedule = poisson_schedule(settings)
+    assert schedule == poisson_schedule(settings)
+    assert poisson_schedule(LoadSettings(rate_per_s=20, duration_s=20))[: len(schedule)] == schedule
+    assert poisson_schedule(LoadSettings(rate_per_s=20, duration_s=10, seed=1)) != schedule
+
+
+def test_moments_and_seeds_stay_while_the_steps_range_changes() -> None:
+    one, other = (poisson_schedule(LoadSettings(steps=steps)) for steps in ((5, 30), (1, 2)))
+    assert [(each.send_s, each.seed) for each in one] == [(each.send_s, each.seed) for each in other]
+    assert [each.num_inference_steps for each in one] != [each.num_inference_steps for each in other]
+
+
+def test_gaps_are_exponential_and_steps_uniform() -> None:
+    schedule = poisson_schedule(LoadSettings(rate_per_s=50, duration_s=200, steps=(3, 6)))
+    gaps_s = np.diff([each.send_s for each in schedule])
+    # About 10000 gaps: their mean and, as of an exponential, their deviation are within 1 % of 1/50 s, give or take.
+    assert gaps_s.min() > 0
+    assert gaps_s.mean() == pytest.approx(1 / 50, rel=0.05)
+    assert gaps_s.std() == pytest.approx(1 / 50, rel=0.05)
+    counts = np.bincount([each.num_inference_steps for each in schedule])
+    assert counts[:3].sum() == 0
+    assert counts[3:] / len(schedule) == pytest.approx([0.25] * 4, abs=0.03)
+    assert len({each.seed for each in schedule}) == len(schedule)
+
+
+def test_a_schedule_without_a_request_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="no request falls into 1 s at 1e-06/s"):
+        poisson_schedule(LoadSettings(rate_per_s=1e-6, duration_s=1, warm_up_s=0))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"rate_per_s": 0}, "rate: 0, expected a number above 0"),
+        ({"rate_per_s": float("nan")}, "rate: nan, expected"),
+        ({"duration_s": -1}, "duration: -1, expected"),
+        ({"timeout_s": 0}, "timeout: 0, expected"),
+        ({"warm_up_s": 30}, "warm-up: 30 s, expected 0 or more and less than the duration, 30 s"),
+        ({"steps": (0, 5)}, "num_inference_steps: 0, expected 1..150"),
+        ({"steps": (5, 151)}, "num_inference_steps: 151, expected 1..150"),
+        ({"steps": (6, 5)}, "steps: 6 5, expected the lower number first"),
+        ({"guidance_scale": 0.5}, "guidance_scale: 0.5, expected 1.0..20.0"),
+        ({"seed": -1}, "seed: -1, expected 0 or more"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        LoadSettings(**wrong)
+    assert message in str(refused.value)
+
+
+def test_the_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["load", "--steps", "9", "3"])
+    assert ended.value.code == 2
+    assert "steps: 9 3, expected the lower number first" in capsys.readouterr().err
+
+
+def evenly(count: int, gap_s: float) -> list[PlannedRequest]:
+    return [PlannedRequest(gap_s * (1 + i), 5, i) for i in range(count)]
+
+
+def test_latency_counts_from_the_intended_moment_also_when_sending_is_slow() -> None:
+    def slow_send(_: PlannedRequest, receive: Callable[[Answer], None]) -> None:
+        time.sleep(0.05)
+        receive(Answer("OK"))
+
+    loop = OpenLoop(slow_send)
+    assert loop.run(evenly(6, 0.01), timeout_s=1) is None
+    # Each send takes 50 ms and the next one was due 10 ms after the one before: what waits adds 40 ms at a time.
+    for i, outcome in enumerate(loop.outcomes):
+        assert outcome.latency_s >= 0.05 + 0.04 * i - 1e-6
+        assert outcome.lateness_s >= 0.05 + 0.04 * i - 1e-6
+
+
+def test_requests_leave_in_time_whatever_the_answers_do() -> None:
+    timers = []
+
+    def send(_: PlannedRequest, receive: Callable[[Answer], None]) -> None:
+        timers.append(threading.Timer(0.4, receive, [Answer("OK")]))
+        timers[-1].start()
+
+    loop = OpenLoop(send)
+    loop.run(evenly(10, 0.02), timeout_s=5)
+    for timer in timers:
+        timer.join()
+    # All left before the first answer came, and the run waited for the last.
+    assert max(each.sent_s for each in loop.outcomes) < min(each.answered_s or 0 for each in loop.outcomes)
+    assert all(0.4 <= each.latency_s < 1 for each in loop.outcomes)
+
+
+def test_ctrl_c_stops_sending_and_later_answers_do_not_count() -> None:
+    waiting: list[Callable[[Answer], None]] = []
+
+    def send(request: PlannedRequest, receive: Callable[[Answer], None]) -> None:
+        if request.seed == 2:
+            raise KeyboardInterrupt
+        if request.seed == 0:
+            receive(Answer("OK"))
+        waiting.append(receive)
+
+    loop = OpenLoop(send)
+    interrupted_s = loop.run(evenly(5, 0.01), timeout_s=5)
+    assert interrupted_s is not None
+    assert 0.03 <= interrupted_s < 1
+    waiting[1](Answer("CANCELLED"))
+    assert [each.answer.code for each in loop.outcomes] == ["OK", UNANSWERED, UNANSWERED]
+    assert "3 sent, 1 answered, 0 failed" in loop.progress
+
+
+def outcome(
+    send_s: float, latency_s: float | None, code: str = "OK", steps: int = 5, engine: str = "onnxruntime-1", **more: Any
+) -> Outcome:
+    metadata = {"stage_ms": {"denoise": 10.0 * steps}, "versions": {"preset": "demo-128", "engine": engine}, **more}
+    answer = Answer(code, f"{code} it is", json.dumps(metadata).encode() if code == "OK" else b"")
+    return Outcome(
+        PlannedRequest(send_s, steps, 0), send_s + 0.002, None if latency_s is None else send_s + latency_s, answer
+    )
+
+
+def made_up_run(outcomes: list[Outcome], **settings: Any) -> LoadRun:
+    defaults: dict[str, Any] = {"rate_per_s": 2, "duration_s": 10, "warm_up_s": 2, "steps": (1, 9)}
+    return LoadRun(LoadSettings(**{**defaults, **settings}), len(outcomes), outcomes, None, {"profile": 7})
+
+
+def test_the_summary_of_made_up_outcomes() -> None:
+    served = [
+        outcome(1.0, 9.0, steps=1),  # within the warm-up: only the whole run has it
+        outcome(3.0, 0.1, steps=1),
+        outcome(4.0, 0.2, steps=3),
+        outcome(5.0, 0.3, steps=5),
+        outcome(6.0, 0.4, steps=9),
+        outcome(8.0, 4.0, steps=8),  # answered when nothing was sent any more
+    ]
+    refused = [outcome(7.0, 0.01, "UNAVAILABLE"), outcome(7.1, 0.03, "UNAVAILABLE")]
+    late = [outcome(7.5, 1.0, "DEADLINE_EXCEEDED")]
+    report = summarise(made_up_run([*served, *refused, *late]))
+    assert report["requests"] == {"planned": 9, "sent": 9, "ended": 9}
+    assert {code: kind["count"] for code, kind in report["outcomes"].items()} == {
+        "OK": 6,
+        "UNAVAILABLE": 2,
+        "DEADLINE_EXCEEDED": 1,
+    }
+    assert report["outcomes"]["UNAVAILABLE"]["first_message"] == "UNAVAILABLE it is"
+    # 9 sent in 10 s; 6 OK between 1.0 s and 12.0 s; 4 OK answers between 2 s and 10 s.
+    assert report["rate_per_s"] == {"asked": 2, "offered": 0.9, "achieved": round(6 / 11, 3), "steady": 0.5}
+    latency_ms = report["latency_ms"]
+    assert (latency_ms["whole run"]["count"], latency_ms["whole run"]["max"]) == (6, 9000)
+    assert latency_ms["steady"] == {"count": 5, "p50": 300, "p90": 2560, "p99": 3856, "max": 4000}
+    assert latency_ms["short"] == {"steps": [1, 3], "count": 2, "p50": 150, "p90": 190, "p99": 199, "max": 200}
+    assert (latency_ms["long"]["steps"], latency_ms["long"]["count"], latency_ms["long"]["p50"]) == ([7, 9], 2, 2200)
+    assert (report["refusal_ms"]["count"], report["refusal_ms"]["p50"]) == (2, 20)
+    assert report["lateness_ms"]["p50"] == pytest.approx(2)
+    assert report["stage_ms"] == {"denoise": 50}
+    assert report["conditions"]["preset"] == "demo-128"
+
+
+def test_a_report_of_no_answers_has_no_figures_and_still_a_table() -> None:
+    report = summarise(made_up_run([outcome(1.0, None, UNANSWERED), outcome(2.0, 0.5, "UNAVAILABLE")]))
+    assert report["latency_ms"]["whole run"] == {"count": 0, "p50": None, "p90": None, "p99": None, "max": None}
+    assert report["rate_per_s"]["achieved"] == 0
+    assert report["simulated"] is None
+    assert "UNAVAILABLE it is" in table(report)
+    json.dumps(report, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("answer", "simulated"),
+    [({}, False), ({"simulated": True}, True), ({"engine": "simulated-h200"}, True)],
+    ids=["real", "the metadata says so", "the engine's name says so"],
+)
+def test_a_simulated_server_is_named_in_the_title(answer: dict[str, Any], simulated: bool) -> None:
+    report = summarise(made_up_run([outcome(3.0, 0.1, **answer)]))
+    assert report["simulated"] is simulated
+    assert ("SIMULATED" in table(report).splitlines()[0]) is simulated
+
+
+def test_a_generator_that_fell_behind_says_so() -> None:
+    assert not fell_behind(9.9, 1000)
+    assert fell_behind(10.1, 1000)
+    assert fell_behind(5.1, 100)
+    assert fell_behind(10.1, None)
+    assert not fell_behind(None, None)
+    slow = outcome(3.0, 0.5)
+    assert "did NOT keep up" not in table(summarise(made_up_run([slow])))
+    slow.sent_s = 3.4
+    assert "did NOT keep up" in table(summarise(made_up_run([slow])))
+
+
+@pytest.mark.parametrize(
+    ("steps", "thirds"),
+    [
+        ((5, 30), {"short": (5, 12), "long": (23, 30)}),
+        ((1, 2), {"short": (1, 1), "long": (2, 2)}),
+        ((4, 4), {}),
+    ],
+)
+def test_the_thirds_of_a_steps_range(steps: tuple[int, int], thirds: dict[str, tuple[int, int]]) -> None:
+    assert step_thirds(*steps) == thirds
+
+
+def test_a_picture_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["load", "--profile", str(tmp_path / "gone.png")]) == 1
+    assert "profile: " in capsys.readouterr().err
