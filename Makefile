@@ -5,6 +5,7 @@ NEEDS_OPSET_23 := $(filter bf16 int8 fp8,$(PRECISION))
 # fp16 is what GPUs are fast in, and as good (README, "Precision"); on the CPU it gains nothing.
 PRECISION ?= $(if $(filter demo-128-20,$(PRESET)-$(OPSET)),fp32,fp16)
 RUNTIME ?= onnxruntime
+BATCHING ?= in-flight
 PLAN_RUNTIME := $(filter tensorrt tensorrt-rtx,$(RUNTIME))
 TARGET ?= $(or $(PLAN_RUNTIME),tensorrt-rtx)
 # Of the larger presets there are no weights here: random ones show that the path works.
@@ -64,7 +65,7 @@ demo: repository ## rendered heads and photographs -> portraits, through the rea
 export: $(EXPORT)/manifest.json ## export the preset's engines to verified ONNX
 
 $(EXPORT)/manifest.json: $(STAMP) $(if $(filter int8 fp8,$(PRECISION)),$(QUANTIZER_STAMP)) $(EXPORT).weights $(WEIGHT_FILES) \
-		$(wildcard export/*.py icportrait/nn/*.py) icportrait/contract.py icportrait/presets.py
+		$(wildcard export/*.py icportrait/nn/*.py) icportrait/contract.py icportrait/manifest.py icportrait/presets.py
 	@$(PYTHON) -m export $(EXPORT_FROM) --precision $(PRECISION) --opset $(OPSET) --out $(EXPORT)
 
 # Older than the export while the same weights are asked for, so that another CHECKPOINT exports again.
@@ -96,7 +97,7 @@ accept: $(EXPORT)/manifest.json
 
 repository: $(EXPORT)/manifest.json $(if $(PLAN_RUNTIME),$(PLANS)/vae_decoder.plan.json) ## assemble build/repository/<runtime> from triton_repo/ and the export
 	@$(PYTHON) -m icportrait.repository --export $(EXPORT) --out $(REPOSITORY) --runtime $(RUNTIME) \
-		$(if $(PLAN_RUNTIME),--plans $(PLANS))
+		--batching $(BATCHING) $(if $(LATENCY_TABLE),--latency-table "$(LATENCY_TABLE)") $(if $(PLAN_RUNTIME),--plans $(PLANS))
 
 serve: repository ## run tritonserver on loopback until Ctrl-C
 	@exec $(PYTHON) -m icportrait.server --repository $(REPOSITORY) \

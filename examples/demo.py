@@ -69,8 +69,9 @@ def _demo(args: argparse.Namespace) -> None:
 
     print(f"\n  {'server start':<16}{ready - started:8.2f} s")
     print(f"  {'two requests':<16}{answered - ready:8.2f} s, of which the rendered heads'")
+    unit = "ms, simulated" if of_heads.metadata.get("simulated") else "ms"
     for stage, duration_ms in of_heads.metadata["stage_ms"].items():
-        print(f"    {stage:<14}{duration_ms:8.1f} ms")
+        print(f"    {stage:<14}{duration_ms:8.1f} {unit}")
     _print_likeness(heads)
     print(f"\n{portrait}\n{comparison}")
     if note:

@@ -9,6 +9,7 @@
       VerificationError     an exported graph differs from torch      INTERNAL
       RuntimeNotAvailable   an engine runtime isn't installed         INTERNAL
       PlanError             an engine plan isn't what it should be    INTERNAL
+      LatencyTableError     a simulated device's latencies are wrong  INTERNAL
 
 Triton turns every error code into INTERNAL when it crosses an ensemble or a BLS call. ``to_wire`` therefore puts the
 code into the message and ``from_wire`` finds it again behind whatever Triton wrote before it.
@@ -61,6 +62,10 @@ class RuntimeNotAvailable(IcPortraitError):
 
 class PlanError(IcPortraitError):
     """A TensorRT plan was changed, or was built for something else than what is to load it."""
+
+
+class LatencyTableError(IcPortraitError):
+    """A simulated device's latency table can't be read or isn't one."""
 
 
 _BY_CODE: dict[str, type[IcPortraitError]] = {

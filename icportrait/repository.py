@@ -8,6 +8,7 @@ that are to be served.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 import sys
@@ -16,11 +17,13 @@ from pathlib import Path
 from icportrait.contract import ENGINES, ENSEMBLE, MODEL_ENGINES, engine_specs
 from icportrait.errors import CheckpointError, IcPortraitError, PlanError
 from icportrait.manifest import MANIFEST_NAME, Manifest
-from icportrait.policy import RUNTIMES, ServingPolicy
+from icportrait.policy import RUNTIMES, SIMULATED, ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.request import client_contract_text
 from icportrait.runtime.flavours import TENSORRT
 from icportrait.runtime.plans import BatchRange, PlanManifest, fitting_plans
+from icportrait.runtime.simulated import LATENCY_TABLE_NAME, LatencyTable
+from icportrait.scheduling import BATCHING_MODES
 from icportrait.triton_config import model_configs, write_configs
 
 ROOT = Path(__file__).parents[1]
@@ -40,9 +43,9 @@ def assemble(
     """Write ``repository`` from the template's models and an export's engines, replacing what was there.
 
     Args:
-        export: directory written by ``python -m export``.
+        export: directory written by ``python -m export``; of it a simulated runtime needs the manifest alone.
         repository: directory to write; a folder for each model.
-        policy: the deployment's settings.
+        policy: the deployment's settings; the repository gets a copy of its latency table.
         template: the folder of ``model.py`` files.
         plans: directory written by ``python -m engines build``, for a runtime that runs plans.
 
@@ -50,19 +53,23 @@ def assemble(
         CheckpointError: the export is incomplete, was made for another contract or runtime, or a graph isn't the one
             its manifest names.
         PlanError: a plan is missing or changed, or wasn't built from this export for this runtime.
-        IcPortraitError: ``repository`` holds something else, or there are plans for a runtime without or none for one
-            with.
+        LatencyTableError: the policy's latency table can't be read or isn't one.
+        IcPortraitError: ``repository`` holds something else, or there are plans or a latency table for a runtime
+            without or none for one with.
     """
     manifest = Manifest.read(export)
-    for name in ENGINES:
-        manifest.check_files(name, export)
+    table = _read_table(policy)
+    if not policy.is_simulated:
+        for name in ENGINES:
+            manifest.check_files(name, export)
     if policy.runtime == "torch" and manifest.precision != "fp32":
         raise CheckpointError(f"{export}: is {manifest.precision}, expected fp32: the torch runtime computes in fp32")
     if policy.runtime == "onnxruntime" and manifest.precision == "bf16":
         raise CheckpointError(f"{export}: is bf16, for which ONNX Runtime has no CPU kernels, expected fp32 or fp16")
     found = _find_plans(manifest, policy, plans)
     ranges = _batch_ranges(manifest, found) if policy.runtime == TENSORRT.name else {}
-    configs = model_configs(manifest.preset, manifest.precision, policy, ranges)
+    written = dataclasses.replace(policy, latency_table=LATENCY_TABLE_NAME) if policy.is_simulated else policy
+    configs = model_configs(manifest.preset, manifest.precision, written, ranges)
     models = sorted(path.parent.parent.name for path in template.glob("*/1/model.py"))
     if {*models, ENSEMBLE} != set(configs):
         raise CheckpointError(f"{template}: has models {', '.join(models)}, expected {', '.join(sorted(configs))}")
@@ -76,6 +83,8 @@ def assemble(
             continue
         shutil.copy(template / model / "1" / "model.py", version)
         shutil.copy(export / MANIFEST_NAME, version)
+        if policy.is_simulated and model in ENGINE_OWNERS.values():
+            (version / LATENCY_TABLE_NAME).write_bytes(table)
         for name, owner in ENGINE_OWNERS.items():
             if owner == model and policy.runtime == "onnxruntime":
                 for path in manifest.files(name, export):
@@ -87,6 +96,25 @@ def assemble(
     (repository / ENSEMBLE / "1").mkdir(parents=True)
     write_configs(repository, configs)
     return manifest
+
+
+def _read_table(policy: ServingPolicy) -> bytes:
+    """The latency table's file, known to be one, and read before a repository that may hold it is replaced."""
+    if not policy.is_simulated:
+        if policy.latency_table:
+            raise IcPortraitError(
+                f"{policy.latency_table}: runtime {policy.runtime} takes as long as it takes, and no "
+                f"latency table; expected runtime {SIMULATED}"
+            )
+        return b""
+    if not policy.latency_table:
+        raise IcPortraitError(
+            f"runtime {SIMULATED} takes its times from a latency table: name its file, such as "
+            "benchmarks/latency/h200-like.json"
+        )
+    path = Path(policy.latency_table)
+    LatencyTable.read(path)
+    return path.read_bytes()
 
 
 def _find_plans(manifest: Manifest, policy: ServingPolicy, plans: Path | None) -> Plans:
@@ -150,9 +178,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="the repository to write")
     parser.add_argument("--runtime", choices=RUNTIMES, default=policy.runtime, help="default: %(default)s")
     parser.add_argument("--plans", type=Path, help="directory written by python -m engines build, for TensorRT")
+    parser.add_argument("--latency-table", default=policy.latency_table, help="JSON file, for the simulated runtime")
+    parser.add_argument("--batching", choices=BATCHING_MODES, default=policy.batching, help="default: %(default)s")
     parser.add_argument("--configs", action="store_true", help="only rewrite what is generated and committed")
     args = parser.parse_args(argv)
-    policy = ServingPolicy(runtime=args.runtime)
+    policy = ServingPolicy(runtime=args.runtime, batching=args.batching, latency_table=args.latency_table)
     if args.configs:
         write_configs(TEMPLATE, model_configs(DEMO_128, "fp32", ServingPolicy()))
         CLIENT_CONTRACT.write_text(client_contract_text())
@@ -161,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--export and --out are required")
     try:
         manifest = assemble(args.export, args.out, policy, plans=args.plans)
-    except IcPortraitError as error:
+    except (IcPortraitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"{args.out}: {manifest.preset.name}, {manifest.precision}, {policy.runtime}, model {manifest.model_version}")

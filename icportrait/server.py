@@ -24,7 +24,8 @@ from types import FrameType
 
 from icportrait.errors import IcPortraitError
 from icportrait.installation import find_installation
-from icportrait.startup import check_plans, repository_runtime
+from icportrait.runtime.shared_device import DEVICE_FOLDER
+from icportrait.startup import check_plans, repository_runtime, simulation_note
 
 HOST = "127.0.0.1"
 SHM = Path("/dev/shm")
@@ -115,6 +116,7 @@ class TritonServer:
         self._folder = tempfile.TemporaryDirectory(prefix="icportrait-server-")
         folder = Path(self._folder.name)
         backends = installation.prepare_backends(folder / "backends")
+        (folder / DEVICE_FOLDER).mkdir()
         # The Python backend starts its stubs through a shell, unquoted: it gets a path without spaces.
         (folder / "repository").symlink_to(self.repository.resolve(), target_is_directory=True)
         command = [
@@ -231,8 +233,10 @@ def main(argv: list[str] | None = None) -> int:
     if not GPU_DEVICE.exists():
         print("without a GPU, what tritonserver says of CUDA and of pinned memory is no fault", flush=True)
     try:
+        note = simulation_note(args.repository)
         with server:
-            print(f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}", flush=True)
+            ready = f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}"
+            print(f"{ready}; {note}" if note else ready, flush=True)
             while (status := server.poll()) is None:
                 time.sleep(0.1)
             raise IcPortraitError(f"tritonserver ended with status {status}")

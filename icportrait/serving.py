@@ -142,8 +142,10 @@ class DenoiseStage:
 class PostprocessStage:
     """Pixels to files, and the metadata."""
 
-    def __init__(self, manifest: Manifest) -> None:
+    def __init__(self, manifest: Manifest, policy: ServingPolicy) -> None:
         self._size = manifest.preset.image_size
+        # Present only where it is so: a label that nobody has to read out of the engine's version.
+        self._label = {"simulated": True} if policy.is_simulated else {}
         self._versions = {
             "preset": manifest.preset.name,
             "precision": manifest.precision,
@@ -161,6 +163,7 @@ class PostprocessStage:
         if request.encoding == "base64":
             images = [base64.b64encode(image) for image in images]
         metadata: dict[str, Any] = {
+            **self._label,
             "seed": request.seed,
             "num_portraits": request.num_portraits,
             "steps": request.num_inference_steps,

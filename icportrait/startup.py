@@ -1,4 +1,4 @@
-"""What is refused before tritonserver is started, each with one line: a repository of plans that can't run here.
+"""What is refused before tritonserver is started, each with one line: a repository that can't run here.
 
 The plans' manifests are the authority. Which container release brings which TensorRT is nowhere written down here: the
 library that the server would load is asked for its version.
@@ -8,14 +8,21 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import multiprocessing
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from icportrait.errors import PlanError, RuntimeNotAvailable
 from icportrait.installation import Installation
-from icportrait.policy import PLAN_RUNTIMES, ServingPolicy
-from icportrait.runtime.cuda import find_gpu
+from icportrait.manifest import Manifest
+from icportrait.policy import PLAN_RUNTIMES, SIMULATED, ServingPolicy
+from icportrait.repository import ENGINE_OWNERS, TRITON_PLAN_NAME
+from icportrait.runtime import cuda
+from icportrait.runtime.cuda import Gpu
 from icportrait.runtime.flavours import FLAVOURS, TENSORRT
-from icportrait.runtime.plans import PlanManifest, check_content
+from icportrait.runtime.plans import PlanHost, PlanManifest, check_content, check_host, find_plans
+from icportrait.runtime.simulated import LATENCY_TABLE_NAME, LatencyTable
 
 
 def repository_runtime(repository: Path) -> str:
@@ -25,9 +32,25 @@ def repository_runtime(repository: Path) -> str:
 
     try:
         config = text_format.Parse((repository / "denoise" / "config.pbtxt").read_text(), pb.ModelConfig())
-    except (OSError, text_format.ParseError):  # no repository of ours: Triton says what it makes of it
+    except (
+        OSError,
+        UnicodeDecodeError,
+        text_format.ParseError,
+    ):  # no repository of ours: Triton says what it makes of it
         return ServingPolicy.runtime
     return str(config.parameters["runtime"].string_value)
+
+
+def simulation_note(repository: Path) -> str:
+    """What whoever starts a server must know of its figures; empty where engines really run.
+
+    Raises:
+        LatencyTableError: the repository's latency table is missing or wrong.
+    """
+    if repository_runtime(repository) != SIMULATED:
+        return ""
+    table = LatencyTable.read(repository / "denoise" / "1" / LATENCY_TABLE_NAME)
+    return f"SIMULATED engines: their times are a table's for {table.device}, and pictures show nothing"
 
 
 def check_plans(repository: Path, runtime: str, installation: Installation) -> None:
@@ -40,18 +63,19 @@ def check_plans(repository: Path, runtime: str, installation: Installation) -> N
 
     Raises:
         RuntimeNotAvailable: there is no GPU, the server has no TensorRT backend, or a product isn't installed.
-        PlanError: a plan was built by another TensorRT than the one that would load it, or was changed.
+        PlanError: a plan is missing or was changed, or was built for another TensorRT, contract or GPU than would load
+            it.
     """
     if runtime not in PLAN_RUNTIMES:
         return
     try:
-        find_gpu()
+        gpu = find_gpu()
     except RuntimeNotAvailable as error:
         raise RuntimeNotAvailable(f"{repository}: was assembled for {runtime}, and {error}") from error
-    plans = {plan: PlanManifest.read(plan) for plan in sorted(repository.glob("*/1/*.plan"))}
-    for plan, manifest in plans.items():
-        # A Python model lies beside the plans that our runner loads.
-        if (plan.parent / "model.py").is_file():
+    export = Manifest.read(repository / "denoise" / "1")
+    for plan in _plans(repository):
+        manifest = PlanManifest.read(plan)
+        if plan.name != TRITON_PLAN_NAME:
             found, built_by, where = FLAVOURS[runtime].version(), manifest.tensorrt_version, "the Python package here"
             way_out = f"install {built_by}"
         else:
@@ -63,7 +87,25 @@ def check_plans(repository: Path, runtime: str, installation: Installation) -> N
                 f"{plan}: was built by {manifest.flavour} {manifest.tensorrt_version}, and {where} has {found}; "
                 f"{way_out}, or build the plans with {found}"
             )
+        host = PlanHost(runtime, manifest.tensorrt_version, export.contract_hash, gpu.compute_capability)
+        check_host(plan, manifest, host)
         check_content(plan, manifest)
+
+
+def _plans(repository: Path) -> Iterator[Path]:
+    """Every plan that a repository must have; a Python model's are found by our runner, the others by Triton."""
+    for engine, model in ENGINE_OWNERS.items():
+        folder = repository / model / "1"
+        if (folder / "model.py").is_file():
+            yield from find_plans(folder, engine)
+        else:
+            yield folder / TRITON_PLAN_NAME
+
+
+def find_gpu() -> Gpu:
+    """``cuda.find_gpu`` in a process that ends: CUDA, once asked, keeps GPU memory, and doesn't outlive a fork."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(cuda.find_gpu).result()
 
 
 def backend_version(installation: Installation, wanted: str) -> str:

@@ -34,12 +34,14 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
 
     Args:
         name: one of ``contract.ENGINES``.
-        directory: holds the graph that the manifest names, or the plans that were built from it.
+        directory: holds the graph that the manifest names, or the plans that were built from it; of a simulated engine
+            neither.
         manifest: the export's manifest.
         policy: says which runtime and how many threads.
 
     Raises:
         RuntimeNotAvailable: the runtime isn't installed, or there is no GPU where it needs one.
+        LatencyTableError: the simulated device's latency table is missing or wrong.
     """
     spec = engine_specs(manifest.preset, manifest.precision)[name]
     if policy.runtime == "onnxruntime":
@@ -52,6 +54,10 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
         except ImportError as error:
             raise RuntimeNotAvailable(f'runtime torch is not installed ({error}); run "make setup"') from error
         return TorchEngine.from_manifest(name, manifest, policy.engine_threads)
+    if policy.is_simulated:
+        from icportrait.runtime.simulated import load_simulated
+
+        return load_simulated([name], directory, manifest, policy)[name]
     if policy.uses_plans:
         from icportrait.runtime.loading import load_plans
 

@@ -234,6 +234,11 @@ def load_slots(directory: Path, manifest: Manifest, policy: ServingPolicy) -> Sl
 
         plans = load_plans(("warping_network", "unet"), directory, manifest, FLAVOURS[policy.runtime])
         return DeviceSlots(plans["warping_network"], plans["unet"], policy.slots)
+    if policy.is_simulated:
+        from icportrait.runtime.simulated import SimulatedSlots, load_simulated
+
+        engines = load_simulated(("warping_network", "unet"), directory, manifest, policy)
+        return SimulatedSlots(engines["warping_network"], engines["unet"], policy.slots)
     warping, unet = (load_engine(name, directory, manifest, policy) for name in ("warping_network", "unet"))
     return HostSlots(warping, unet, policy.slots)
 

@@ -203,7 +203,8 @@ def _file_rows(paths: Iterable[Path]) -> list[tuple[str, str, str]]:
 def _stage_rows(portraits: Portraits) -> list[tuple[str, str, str]]:
     stage_ms = portraits.metadata.get("stage_ms", {})
     stages = [*stage_ms.items(), ("total", sum(stage_ms.values()))]
-    return [(stage, f"{duration_ms:.1f}", "ms") for stage, duration_ms in stages]
+    unit = "ms, simulated" if portraits.metadata.get("simulated") else "ms"
+    return [(stage, f"{duration_ms:.1f}", unit) for stage, duration_ms in stages]
 
 
 def _table(rows: Sequence[tuple[str, str, str]]) -> str:

@@ -11,4 +11,5 @@ class TritonPythonModel(DenoiseModel):
 
     def load(self, context: ModelContext) -> DenoiseStage:
         schedule = NoiseSchedule.from_config(context.manifest.scheduler_config)
-        return DenoiseStage(Batcher(context.slots(), schedule, context.manifest.preset))
+        mode = context.policy.batching
+        return DenoiseStage(Batcher(context.slots(), schedule, context.manifest.preset, mode))

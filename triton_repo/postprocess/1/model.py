@@ -8,4 +8,4 @@ class TritonPythonModel(StageModel):
     """Runs ``PostprocessStage`` on one request at a time."""
 
     def load(self, context: ModelContext) -> PostprocessStage:
-        return PostprocessStage(context.manifest)
+        return PostprocessStage(context.manifest, context.policy)
