@@ -1,12 +1,15 @@
 """CUDA's runtime calls done in the host's memory, so that what only moves arrays runs without a GPU.
 
 Work is put off until its stream is synchronised, as on a GPU: an array that is given back or changed too early shows.
+What is put on a stream while it is captured is recorded and not done, and every launch of the graph does it again, with
+the addresses that it was recorded with.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -14,11 +17,32 @@ import pytest
 from cuda.bindings import runtime as cuda
 
 SUCCESS = cuda.cudaError_t.cudaSuccess
+UNSUPPORTED = cuda.cudaError_t.cudaErrorStreamCaptureUnsupported
+INVALIDATED = cuda.cudaError_t.cudaErrorStreamCaptureInvalidated
 ALIGNMENT = 512
 
 
+@dataclass(frozen=True)
+class Work:
+    """Something on a stream."""
+
+    name: str
+    nbytes: int
+    do: Callable[[], object]
+
+
+class RecordedGraph(cuda.cudaGraph_t):
+    work: tuple[Work, ...] = ()
+
+
+class ExecutableGraph(cuda.cudaGraphExec_t):
+    """For CUDA itself a null handle, which it refuses: one that outlives its test may still be given back to it."""
+
+    work: tuple[Work, ...] = ()
+
+
 class HostCuda:
-    """The calls, and what they were: ``log`` has (name, bytes) of all that was put on streams."""
+    """The calls, and what they were: ``log`` has (name, bytes) of all that was put on streams to be done."""
 
     # All tests': what one leaves to the garbage collector is given back while another runs.
     _blocks: ClassVar[dict[int, np.ndarray]] = {}
@@ -26,7 +50,11 @@ class HostCuda:
     def __init__(self) -> None:
         self.log: list[tuple[str, int]] = []
         self.free_bytes = 8 * 10**9
+        self.graphs: list[RecordedGraph | ExecutableGraph] = []
+        """Those that weren't destroyed."""
         self._work: list[Callable[[], object]] = []
+        self._recorded: list[Work] | None = None
+        self._is_invalid = False
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         answers: dict[str, Callable[..., tuple[Any, ...]]] = {
@@ -38,19 +66,30 @@ class HostCuda:
             "cudaMemsetAsync": self._fill,
             "cudaStreamCreateWithFlags": lambda flags: (SUCCESS, 7),
             "cudaStreamSynchronize": self._synchronize,
+            "cudaStreamBeginCapture": self._begin_capture,
+            "cudaStreamEndCapture": self._end_capture,
+            "cudaGraphInstantiate": self._instantiate,
+            "cudaGraphLaunch": self._launch,
+            "cudaGraphDestroy": self._destroy,
+            "cudaGraphExecDestroy": self._destroy,
         }
         for name, answer in answers.items():
             monkeypatch.setattr(cuda, name, answer)
 
     def put(self, name: str, work: Callable[[], object], nbytes: int = 0) -> None:
         """Put work on the stream, such as an engine's."""
-        self.log.append((name, nbytes))
-        self._work.append(work)
+        if self._recorded is None:
+            self.log.append((name, nbytes))
+            self._work.append(work)
+        else:
+            self._recorded.append(Work(name, nbytes, work))
 
     def is_on_device(self, pointer: int) -> bool:
         return any(start <= pointer < start + block.nbytes - ALIGNMENT for start, block in self._blocks.items())
 
     def _allocate(self, nbytes: int) -> tuple[Any, ...]:
+        if self._recorded is not None:
+            return self._break_capture(), None
         block = np.full(nbytes + ALIGNMENT, 0xFF, np.uint8)  # as floats NaN: nothing may rely on fresh memory
         pointer = -(-block.ctypes.data // ALIGNMENT) * ALIGNMENT
         self._blocks[pointer] = block
@@ -72,9 +111,46 @@ class HostCuda:
         return (SUCCESS,)
 
     def _synchronize(self, stream: int) -> tuple[Any, ...]:
+        if self._recorded is not None:
+            return (self._break_capture(),)
         for work in self._work:
             work()
         self._work.clear()
+        return (SUCCESS,)
+
+    def _begin_capture(self, stream: int, mode: object) -> tuple[Any, ...]:
+        assert self._recorded is None, "the stream is captured already"
+        self._recorded, self._is_invalid = [], False
+        return (SUCCESS,)
+
+    def _break_capture(self) -> cuda.cudaError_t:
+        self._is_invalid = True
+        return UNSUPPORTED
+
+    def _end_capture(self, stream: int) -> tuple[Any, ...]:
+        assert self._recorded is not None, "the stream isn't captured"
+        work, self._recorded = tuple(self._recorded), None
+        if self._is_invalid:
+            return INVALIDATED, None
+        graph = RecordedGraph()
+        graph.work = work
+        self.graphs.append(graph)
+        return SUCCESS, graph
+
+    def _instantiate(self, recorded: RecordedGraph, flags: int) -> tuple[Any, ...]:
+        graph = ExecutableGraph()
+        graph.work = recorded.work
+        self.graphs.append(graph)
+        return SUCCESS, graph
+
+    def _launch(self, graph: ExecutableGraph, stream: int) -> tuple[Any, ...]:
+        assert any(graph is alive for alive in self.graphs), "the graph was destroyed"
+        for work in graph.work:
+            self.put(work.name, work.do, work.nbytes)
+        return (SUCCESS,)
+
+    def _destroy(self, graph: RecordedGraph | ExecutableGraph) -> tuple[Any, ...]:
+        self.graphs = [alive for alive in self.graphs if alive is not graph]
         return (SUCCESS,)
 
 

@@ -222,8 +222,10 @@ class Stream:
         call(self._cuda.cudaStreamBeginCapture(self.handle, mode))
         try:
             yield graph
-        finally:
-            recorded = call(self._cuda.cudaStreamEndCapture(self.handle))
+        except BaseException:
+            self._cuda.cudaStreamEndCapture(self.handle)  # may fail too, for what is being raised
+            raise
+        recorded = call(self._cuda.cudaStreamEndCapture(self.handle))
         graph.executable = call(self._cuda.cudaGraphInstantiate(recorded, 0))
         call(self._cuda.cudaGraphDestroy(recorded))
 

@@ -23,7 +23,7 @@ from icportrait.contract import Array, ModelSpec, TensorSpec
 from icportrait.errors import PlanError, RuntimeNotAvailable
 from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Graph, Stream, as_device_array, find_gpu
 from icportrait.runtime.flavours import TENSORRT_RTX, Flavour
-from icportrait.runtime.plans import PlanHost, PlanManifest, buckets_of, read_plan
+from icportrait.runtime.plans import PlanHost, PlanManifest, buckets_of, check_content, check_host, read_plan
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -80,7 +80,9 @@ class TensorRtEngine:
         host = PlanHost(flavour.name, version, contract_hash, gpu.compute_capability)
         paths = [plans] if isinstance(plans, Path) else plans
         manifests = {plan: PlanManifest.read(plan) for plan in paths}
-        contents = {plan: read_plan(plan, manifest, host) for plan, manifest in manifests.items()}
+        for plan, manifest in manifests.items():  # all of it before the first native call
+            check_host(plan, manifest, host)
+            check_content(plan, manifest)
         self.spec, self.stream = spec, stream
         self.version = f"{flavour.name}-{version}"
         self._runtime = trt.Runtime(trt.Logger(trt.ILogger.WARNING))
@@ -90,7 +92,7 @@ class TensorRtEngine:
         self._engines: list[trt.ICudaEngine] = []
         self._buckets: dict[int, _Bucket] = {}
         for plan, manifest in manifests.items():
-            engine = self._runtime.deserialize_cuda_engine(contents.pop(plan))
+            engine = self._runtime.deserialize_cuda_engine(read_plan(plan, manifest, host))
             if engine is None:
                 raise PlanError(f"{plan}: {flavour.name} {version} can't load it on {gpu.name}; build it again here")
             _compare(plan, spec, engine)

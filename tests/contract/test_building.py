@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from engines.building import build_engine
 from engines.gpu_target import GpuTarget
 from engines.inspection import Inspection, inspect
 from engines.network import ParsedNetwork, parse, warnings_that_matter
+from engines.polygraphy_setup import prepare_polygraphy
 from engines.progress import progress_monitor
 from icportrait.contract import engine_specs
 from icportrait.manifest import Manifest, file_sha256
@@ -72,6 +75,34 @@ def test_inspecting_leaves_a_network_as_it_was(small_export: Path) -> None:
     first = inspect(parsed)
     assert first.products and shapes() == before
     assert inspect(parsed) == first
+
+
+def convolution_graph(path: Path) -> Path:
+    convolution = helper.make_node("Conv", ["x", "kernel"], ["y"])
+    return graph(path, [convolution], {"kernel": np.ones((2, 4, 1, 1), np.float32)}, {"x": [1, 4, 5, 7]})
+
+
+def test_plans_of_tensorrt_rtx_never_allocate_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else they may while a CUDA graph is captured. It is the configuration that TensorRT builds with that is read."""
+    parsed = parse(TENSORRT_RTX, convolution_graph(tmp_path / "g.onnx"))
+    prepare_polygraphy(TENSORRT_RTX)
+    import polygraphy.backend.trt
+
+    flag, built_with = TENSORRT_RTX.load().BuilderFlag.REQUIRE_USER_ALLOCATION, []
+    build = polygraphy.backend.trt.engine_bytes_from_network
+
+    def build_and_note(network: Any, config: Callable[..., Any], **options: Any) -> Any:
+        def noted(*arguments: Any) -> Any:
+            built_with.append(config(*arguments))
+            return built_with[-1]
+
+        return build(network, config=noted, **options)
+
+    monkeypatch.setattr(polygraphy.backend.trt, "engine_bytes_from_network", build_and_note)
+    with progress_monitor(TENSORRT_RTX, "g.plan") as monitor:
+        target = GpuTarget(("8.9",), is_current_gpu=False)
+        assert engines.building._serialize(target, parsed, BuildConfig(), [], monitor) is not None
+    assert [config.get_flag(flag) for config in built_with] == [True]
 
 
 def random_graph(path: Path) -> Path:

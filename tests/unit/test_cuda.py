@@ -11,7 +11,8 @@ import pytest
 from cuda.bindings import runtime as cuda
 
 from icportrait.errors import ContractError, RuntimeNotAvailable
-from icportrait.runtime.cuda import CudaError, DeviceArray, Stream, as_device_array, call, find_gpu
+from icportrait.runtime.cuda import CudaError, DeviceArray, DeviceMemory, Stream, as_device_array, call, find_gpu
+from tests.host_cuda import HostCuda, view
 
 SUCCESS = cuda.cudaError_t.cudaSuccess
 ARRAY = DeviceArray(4096, (6, 5, 7), np.dtype(np.float16), None)
@@ -83,6 +84,40 @@ def test_a_failed_recording_is_ended_and_leaves_no_graph(monkeypatch: pytest.Mon
     with pytest.raises(ZeroDivisionError), Stream().capture() as graph:
         _ = 1 / 0
     assert ended == [7] and graph.executable is None
+
+
+def test_what_is_recorded_is_done_at_every_launch_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated = HostCuda()
+    emulated.install(monkeypatch)
+    stream = Stream()
+    source, target = (DeviceMemory(4).array((4,), np.dtype(np.uint8)) for _ in range(2))
+
+    def seen() -> list[int]:
+        stream.synchronize()
+        return [int(view(array.pointer, array.shape, array.dtype)[0]) for array in (source, target)]
+
+    for array in (source, target):
+        stream.fill(array, 0)
+    with stream.capture() as graph:
+        stream.copy(source, target)
+        stream.fill(source, 5)
+    assert seen() == [0, 0] and len(emulated.graphs) == 1
+    for byte in (1, 2):
+        stream.fill(source, byte)
+        graph.launch()
+        assert seen() == [5, byte]
+    del graph
+    assert not emulated.graphs
+
+
+def test_waiting_while_recording_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated = HostCuda()
+    emulated.install(monkeypatch)
+    stream = Stream()
+    with pytest.raises(CudaError, match="CaptureInvalidated") as failure, stream.capture():
+        stream.synchronize()
+    assert "CaptureUnsupported" in str(failure.value.__context__)
+    assert not emulated.graphs
 
 
 @pytest.fixture

@@ -1,43 +1,59 @@
-"""The TensorRT runner's bookkeeping on a stand-in for TensorRT: which contexts it makes, and what fits into memory."""
+"""The TensorRT runner on stand-ins for TensorRT and CUDA: its contexts, CUDA graphs and memory."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import icportrait.runtime.loading
 import icportrait.runtime.tensorrt
 from engines.build_config import BuildConfig
-from icportrait.contract import ModelSpec, engine_specs
+from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.errors import PlanError, RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.runtime import load_engine, load_slots
 from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Gpu, Stream
-from icportrait.runtime.flavours import FLAVOURS, Flavour
+from icportrait.runtime.flavours import FLAVOURS, TENSORRT_RTX, Flavour
 from icportrait.runtime.loading import load_plans
 from icportrait.runtime.slots import DeviceSlots
-from icportrait.runtime.tensorrt import TensorRtEngine
+from icportrait.runtime.tensorrt import TensorRtEngine, share_scratch
 from tests.fake_plans import VERSIONS, write_fake_plans
-from tests.host_cuda import HostCuda
+from tests.host_cuda import HostCuda, view
 from tests.trivial_engines import write_trivial_export
 
 SPECS = engine_specs(DEMO_128)
 FULL = Flavour("tensorrt", "tensorrt_stand_in", "tensorrt==0", compiles_without_gpu=False)
+WARPING = SPECS["warping_network"]
+
+
+def computed(spec: ModelSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """What the stand-in for an engine computes: an output's row is a number that all of the inputs' rows make."""
+    rows = sum(
+        (index + 1) * array.reshape(len(array), -1).sum(axis=1, dtype=np.float64)
+        for index, array in enumerate(inputs.values())
+    )
+    outputs = {}
+    for index, tensor in enumerate(spec.outputs):
+        values = (np.asarray(rows) + index).reshape(-1, *[1] * (len(tensor.axes) - 1))
+        outputs[tensor.name] = np.broadcast_to(values, tensor.shape(batch=len(values))).astype(tensor.dtype.numpy)
+    return outputs
 
 
 class Context:
-    """Remembers what it was told."""
+    """Remembers what it was told, and computes with the addresses that it had when it was put on the stream."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine, self.profile, self.runs = engine, -1, 0
+    def __init__(self, engine: Engine, config: SimpleNamespace) -> None:
+        self.engine, self.profile, self.asked = engine, -1, dict(vars(config))
+        self.scratch = (0, 0)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
         self.bound: list[dict[str, int]] = []
@@ -60,15 +76,30 @@ class Context:
         self.scratch = (pointer, nbytes)
 
     def execute_async_v3(self, stream: int) -> bool:
-        self.bound.append(dict(self.addresses))
+        addresses, scratch = dict(self.addresses), self.scratch
+        self.bound.append(addresses)
+        if not self.fails:
+            self.engine.cuda.put("execute", lambda: self._compute(addresses, *scratch))
         return not self.fails
+
+    def _compute(self, addresses: dict[str, int], scratch: int, scratch_bytes: int) -> None:
+        spec, cuda = self.engine.spec, self.engine.cuda
+        assert all(map(cuda.is_on_device, (*addresses.values(), scratch)))
+        view(scratch, (scratch_bytes,), np.dtype(np.uint8))[...] = 1
+        batch = self.shapes[spec.inputs[0].name][0]
+        arrays = {
+            tensor.name: view(addresses[tensor.name], tensor.shape(batch=batch), np.dtype(tensor.dtype.numpy))
+            for tensor in (*spec.inputs, *spec.outputs)
+        }
+        for name, array in computed(spec, {tensor.name: arrays[tensor.name] for tensor in spec.inputs}).items():
+            arrays[name][...] = array
 
 
 class Engine:
     device_memory_size_v2 = 1000
 
-    def __init__(self, spec: ModelSpec, content: bytes) -> None:
-        self.content, self.contexts = content, list[Context]()
+    def __init__(self, spec: ModelSpec, content: bytes, cuda: HostCuda) -> None:
+        self.spec, self.content, self.cuda, self.contexts = spec, content, cuda, list[Context]()
         self._types = {tensor.name: tensor.dtype.numpy for tensor in (*spec.inputs, *spec.outputs)}
         self.num_io_tensors = len(self._types)
 
@@ -80,30 +111,40 @@ class Engine:
         return SimpleNamespace(name=names[self._types[name]])
 
     def create_runtime_config(self) -> Any:
-        return SimpleNamespace(set_execution_context_allocation_strategy=lambda strategy: None)
+        return RuntimeConfig()
 
-    def create_execution_context(self, config: object) -> Context:
-        return Context(self)
+    def create_execution_context(self, config: RuntimeConfig) -> Context:
+        return Context(self, config)
+
+
+class RuntimeConfig(SimpleNamespace):
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.allocation = strategy
 
 
 @pytest.fixture
-def engines(monkeypatch: pytest.MonkeyPatch) -> dict[str, Engine]:
-    """What the stand-in deserialised, by the plan's content, which is its name."""
+def engines(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> dict[str, Engine]:
+    """What the stand-ins deserialised, by the plan's content, which is its name."""
     made: dict[str, Engine] = {}
 
     def deserialize(content: bytes) -> Engine:
         name = content.decode()
-        made[name] = Engine(SPECS[name.split(".")[0]], content)
+        made[name] = Engine(SPECS[name.split(".")[0]], content, cuda)
         return made[name]
 
-    stand_in = SimpleNamespace(
-        __version__=VERSIONS["tensorrt"],
-        Logger=lambda severity: None,
-        ILogger=SimpleNamespace(WARNING=1),
-        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialize),
-        ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED=2),
+    common = {
+        "Logger": lambda severity: None,
+        "ILogger": SimpleNamespace(WARNING=1),
+        "Runtime": lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialize),
+        "ExecutionContextAllocationStrategy": SimpleNamespace(USER_MANAGED="user managed"),
+    }
+    full = SimpleNamespace(__version__=VERSIONS["tensorrt"], **common)
+    strategies = SimpleNamespace(LAZY="lazy", EAGER="eager", NONE="none")
+    rtx = SimpleNamespace(
+        __version__=VERSIONS["tensorrt-rtx"], DynamicShapesKernelSpecializationStrategy=strategies, **common
     )
-    monkeypatch.setitem(sys.modules, FULL.module, stand_in)
+    monkeypatch.setitem(sys.modules, FULL.module, full)
+    monkeypatch.setitem(sys.modules, TENSORRT_RTX.module, rtx)
     monkeypatch.setitem(FLAVOURS, "tensorrt", FULL)
     return made
 
@@ -189,6 +230,19 @@ def test_outputs_are_bound_elsewhere_for_one_run_only(plans, export, engines, cu
         warping.execute(3, {"f_ref_00": short})
 
 
+@pytest.mark.parametrize("flavour", [FULL, TENSORRT_RTX], ids=lambda flavour: flavour.name)
+def test_only_tensorrt_rtx_is_asked_to_specialise_kernels_at_once(
+    flavour: Flavour, tmp_path: Path, export, engines, cuda
+) -> None:
+    write_fake_plans(tmp_path, export, flavour.name)
+    load_plans(["warping_network"], tmp_path, export, flavour)
+    expected = {"allocation": "user managed"}
+    if flavour is TENSORRT_RTX:
+        expected["dynamic_shapes_kernel_specialization_strategy"] = "eager"
+    contexts = engines["warping_network.plan"].contexts
+    assert contexts and all(context.asked == expected for context in contexts)
+
+
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_f_ref_of_half_precision_lies_in_half_the_bytes(
     precision: str, tmp_path: Path, engines, cuda, monkeypatch: pytest.MonkeyPatch
@@ -199,6 +253,137 @@ def test_f_ref_of_half_precision_lies_in_half_the_bytes(
     monkeypatch.setitem(SPECS, "unet", engine_specs(DEMO_128, precision)["unet"])
     unet = load_plans(["unet"], tmp_path / "plans", export, FULL)["unet"]
     assert unet.inputs[whole.name].nbytes == whole.nbytes(16) // 2
+
+
+# Running, and CUDA graphs
+
+
+@pytest.fixture
+def warping(plans, export, engines, cuda) -> TensorRtEngine:
+    """In buckets of 1, 2, 4 and 8, nothing of it run yet."""
+    loaded = load_plans(["warping_network"], plans(), export, FULL)["warping_network"]
+    loaded.stream.synchronize()
+    cuda.log.clear()
+    return loaded
+
+
+def jobs(batch: int, seed: int = 0) -> dict[str, Array]:
+    """Inputs with which all sums are exact."""
+    generator = np.random.default_rng(seed)
+    return {spec.name: generator.integers(-8, 9, spec.shape(batch=batch)).astype(np.float32) for spec in WARPING.inputs}
+
+
+def same(found: Mapping[str, Array], expected: Mapping[str, Array]) -> bool:
+    return found.keys() == expected.keys() and all(np.array_equal(found[name], expected[name]) for name in expected)
+
+
+def rows_of(arrays: Mapping[str, DeviceArray], first: int, count: int) -> dict[str, Array]:
+    rows = {name: array.rows(first, count) for name, array in arrays.items()}
+    return {name: view(array.pointer, array.shape, array.dtype).copy() for name, array in rows.items()}
+
+
+def untouched(arrays: Mapping[str, Array]) -> bool:
+    """They are as fresh memory and ``fill_outputs(0xFF)`` leave them."""
+    return all((array.view(np.uint8) == 0xFF).all() for array in arrays.values())
+
+
+def enqueued(engine: Engine) -> list[int]:
+    """How often each bucket was put on the stream, to be done or recorded."""
+    return [len(context.bound) for context in engine.contexts]
+
+
+def test_a_run_pads_its_bucket_and_gives_the_asked_rows(warping: TensorRtEngine, engines, cuda) -> None:
+    given = jobs(3)
+    assert same(warping.run(given), computed(WARPING, given))
+    assert enqueued(engines["warping_network.plan"])[2] == sum(enqueued(engines["warping_network.plan"])) > 0
+    moved = {way: sum(nbytes for name, nbytes in cuda.log if name == way) for way in ("upload", "download", "copy")}
+    uploaded, downloaded = (sum(spec.nbytes(3) for spec in specs) for specs in (WARPING.inputs, WARPING.outputs))
+    assert moved == {"upload": uploaded, "download": downloaded, "copy": 0}
+    # All of the bucket is computed, the row that pads it from zeros, and nothing after it.
+    zeros = {name: np.zeros_like(array[:1]) for name, array in given.items()}
+    assert same(rows_of(warping.outputs, 3, 1), computed(WARPING, zeros))
+    assert untouched(rows_of(warping.outputs, 4, 4))
+
+
+def test_inputs_on_the_device_are_copied_there(warping: TensorRtEngine, cuda) -> None:
+    given = jobs(2)
+    name, array = next(iter(given.items()))
+    placed = DeviceMemory(array.nbytes).array(array.shape, array.dtype)
+    warping.stream.upload(array, placed)
+    cuda.log.clear()
+    assert same(warping.run(given | {name: placed}), computed(WARPING, given))
+    assert [nbytes for way, nbytes in cuda.log if way == "copy"] == [array.nbytes]
+
+
+def test_the_first_run_of_a_bucket_records_and_later_ones_replay(warping: TensorRtEngine, engines, cuda) -> None:
+    """A run that records runs directly before that; replaying reaches TensorRT no more."""
+    done = []
+    for seed, batch in enumerate((4, 3, 4, 1, 4, 1)):
+        cuda.log.clear()
+        given = jobs(batch, seed)
+        assert same(warping.run(given), computed(WARPING, given))  # replays see what the buffers hold now
+        done.append((enqueued(engines["warping_network.plan"]), [name for name, _ in cuda.log].count("execute")))
+    assert done == [
+        ([0, 0, 2, 0], 2),
+        ([0, 0, 2, 0], 1),
+        ([0, 0, 2, 0], 1),
+        ([2, 0, 2, 0], 2),
+        ([2, 0, 2, 0], 1),
+        ([2, 0, 2, 0], 1),
+    ]
+    assert len(cuda.graphs) == 2  # one per bucket, and what they were made of is gone
+
+
+def test_a_direct_run_neither_records_nor_replays(warping: TensorRtEngine, engines, cuda) -> None:
+    for count in (1, 2):
+        given = jobs(2, count)
+        assert same(warping.run(given, directly=True), computed(WARPING, given))
+        assert enqueued(engines["warping_network.plan"]) == [0, count, 0, 0] and not cuda.graphs
+
+
+@pytest.mark.parametrize("recorded", ["before", "after"])
+def test_graphs_write_to_the_engines_own_outputs_whatever_was_bound(
+    recorded: str, warping: TensorRtEngine, engines
+) -> None:
+    targets = {
+        name: DeviceMemory(array.nbytes).array(array.shape, array.dtype)
+        for name, array in warping.outputs.items()
+        if name != "match_confidence"
+    }
+    first, second = jobs(2, 1), jobs(2, 2)
+    if recorded == "before":
+        warping.run(jobs(2))
+    for name, array in first.items():
+        warping.stream.upload(array, warping.inputs[name].rows(0, 2))
+    warping.fill_outputs(0xFF)
+    warping.execute(2, targets)
+    warping.stream.synchronize()
+    expected = computed(WARPING, first)
+    own = rows_of(warping.outputs, 0, 2)
+    assert np.array_equal(own.pop("match_confidence"), expected.pop("match_confidence"))
+    assert same(rows_of(targets, 0, 2), expected)
+    assert untouched(own)
+    assert same(warping.run(second), computed(WARPING, second))
+    assert same(rows_of(targets, 0, 2), expected)
+    assert enqueued(engines["warping_network.plan"]) == [0, 3, 0, 0]
+
+
+def test_with_other_scratch_memory_a_bucket_is_recorded_again(warping: TensorRtEngine, engines, cuda) -> None:
+    """A graph keeps the address of the scratch memory that it was recorded with."""
+    first = share_scratch([warping])
+    given = jobs(1)
+    warping.run(given)
+    warping.run(jobs(2))
+    assert len(cuda.graphs) == 2
+    second = share_scratch([warping])
+    assert not cuda.graphs
+    for memory in (first, second):
+        warping.stream.fill(memory.array((memory.nbytes,), np.dtype(np.uint8)), 0)
+    for _ in range(2):
+        assert same(warping.run(given), computed(WARPING, given))
+        assert enqueued(engines["warping_network.plan"]) == [4, 2, 0, 0] and len(cuda.graphs) == 1
+    used = [view(memory.pointer, (memory.nbytes,), np.dtype(np.uint8)).all() for memory in (first, second)]
+    assert used == [False, True]
 
 
 # Memory
