@@ -114,9 +114,9 @@ def test_waiting_while_recording_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
     emulated = HostCuda()
     emulated.install(monkeypatch)
     stream = Stream()
-    with pytest.raises(CudaError, match="CaptureInvalidated") as failure, stream.capture():
+    # The cause, and not that the recording was then invalid.
+    with pytest.raises(CudaError, match="CaptureUnsupported"), stream.capture():
         stream.synchronize()
-    assert "CaptureUnsupported" in str(failure.value.__context__)
     assert not emulated.graphs
 
 
