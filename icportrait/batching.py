@@ -207,8 +207,10 @@ class Batcher:
             if ticket.is_cancelled:
                 return Cancelled("the request was cancelled")
             if now >= ticket.deadline_s:
-                waited_ms = 1000 * (now - ticket.arrived_s)
-                return Unavailable(f"the deadline passed after {waited_ms:.0f} ms in the denoising loop")
+                done = next((running.step for running in self._table.running if running.ticket is ticket), 0)
+                return Unavailable(
+                    f"deadline_ms: passed after {done} of {ticket.steps} steps; allow more time, or ask for fewer steps"
+                )
             return None
 
         for ticket in self._scheduler.remove(lambda ticket: reason(ticket) is not None):

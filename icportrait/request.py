@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
+import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -77,6 +79,8 @@ INPUTS = (
     RequestInput("guidance_scale", DType.FLOAT32, minimum=1.0, maximum=20.0),
     RequestInput("mask_ratio", DType.FLOAT32, default=0.8, minimum=0.0, maximum=0.98),
     RequestInput("scheduler", DType.BYTES, default="dpmpp_2m", choices=SCHEDULERS),
+    RequestInput("priority", DType.INT32, default=1, minimum=0, maximum=9),
+    RequestInput("deadline_ms", DType.INT32, minimum=1, maximum=3_600_000),
     RequestInput("profile_box", DType.FLOAT32, size=4, minimum=0.0, maximum=1.0),
     RequestInput("reference_box", DType.FLOAT32, size=4, minimum=0.0, maximum=1.0),
     RequestInput("output_format", DType.BYTES, default="png", choices=("png", "jpeg", "webp")),
@@ -97,6 +101,12 @@ class PortraitRequest:
     scheduler: str
     output_format: str
     encoding: str
+    priority: int = 1
+    """Its class, 0 first."""
+    deadline_ms: int | None = None
+    """Counted from ``arrived_ns``; None waits for as long as it takes."""
+    arrived_ns: int = 0
+    """When the front got it, a ``time.monotonic_ns`` reading."""
     profile_box: tuple[float, float, float, float] | None = None
     reference_box: tuple[float, float, float, float] | None = None
 
@@ -104,6 +114,11 @@ class PortraitRequest:
     def rows(self) -> int:
         """Rows of a UNet batch this request takes: guidance costs every portrait a second, unconditional one."""
         return self.num_portraits * (2 if self.guidance_scale > 1.0 else 1)
+
+    @property
+    def deadline_s(self) -> float:
+        """By ``time.monotonic``; infinite without a deadline."""
+        return math.inf if self.deadline_ms is None else self.arrived_ns / 1e9 + self.deadline_ms / 1e3
 
     def to_json(self) -> bytes:
         return json.dumps(asdict(self)).encode()
@@ -143,7 +158,7 @@ def parse_request(tensors: Mapping[str, Array], defaults: Mapping[str, Any]) -> 
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**31)
     profile, reference = values.pop("profile"), values.pop("reference")
-    return PortraitRequest(**values), profile, reference
+    return PortraitRequest(**values, arrived_ns=time.monotonic_ns()), profile, reference
 
 
 def client_contract_text() -> str:

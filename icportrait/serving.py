@@ -120,7 +120,8 @@ class DenoiseStage:
             tensors["reference_latent"],
             tensors["visibility"],
         )
-        self._batcher.submit(job, on_done)
+        request = job.request
+        self._batcher.submit(job, on_done, priority=request.priority, deadline_s=request.deadline_s)
 
     def close(self) -> None:
         self._batcher.close()

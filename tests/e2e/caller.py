@@ -16,6 +16,8 @@ TYPES = {
     "num_inference_steps": "INT32",
     "guidance_scale": "FP32",
     "mask_ratio": "FP32",
+    "priority": "INT32",
+    "deadline_ms": "INT32",
     "profile_box": "FP32",
     "reference_box": "FP32",
 }

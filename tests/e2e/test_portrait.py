@@ -6,6 +6,7 @@ import io
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,6 +16,7 @@ import onnx
 import pytest
 from onnx import numpy_helper
 from PIL import Image
+from tritonclient.utils import InferenceServerException
 
 from icportrait.faces import crop_to_square, find_crop
 from icportrait.imaging import decode_picture
@@ -176,3 +178,24 @@ def test_the_twenty_line_script_gets_a_picture(server: TritonServer, tmp_path: P
     subprocess.run([sys.executable, script, server.grpc_url, *paths], check=True, cwd=ROOT, timeout=120)
     with Image.open(out) as picture:
         assert picture.size == (128, 128)
+
+
+def test_a_request_past_its_deadline_is_dropped_and_told_so(server: TritonServer, pictures: dict[str, bytes]) -> None:
+    """150 steps take seconds here; the slots are free again at once."""
+    started = time.monotonic()
+    with pytest.raises(InferenceServerException, match="deadline_ms: passed after") as refused:
+        infer(server.grpc_url, num_inference_steps=150, deadline_ms=300, **pictures)
+    assert refused.value.status() == "StatusCode.UNAVAILABLE"
+    assert 0.3 <= time.monotonic() - started < 3
+    images, _ = infer(server.grpc_url, num_inference_steps=1, deadline_ms=60_000, **pictures)
+    assert len(images) == 1
+
+
+def test_a_late_request_joins_what_is_running(server: TritonServer, pictures: dict[str, bytes]) -> None:
+    """A short request that comes while a long one is denoised doesn't wait for its end."""
+    with ThreadPoolExecutor(1) as pool:
+        long = pool.submit(infer, server.grpc_url, num_inference_steps=150, **pictures)
+        time.sleep(1)
+        infer(server.grpc_url, num_inference_steps=1, **pictures)
+        assert not long.done()
+        assert len(long.result()[0]) == 1

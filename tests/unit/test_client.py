@@ -276,6 +276,8 @@ def test_every_option_arrives_in_the_contracts_type(triton: FakeTriton, client: 
         guidance_scale=Fraction(5, 2),  # type: ignore[arg-type]
         mask_ratio=np.float32(0.98),  # type: ignore[arg-type]
         scheduler="euler",
+        priority=0,
+        deadline_ms=1500,
         profile_box=(0, 0.25, 0.5, 1),
         reference_box=np.array([0, 0, 1, 1]),  # type: ignore[arg-type]
         output_format="webp",
@@ -291,6 +293,8 @@ def test_every_option_arrives_in_the_contracts_type(triton: FakeTriton, client: 
         "guidance_scale": struct.pack("<f", 2.5),
         "mask_ratio": struct.pack("<f", 0.98),
         "scheduler": bytes_tensor(b"euler"),
+        "priority": struct.pack("<i", 0),
+        "deadline_ms": struct.pack("<i", 1500),
         "profile_box": struct.pack("<4f", 0, 0.25, 0.5, 1),
         "reference_box": struct.pack("<4f", 0, 0, 1, 1),
         "output_format": bytes_tensor(b"webp"),
@@ -494,6 +498,7 @@ def test_command_prints_metadata_as_json(
 def test_command_passes_every_option(triton: FakeTriton, command: list[str], tmp_path: Path) -> None:
     options = (
         "--seed 7 --num-portraits 2 --steps 30 --guidance-scale 2.5 --mask-ratio 0.5 --scheduler ddim "
+        "--priority 2 --deadline-ms 900 "
         "--profile-box 0 0 0.5 1 --reference-box 0.25 0 1 1 --format jpeg"
     )
     assert main([*command, str(tmp_path / "out.png"), *options.split()]) == 0
@@ -504,6 +509,8 @@ def test_command_passes_every_option(triton: FakeTriton, command: list[str], tmp
         "guidance_scale": struct.pack("<f", 2.5),
         "mask_ratio": struct.pack("<f", 0.5),
         "scheduler": bytes_tensor(b"ddim"),
+        "priority": struct.pack("<i", 2),
+        "deadline_ms": struct.pack("<i", 900),
         "profile_box": struct.pack("<4f", 0, 0, 0.5, 1),
         "reference_box": struct.pack("<4f", 0.25, 0, 1, 1),
         "output_format": bytes_tensor(b"jpeg"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import re
+import time
+
 import numpy as np
 import pytest
 
@@ -85,3 +89,25 @@ def test_a_request_survives_json() -> None:
 def test_guidance_of_one_costs_one_row(guidance: float, rows: int) -> None:
     request = parse(num_portraits=np.array([3], np.int32), guidance_scale=np.array([guidance], np.float32))
     assert request.rows == rows
+
+
+def test_a_deadline_counts_from_the_requests_arrival() -> None:
+    before = time.monotonic()
+    request = parse(deadline_ms=np.array([1500], np.int32), priority=np.array([0], np.int32))
+    assert before + 1.5 <= request.deadline_s <= time.monotonic() + 1.5
+    assert request.priority == 0
+    assert PortraitRequest.from_json(request.to_json()).deadline_s == request.deadline_s
+    assert (parse().priority, parse().deadline_s) == (1, math.inf)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("priority", -1, "priority: -1, expected 0..9"),
+        ("priority", 10, "priority: 10, expected 0..9"),
+        ("deadline_ms", 0, "deadline_ms: 0, expected 1..3600000"),
+    ],
+)
+def test_an_order_that_cant_be_is_refused(name: str, value: int, expected: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{re.escape(expected)}$"):
+        parse(**{name: np.array([value], np.int32)})

@@ -26,6 +26,8 @@ _OPTIONS = (
     ("--guidance-scale", "guidance_scale", "how strongly the pictures guide the result"),
     ("--mask-ratio", "mask_ratio", "share of the reference that is hidden from the model"),
     ("--scheduler", "scheduler", "the sampler"),
+    ("--priority", "priority", "the request's class, 0 first"),
+    ("--deadline-ms", "deadline_ms", "after which the server drops the request"),
     ("--profile-box", "profile_box", "the profile's crop, as shares of its width and height"),
     ("--reference-box", "reference_box", "the reference's crop, likewise"),
     ("--format", "output_format", "how OUT is encoded"),

@@ -79,6 +79,8 @@ class PortraitClient:
         guidance_scale: float | None = None,
         mask_ratio: float | None = None,
         scheduler: str | None = None,
+        priority: int | None = None,
+        deadline_ms: int | None = None,
         profile_box: Sequence[float] | None = None,
         reference_box: Sequence[float] | None = None,
         output_format: str | None = None,
@@ -97,6 +99,8 @@ class PortraitClient:
             guidance_scale: how strongly the pictures guide the result; 1 is without guidance.
             mask_ratio: share of the reference that is hidden from the model.
             scheduler: the sampler.
+            priority: the request's class, 0 first.
+            deadline_ms: an answer later than this is worth nothing: the server then drops the request.
             profile_box: the profile's crop, x0, y0, x1, y1 as shares of width and height; the server finds one if None.
             reference_box: the reference's crop, likewise.
             output_format: how the portraits are encoded.
@@ -119,6 +123,8 @@ class PortraitClient:
             "guidance_scale": guidance_scale,
             "mask_ratio": mask_ratio,
             "scheduler": scheduler,
+            "priority": priority,
+            "deadline_ms": deadline_ms,
             "profile_box": profile_box,
             "reference_box": reference_box,
             "output_format": output_format,
