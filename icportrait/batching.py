@@ -30,6 +30,7 @@ from icportrait.scheduling import BATCHING_MODES, Scheduler
 from icportrait.slot_table import DenoiseJob, RunningJob, SlotTable
 
 logger = logging.getLogger(__name__)
+CANCELLED = "the caller cancelled"
 SHUTTING_DOWN = "the server is shutting down; try again"
 
 
@@ -205,7 +206,7 @@ class Batcher:
 
         def reason(ticket: Ticket) -> IcPortraitError | None:
             if ticket.is_cancelled:
-                return Cancelled("the request was cancelled")
+                return Cancelled(CANCELLED)
             if now >= ticket.deadline_s:
                 done = next((running.step for running in self._table.running if running.ticket is ticket), 0)
                 return Unavailable(
@@ -214,7 +215,7 @@ class Batcher:
             return None
 
         for ticket in self._scheduler.remove(lambda ticket: reason(ticket) is not None):
-            ticket.answer(reason(ticket) or Cancelled(""))
+            ticket.answer(reason(ticket) or Cancelled(CANCELLED))
         for running in list(self._table.running):
             if error := reason(running.ticket):
                 self._fail([running], error)

@@ -107,6 +107,8 @@ class PortraitRequest:
     """Counted from ``arrived_ns``; None waits for as long as it takes."""
     arrived_ns: int = 0
     """When the front got it, a ``time.monotonic_ns`` reading."""
+    key: str = ""
+    """By which the front can cancel it."""
     profile_box: tuple[float, float, float, float] | None = None
     reference_box: tuple[float, float, float, float] | None = None
 
@@ -131,12 +133,15 @@ class PortraitRequest:
         return cls(**fields)
 
 
-def parse_request(tensors: Mapping[str, Array], defaults: Mapping[str, Any]) -> tuple[PortraitRequest, bytes, bytes]:
+def parse_request(
+    tensors: Mapping[str, Array], defaults: Mapping[str, Any], key: str = ""
+) -> tuple[PortraitRequest, bytes, bytes]:
     """Check the public inputs and fill in what is absent.
 
     Args:
         tensors: the request's tensors by name.
         defaults: by input, the checkpoint's own: ``Manifest.defaults``.
+        key: by which the request can be cancelled.
 
     Returns:
         The request, the profile's bytes and the reference's bytes (base64 text where the encoding says so).
@@ -158,7 +163,7 @@ def parse_request(tensors: Mapping[str, Array], defaults: Mapping[str, Any]) -> 
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**31)
     profile, reference = values.pop("profile"), values.pop("reference")
-    return PortraitRequest(**values, arrived_ns=time.monotonic_ns()), profile, reference
+    return PortraitRequest(**values, arrived_ns=time.monotonic_ns(), key=key), profile, reference
 
 
 def client_contract_text() -> str:

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import base64
 import json
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
-from icportrait.batching import Batcher, DenoiseResult, check_slots
+from icportrait.batching import CANCELLED, Batcher, DenoiseResult, Ticket, check_slots
 from icportrait.contract import Array
-from icportrait.errors import IcPortraitError
+from icportrait.errors import Cancelled, IcPortraitError
 from icportrait.faces import crop_to_square, find_crop
 from icportrait.imaging import check_file_bytes, decode_base64, decode_picture, encode_picture
 from icportrait.manifest import Manifest
@@ -29,6 +31,7 @@ from icportrait.sampling import NoiseSchedule
 from icportrait.slot_table import DenoiseJob
 
 Tensors = dict[str, Array]
+_CANCELLED_KEPT = 1024
 
 
 def bytes_tensor(*values: bytes) -> Array:
@@ -44,14 +47,18 @@ class FrontStage:
         self._schedule = NoiseSchedule.from_config(manifest.scheduler_config)
         self._slots = min(policy.slots, manifest.preset.max_unet_batch)
 
-    def __call__(self, tensors: Mapping[str, Array]) -> Tensors:
+    def __call__(self, tensors: Mapping[str, Array], key: str = "") -> Tensors:
         """The public inputs by name -> ``profile``, ``reference`` and ``request``, each [1].
+
+        Args:
+            tensors: the public inputs.
+            key: by which the request can be cancelled.
 
         Raises:
             InvalidRequest: an input is missing, unknown, too large or out of range, or the checkpoint's schedule or
                 the server's slots can't hold the request.
         """
-        request, profile, reference = parse_request(tensors, self._defaults)
+        request, profile, reference = parse_request(tensors, self._defaults, key)
         for name, data in (("profile", profile), ("reference", reference)):
             # Base64 with its line ends is less than twice the file; the exact check comes when it is decoded.
             check_file_bytes(len(data) if request.encoding == "binary" else (len(data) + 1) // 2, name)
@@ -106,12 +113,22 @@ class DenoiseStage:
 
     def __init__(self, batcher: Batcher) -> None:
         self._batcher = batcher
+        self._tickets: dict[str, Ticket] = {}
+        # Of requests that are still on their way here, or have ended.
+        self._cancelled: deque[str] = deque(maxlen=_CANCELLED_KEPT)
+        self._lock = threading.Lock()
 
     def submit(self, tensors: Mapping[str, Array], answer: Callable[[Tensors | IcPortraitError], None]) -> None:
-        """Queue one request; ``answer`` is called once, from the loop's thread."""
+        """Queue one request; ``answer`` is called once, from the loop's thread.
+
+        Raises:
+            Cancelled: its caller has gone already.
+        """
         preprocess = json.loads(tensors["preprocess_report"][0])
 
         def on_done(result: DenoiseResult | IcPortraitError) -> None:
+            with self._lock:
+                self._tickets.pop(request.key, None)
             answer(result if isinstance(result, IcPortraitError) else self._outputs(result, preprocess))
 
         job = DenoiseJob(
@@ -121,7 +138,20 @@ class DenoiseStage:
             tensors["visibility"],
         )
         request = job.request
-        self._batcher.submit(job, on_done, priority=request.priority, deadline_s=request.deadline_s)
+        with self._lock:
+            if request.key in self._cancelled:
+                raise Cancelled(CANCELLED)
+            ticket = self._batcher.submit(job, on_done, priority=request.priority, deadline_s=request.deadline_s)
+            if request.key:
+                self._tickets[request.key] = ticket
+
+    def cancel(self, key: str) -> None:
+        """Drop the request with this key before the next step; from any thread."""
+        with self._lock:
+            if ticket := self._tickets.get(key):
+                ticket.cancel()
+            else:
+                self._cancelled.append(key)
 
     def close(self) -> None:
         self._batcher.close()

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import json
 import logging
+import secrets
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from threading import BoundedSemaphore
+from threading import BoundedSemaphore, Event, Lock, Thread
 from typing import Any, TypeVar
 
 import numpy as np
 
+from icportrait.cancellation import CancelListener, send_cancel
 from icportrait.contract import ENSEMBLE
 from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable, from_wire, to_caller, to_wire
 from icportrait.manifest import Manifest
@@ -126,6 +128,7 @@ class DenoiseModel:
     def initialize(self, args: dict[str, str]) -> None:
         self.context = ModelContext(args)
         self._stage = self.load(self.context)
+        self._cancels = CancelListener(self.context.directory, self._stage.cancel)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
@@ -138,6 +141,7 @@ class DenoiseModel:
                 answer(failed)
 
     def finalize(self) -> None:
+        self._cancels.close()
         self._stage.close()
 
 
@@ -153,19 +157,45 @@ class FrontModel:
         self._places = BoundedSemaphore(limit)
         self._threads = ThreadPoolExecutor(limit, thread_name_prefix="front")
         self._check = FrontStage(self.context.manifest, self.context.policy)
+        self._senders: dict[str, Any] = {}
+        # A sender that has given its answer may not be asked any more.
+        self._asking = Lock()
+        self._stopping = Event()
+        self._watcher = Thread(target=self._watch, name="cancelled", daemon=True)
+        self._watcher.start()
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            answer = _answer_with(request.get_response_sender(), restore_code=True)
+            sender = request.get_response_sender()
+            answer = _answer_with(sender, restore_code=True)
             if not self._places.acquire(blocking=False):
                 limit = self.context.policy.max_pending_requests
                 answer(Unavailable(f"{limit} requests are pending, which is this server's limit; try again later"))
                 continue
             tensors = attempt(self.context.name, lambda: self._public_inputs(request))  # noqa: B023
-            self._threads.submit(self._serve, tensors, answer)
+            key = secrets.token_hex(16)
+            self._senders[key] = sender
+            self._threads.submit(self._serve, tensors, answer, key)
 
     def finalize(self) -> None:
         self._threads.shutdown()
+        self._stopping.set()
+        self._watcher.join()
+
+    def _watch(self) -> None:
+        """Look which callers have gone. Each look asks Triton's process, so more requests are looked at less often."""
+        while not self._stopping.wait(0.01 + 0.001 * len(self._senders)):
+            for key in list(self._senders):
+                if self._is_cancelled(key):
+                    send_cancel(self.context.directory, key)
+
+    def _is_cancelled(self, key: str) -> bool:
+        with self._asking:
+            sender = self._senders.get(key)
+            if sender is None or not sender.is_cancelled():
+                return False
+            del self._senders[key]
+            return True
 
     def _public_inputs(self, request: Any) -> Tensors:
         try:
@@ -176,10 +206,12 @@ class FrontModel:
         unknown = {name: np.array([value]) for name, value in parameters.items()}
         return unknown | self.context.inputs(request)
 
-    def _serve(self, tensors: Tensors | IcPortraitError, answer: Answer) -> None:
+    def _serve(self, tensors: Tensors | IcPortraitError, answer: Answer, key: str) -> None:
         outcome = tensors
         if not isinstance(tensors, IcPortraitError):
-            outcome = attempt(self.context.name, lambda: self._run_pipeline(self._check(tensors)))
+            outcome = attempt(self.context.name, lambda: self._run_pipeline(self._check(tensors, key)))
+        with self._asking:
+            self._senders.pop(key, None)
         self._places.release()
         answer(outcome)
 

@@ -138,7 +138,9 @@ def test_a_stage_that_runs_later_has_its_own_copy(arguments: dict[str, str], cud
 
     class Later(DenoiseModel):
         def load(self, context: ModelContext) -> Any:
-            return SimpleNamespace(submit=lambda tensors, answer: kept.append(tensors["pixels"]))
+            return SimpleNamespace(
+                submit=lambda tensors, answer: kept.append(tensors["pixels"]), cancel=None, close=lambda: None
+            )
 
     model, tensor = Later(), pixels(2, 7, on_gpu)
     model.initialize(arguments)
@@ -148,6 +150,7 @@ def test_a_stage_that_runs_later_has_its_own_copy(arguments: dict[str, str], cud
     assert isinstance(array, DeviceArray) is on_gpu
     values = view(array.pointer, array.shape, array.dtype) if on_gpu else array
     assert values[:, 0, 0, 0].tolist() == [7, 8]
+    model.finalize()
 
 
 def test_a_failure_answers_every_request_of_the_batch(arguments: dict[str, str], cuda: HostCuda) -> None:
