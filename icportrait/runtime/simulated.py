@@ -32,8 +32,8 @@ LATENCY_TABLE_NAME = "latency.json"
 """In a repository, beside the manifest of every model that runs engines."""
 LONGEST_MS = 600_000
 NOISE_LEVELS = 4
-SPIN_S = 0.0003
-"""A sleep ends late, by up to about this much on a machine that isn't overloaded; so the last bit is spun."""
+LONGEST_SPIN_S = 0.002
+"""A sleep ends late, by as much as the machine makes it; so the last bit is spun, at most this long."""
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ class SimulatedEngine:
         """Hold the device for the batch's time; see ``Engine.run``. The outputs are read-only views of the same."""
         batch = self.spec.check_inputs(inputs)[self.spec.batch.name]
         with self._device.held():
-            _wait_until(time.perf_counter() + self._latency_s[batch])
+            _WAIT.until(time.perf_counter() + self._latency_s[batch])
         return {name: array[:batch] for name, array in self._outputs.items()}
 
 
@@ -182,11 +182,25 @@ def load_simulated(
     return {name: SimulatedEngine(specs[name], table, SharedDevice.of(directory)) for name in names}
 
 
-def _wait_until(end_s: float) -> None:
-    while (left_s := end_s - time.perf_counter()) > SPIN_S:
-        time.sleep(left_s - SPIN_S)
-    while time.perf_counter() < end_s:
-        pass
+class _Wait:
+    """Waits to within microseconds at little cost: it sleeps, and spins for as long as sleeps have lately been late."""
+
+    def __init__(self) -> None:
+        self._late_s = 0.0
+
+    def until(self, end_s: float) -> None:
+        """Return at ``end_s`` of ``time.perf_counter``."""
+        asleep_until_s = end_s - min(self._late_s, LONGEST_SPIN_S)
+        left_s = asleep_until_s - time.perf_counter()
+        if left_s > 0:
+            time.sleep(left_s)
+            # Forgets slowly: a sleep that was late once is followed by others.
+            self._late_s = max(time.perf_counter() - asleep_until_s, 0.95 * self._late_s)
+        while time.perf_counter() < end_s:
+            time.sleep(0)  # the other threads of this process go on meanwhile
+
+
+_WAIT = _Wait()
 
 
 def _plausible(spec: TensorSpec) -> Array:
