@@ -6,6 +6,8 @@ NEEDS_OPSET_23 := $(filter bf16 int8 fp8,$(PRECISION))
 PRECISION ?= $(if $(filter demo-128-20,$(PRESET)-$(OPSET)),fp32,fp16)
 RUNTIME ?= onnxruntime
 BATCHING ?= in-flight
+# 1, for runtimes other than onnxruntime: a seed's bytes are the same whatever shares its batch (README, "Same seed, same picture").
+DETERMINISTIC ?=
 PLAN_RUNTIME := $(filter tensorrt tensorrt-rtx,$(RUNTIME))
 TARGET ?= $(or $(PLAN_RUNTIME),tensorrt-rtx)
 # Of the larger presets there are no weights here: random ones show that the path works.
@@ -97,7 +99,8 @@ accept: $(EXPORT)/manifest.json
 
 repository: $(EXPORT)/manifest.json $(if $(PLAN_RUNTIME),$(PLANS)/vae_decoder.plan.json) ## assemble build/repository/<runtime> from triton_repo/ and the export
 	@$(PYTHON) -m icportrait.repository --export $(EXPORT) --out $(REPOSITORY) --runtime $(RUNTIME) \
-		--batching $(BATCHING) $(if $(LATENCY_TABLE),--latency-table "$(LATENCY_TABLE)") $(if $(PLAN_RUNTIME),--plans $(PLANS))
+		--batching $(BATCHING) $(if $(LATENCY_TABLE),--latency-table "$(LATENCY_TABLE)") $(if $(PLAN_RUNTIME),--plans $(PLANS)) \
+		$(if $(filter 1,$(DETERMINISTIC)),--deterministic)
 
 serve: repository ## run tritonserver on loopback until Ctrl-C
 	@exec $(PYTHON) -m icportrait.server --repository $(REPOSITORY) \

@@ -21,8 +21,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from icportrait.contract import Array
-from icportrait.errors import Cancelled, IcPortraitError, InvalidRequest, Unavailable
+from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, InvalidRequest, Unavailable
+from icportrait.loop_times import LoopTimes, Pace
+from icportrait.metrics import Metrics
 from icportrait.presets import Preset
+from icportrait.randomness import canvas_noise
 from icportrait.request import PortraitRequest
 from icportrait.runtime import Slots
 from icportrait.sampling import NoiseSchedule, StepPlan
@@ -32,6 +35,8 @@ from icportrait.slot_table import DenoiseJob, RunningJob, SlotTable
 logger = logging.getLogger(__name__)
 CANCELLED = "the caller cancelled"
 SHUTTING_DOWN = "the server is shutting down; try again"
+HELD_POLL_S = 0.1
+"""How often deadlines are looked at while every job that runs is held."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,10 @@ class DenoiseResult:
 
 
 OnDone = Callable[[DenoiseResult | IcPortraitError], None]
-OnStep = Callable[[int, Callable[[], Array]], None]
-"""Is told how many steps are done, and may ask for the portraits' latent as it is now, [num_portraits, 4, s, s]."""
+OnStep = Callable[[int, Callable[[], DenoiseResult]], None]
+"""Is told how many steps are done, and may ask for the result that they amount to: the portraits as the last step took
+them to be, without noise.
+"""
 
 
 def check_slots(request: PortraitRequest, slots: int) -> None:
@@ -67,12 +74,18 @@ class Ticket:
 
     job: DenoiseJob
     plan: StepPlan
+    noise: Array
     on_done: OnDone
     on_step: OnStep | None
     priority: int
     deadline_s: float
     arrived_s: float
+    wake: Callable[[], None]
+    steps_done: int = field(default=0, init=False)
+    is_running: bool = field(default=False, init=False)
     is_cancelled: bool = field(default=False, init=False)
+    is_held: bool = field(default=False, init=False)
+    """Its rows stay as they are, until ``go_on``; the others' are stepped."""
     _is_answered: bool = field(default=False, init=False)
 
     @property
@@ -86,6 +99,16 @@ class Ticket:
     def cancel(self) -> None:
         """Drop the job before the next step, from any thread; ``on_done`` is then told ``Cancelled``."""
         self.is_cancelled = True
+        self.wake()
+
+    def hold(self) -> None:
+        """Step no further for now."""
+        self.is_held = True
+
+    def go_on(self) -> None:
+        """Undo ``hold``, from any thread."""
+        self.is_held = False
+        self.wake()
 
     def answer(self, outcome: DenoiseResult | IcPortraitError) -> None:
         """Call ``on_done``, the first time only; what it raises ends here, for the other jobs' sake."""
@@ -97,12 +120,13 @@ class Ticket:
         except Exception:
             logger.exception("an answer could not be delivered")
 
-    def report(self, running: RunningJob[Ticket]) -> None:
+    def report(self, result: Callable[[], DenoiseResult]) -> None:
         """Call ``on_step``; likewise."""
+        self.steps_done += 1
         if self.on_step is None:
             return
         try:
-            self.on_step(running.step, lambda: running.portrait_latent)
+            self.on_step(self.steps_done, result)
         except Exception:
             logger.exception("a step could not be reported")
 
@@ -117,6 +141,8 @@ class Batcher:
         preset: Preset,
         mode: str = "in-flight",
         clock: Callable[[], float] = time.monotonic,
+        metrics: Metrics | None = None,
+        on_failure: Callable[[int], None] = lambda _: None,
     ) -> None:
         """Start the loop's thread.
 
@@ -126,18 +152,32 @@ class Batcher:
             preset: the model's geometry.
             mode: one of ``BATCHING_MODES``.
             clock: seconds; deadlines and waiting times are measured by it.
+            metrics: where the loop counts.
+            on_failure: is told, after all concerned were answered, how often in a row the engines have failed.
         """
-        self._rows, self._schedule, self._clock = slots.rows, schedule, clock
-        self._mode = BATCHING_MODES[mode]
+        self._rows, self._schedule, self._clock, self._preset = slots.rows, schedule, clock, preset
+        self._mode, self._metrics, self._on_failure = BATCHING_MODES[mode], metrics or Metrics(), on_failure
         self.engine_version = slots.version
-        self._table: SlotTable[Ticket] = SlotTable(slots, preset)
+        self.pace = Pace()
+        self._times = LoopTimes(slots, self._metrics, self.pace)
+        self._table: SlotTable[Ticket] = SlotTable(self._times, preset)
         self._scheduler: Scheduler[Ticket] = Scheduler(self._mode, slots.rows, slots.max_jobs)
         self._max_jobs = slots.max_jobs
+        self._failures = 0
+        # None only wakes the loop.
         self._arrivals: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._closed = False
         self._closing = threading.Lock()
         self._thread = threading.Thread(target=self._loop, name="denoise", daemon=True)
         self._thread.start()
+
+    @property
+    def slots(self) -> int:
+        return self._rows
+
+    @property
+    def used_rows(self) -> int:
+        return self._table.used_rows
 
     def submit(
         self,
@@ -161,9 +201,12 @@ class Batcher:
             InvalidRequest: the request needs more slots than there are, or more steps than the schedule has.
             Unavailable: the loop was closed.
         """
-        check_slots(job.request, self._rows)
-        plan = self._schedule.plan(job.request.scheduler, job.request.num_inference_steps)
-        ticket = Ticket(job, plan, on_done, on_step, priority, deadline_s, self._clock())
+        request = job.request
+        check_slots(request, self._rows)
+        plan = self._schedule.plan(request.scheduler, request.num_inference_steps)
+        seeds = range(request.seed, request.seed + request.num_portraits)
+        noise = np.stack([canvas_noise(self._preset, seed) for seed in seeds])
+        ticket = Ticket(job, plan, noise, on_done, on_step, priority, deadline_s, self._clock(), self._wake)
         with self._closing:
             if self._closed:
                 raise Unavailable(SHUTTING_DOWN)
@@ -173,45 +216,58 @@ class Batcher:
     def close(self) -> None:
         """Refuse what runs and what waits, and end the thread."""
         with self._closing:
-            if not self._closed:
-                self._closed = True
-                self._arrivals.put(None)
+            self._closed = True
+        self._wake()
         self._thread.join()
 
+    def _wake(self) -> None:
+        self._arrivals.put(None)
+
     def _loop(self) -> None:
-        while self._take_arrivals():
-            self._drop_unwanted()
-            if tickets := self._scheduler.next_to_warp(self._clock(), self._table.used_rows):
-                self._join(tickets)
-            elif self._table.running:
-                self._step()
+        while True:
+            self._take_arrivals()
+            if self._closed:
+                break
+            with self._times.turn():
+                self._drop_unwanted()
+                if tickets := self._scheduler.next_to_warp(self._clock(), self._table.used_rows):
+                    self._join(tickets)
+                elif self._stepping():
+                    self._step()
         for ticket in self._scheduler.remove(lambda _: True):
             ticket.answer(Unavailable(SHUTTING_DOWN))
         self._fail(self._table.running, Unavailable(SHUTTING_DOWN))
 
-    def _take_arrivals(self) -> bool:
-        """Queue what has come, and wait for it where there is nothing else to do; False once the loop is closed."""
-        is_open = True
-        while not self._arrivals.empty() or (is_open and not self._table.running and not len(self._scheduler)):
-            ticket = self._arrivals.get()
-            if ticket is None:
-                is_open = False
-            else:
-                self._scheduler.push(ticket)
-        return is_open and not self._closed
+    def _stepping(self) -> list[RunningJob[Ticket]]:
+        return [running for running in self._table.running if not running.ended and not running.ticket.is_held]
+
+    def _take_arrivals(self) -> None:
+        """Queue what has come, and wait for it where there is nothing else to do."""
+        if not self._stepping() and not len(self._scheduler) and self._arrivals.empty():
+            self._times.pause()
+            try:
+                self._push(self._arrivals.get(timeout=HELD_POLL_S if self._table.running else None))
+            except queue.Empty:
+                return
+        while not self._arrivals.empty():
+            self._push(self._arrivals.get())
+
+    def _push(self, ticket: Ticket | None) -> None:
+        if ticket is not None:
+            self._scheduler.push(ticket)
 
     def _drop_unwanted(self) -> None:
-        """Let those go whose caller has gone or whose deadline has passed."""
+        """Let those go whose caller has gone or whose deadline has passed, or will have before they could end."""
         now = self._clock()
+        step_s = self.pace.step_s(self._rows)
 
         def reason(ticket: Ticket) -> IcPortraitError | None:
             if ticket.is_cancelled:
                 return Cancelled(CANCELLED)
             if now >= ticket.deadline_s:
-                done = next((running.step for running in self._table.running if running.ticket is ticket), 0)
-                return Unavailable(
-                    f"deadline_ms: passed after {done} of {ticket.steps} steps; allow more time, or ask for fewer steps"
-                )
+                return _too_late(f"passed after {ticket.steps_done} of {ticket.steps} steps")
+            if not ticket.is_running and now + ticket.steps * step_s + self.pace.after_s > ticket.deadline_s:
+                return _too_late(f"too near for {ticket.steps} steps, which begin only now")
             return None
 
         for ticket in self._scheduler.remove(lambda ticket: reason(ticket) is not None):
@@ -227,24 +283,35 @@ class Batcher:
                 self._table.join(part)
             except Exception as error:
                 for ticket in part:
-                    ticket.answer(_failure(error, "warping"))
+                    ticket.answer(self._failure(error, "warping"))
+                self._on_failure(self._failures)
+            else:
+                for ticket in part:
+                    ticket.is_running = True
 
     def _step(self) -> None:
-        stepping = [running for running in self._table.running if not running.ended]
+        stepping = self._stepping()
         try:
             broken = self._table.step(stepping)
         except Exception as error:
-            self._fail(stepping, _failure(error, "denoising"))
+            self._fail(stepping, self._failure(error, "denoising"))
+            self._on_failure(self._failures)
             return
+        self._failures = 0
+        self._times.stepped(self._table.used_rows)
         self._fail(broken, IcPortraitError("the UNet gave NaN or Inf for this request; no picture was made"))
         for running in stepping:
             if running not in broken:
-                running.ticket.report(running)
+                running.ticket.report(lambda: _result(running, self._table.clean_latent(running)))  # noqa: B023
         ended = [running for running in self._table.running if running.ended]
         if ended and (self._mode.leaves_early or len(ended) == len(self._table.running)):
+            results = [_result(running, self._table.portrait_latent(running)) for running in ended]
             self._table.leave(ended)
-            for running in ended:
-                running.ticket.answer(_result(running))
+            for running, result in zip(ended, results, strict=True):
+                is_whole = np.isfinite(result.portrait_latent).all()
+                running.ticket.answer(
+                    result if is_whole else IcPortraitError("the denoised latent has NaN or Inf; no picture was made")
+                )
 
     def _fail(self, failed: Iterable[RunningJob[Ticket]], error: IcPortraitError) -> None:
         leaving = list(failed)
@@ -253,17 +320,19 @@ class Batcher:
         for running in leaving:
             running.ticket.answer(error)
 
+    def _failure(self, error: Exception, what: str) -> IcPortraitError:
+        """The caller's mistake as it is; a failure of ours into the log, and answered without its details."""
+        if isinstance(error, InvalidRequest):
+            return error
+        self._failures += 1
+        self._metrics.count("engine_failures_total")
+        logger.error("%s failed", what, exc_info=error)
+        return IcPortraitError(f"{what} failed on this server; its log has the cause")
 
-def _result(running: RunningJob[Ticket]) -> DenoiseResult | IcPortraitError:
-    latent = running.portrait_latent
-    if not np.isfinite(latent).all():
-        return IcPortraitError("the denoised latent has NaN or Inf in it; no picture was made")
-    return DenoiseResult(latent, running.match_confidence, running.conditioned_ns, time.monotonic_ns())
+
+def _result(running: RunningJob[Ticket], portrait_latent: Array) -> DenoiseResult:
+    return DenoiseResult(portrait_latent, running.match_confidence, running.conditioned_ns, time.monotonic_ns())
 
 
-def _failure(error: Exception, what: str) -> IcPortraitError:
-    """The caller's mistake as it is; a failure of ours into the log, and answered without its details."""
-    if isinstance(error, InvalidRequest):
-        return error
-    logger.error("%s failed", what, exc_info=error)
-    return IcPortraitError(f"{what} failed on this server; its log has the cause")
+def _too_late(what: str) -> DeadlineMissed:
+    return DeadlineMissed(f"deadline_ms: {what}; allow more time, or ask for fewer steps")

@@ -286,7 +286,12 @@ def stage_specs(preset: Preset) -> dict[str, ModelSpec]:
         ModelSpec(
             "postprocess",
             (pixels_spec(preset, "portrait_pixels", portraits), denoise_report),
-            (TensorSpec("image", DType.BYTES, (portraits,)), TensorSpec("metadata", DType.BYTES, (one,))),
+            (
+                TensorSpec("image", DType.BYTES, (portraits,)),
+                TensorSpec("metadata", DType.BYTES, (one,)),
+                TensorSpec("step", DType.INT32, (one,)),
+                TensorSpec("total_steps", DType.INT32, (one,)),
+            ),
         ),
     )
     return {spec.name: spec for spec in specs}

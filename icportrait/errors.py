@@ -4,6 +4,7 @@
       InvalidRequest        the caller's mistake                      INVALID_ARG
         ContractError       a tensor breaks its specification         INVALID_ARG
       Unavailable           the server can't take the request now     UNAVAILABLE
+        DeadlineMissed      it took the request, and ran out of time  UNAVAILABLE
       Cancelled             the caller went away                      CANCELLED
       CheckpointError       a checkpoint can't be read or adapted     INTERNAL
       VerificationError     an exported graph differs from torch      INTERNAL
@@ -40,6 +41,10 @@ class Unavailable(IcPortraitError):
     """The server can't take the request now; trying again later may work."""
 
     code = "UNAVAILABLE"
+
+
+class DeadlineMissed(Unavailable):
+    """The request's ``deadline_ms`` passed while it waited or ran, or couldn't be kept any more."""
 
 
 class Cancelled(IcPortraitError):

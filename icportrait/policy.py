@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from icportrait.errors import IcPortraitError
 from icportrait.scheduling import BATCHING_MODES
@@ -21,8 +22,12 @@ class ServingPolicy:
     runtime: str = "onnxruntime"
     slots: int = 16
     """Rows of the largest UNet batch; a guided portrait takes two."""
-    max_pending_requests: int = 64
-    """Requests one front holds, running or waiting; a further one is refused with UNAVAILABLE."""
+    max_queued_slots: int = 64
+    """Slots that admitted requests wait for; a request that would need more is refused with UNAVAILABLE."""
+    max_queued_bytes: int = 256 * 2**20
+    """Of the pictures of all admitted requests; likewise."""
+    max_pending_requests: int = 128
+    """Requests one front holds, running or waiting, a thread for each; likewise."""
     engine_threads: int = 0
     """Threads one engine computes with; 0 leaves it to the runtime."""
     preprocess_instances: int = 1
@@ -31,10 +36,24 @@ class ServingPolicy:
     """One of ``scheduling.BATCHING_MODES``: when requests join the denoising batch and leave it."""
     latency_table: str = ""
     """The simulated device's, a path: absolute, or within the folder of the model that reads it."""
+    cache_bytes: int = 256 * 2**20
+    """Latents that the VAE encoder's Python model keeps of pictures it has encoded; 0 keeps none."""
+    deterministic: bool = False
+    """A row's bits don't depend on what shares its batch: plans always run one and the same bucket, torch row by row.
+    With ONNX Runtime on the CPU they never do."""
 
     def __post_init__(self) -> None:
         if self.batching not in BATCHING_MODES:
             raise IcPortraitError(f"batching: {self.batching!r}, expected one of {', '.join(BATCHING_MODES)}")
+        if self.max_queued_slots < self.slots:
+            raise IcPortraitError(
+                f"max_queued_slots: {self.max_queued_slots}, expected {self.slots} or more, as many as slots"
+            )
+        if self.deterministic and self.is_simulated:
+            raise IcPortraitError(
+                f"deterministic: runtime {SIMULATED} always draws a grey ramp, in times that know nothing of this; "
+                f"expected one of {', '.join(name for name in RUNTIMES if name != SIMULATED)}"
+            )
 
     @property
     def uses_plans(self) -> bool:
@@ -49,5 +68,14 @@ class ServingPolicy:
 
     @classmethod
     def from_parameters(cls, parameters: Mapping[str, str]) -> ServingPolicy:
-        given = {key: type(default)(parameters[key]) for key, default in asdict(cls()).items() if key in parameters}
-        return cls(**given)
+        defaults = asdict(cls())
+        return cls(**{key: _parse(key, parameters[key], defaults[key]) for key in defaults if key in parameters})
+
+
+def _parse(key: str, text: str, default: Any) -> Any:
+    """``text`` in the default's type; "False" as a truth value isn't what ``bool`` makes of it."""
+    if not isinstance(default, bool):
+        return type(default)(text)
+    if text not in ("True", "False"):
+        raise IcPortraitError(f"{key}: {text!r}, expected True or False")
+    return text == "True"

@@ -67,7 +67,7 @@ def assemble(
     if policy.runtime == "onnxruntime" and manifest.precision == "bf16":
         raise CheckpointError(f"{export}: is bf16, for which ONNX Runtime has no CPU kernels, expected fp32 or fp16")
     found = _find_plans(manifest, policy, plans)
-    ranges = _batch_ranges(manifest, found) if policy.runtime == TENSORRT.name else {}
+    ranges = _batch_ranges(manifest, found) if policy.runtime == TENSORRT.name and not policy.deterministic else {}
     written = dataclasses.replace(policy, latency_table=LATENCY_TABLE_NAME) if policy.is_simulated else policy
     configs = model_configs(manifest.preset, manifest.precision, written, ranges)
     models = sorted(path.parent.parent.name for path in template.glob("*/1/model.py"))
@@ -180,9 +180,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--plans", type=Path, help="directory written by python -m engines build, for TensorRT")
     parser.add_argument("--latency-table", default=policy.latency_table, help="JSON file, for the simulated runtime")
     parser.add_argument("--batching", choices=BATCHING_MODES, default=policy.batching, help="default: %(default)s")
+    parser.add_argument(
+        "--deterministic",
+        action="store_true",
+        help="a seed's bytes don't depend on what runs beside it, at a price (with ONNX Runtime they never do)",
+    )
     parser.add_argument("--configs", action="store_true", help="only rewrite what is generated and committed")
     args = parser.parse_args(argv)
-    policy = ServingPolicy(runtime=args.runtime, batching=args.batching, latency_table=args.latency_table)
     if args.configs:
         write_configs(TEMPLATE, model_configs(DEMO_128, "fp32", ServingPolicy()))
         CLIENT_CONTRACT.write_text(client_contract_text())
@@ -190,6 +194,12 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.export and args.out):
         parser.error("--export and --out are required")
     try:
+        policy = ServingPolicy(
+            runtime=args.runtime,
+            batching=args.batching,
+            latency_table=args.latency_table,
+            deterministic=args.deterministic,
+        )
         manifest = assemble(args.export, args.out, policy, plans=args.plans)
     except (IcPortraitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -81,12 +81,19 @@ INPUTS = (
     RequestInput("scheduler", DType.BYTES, default="dpmpp_2m", choices=SCHEDULERS),
     RequestInput("priority", DType.INT32, default=1, minimum=0, maximum=9),
     RequestInput("deadline_ms", DType.INT32, minimum=1, maximum=3_600_000),
+    RequestInput("preview_every", DType.INT32, default=0, minimum=0, maximum=150),
     RequestInput("profile_box", DType.FLOAT32, size=4, minimum=0.0, maximum=1.0),
     RequestInput("reference_box", DType.FLOAT32, size=4, minimum=0.0, maximum=1.0),
     RequestInput("output_format", DType.BYTES, default="png", choices=("png", "jpeg", "webp")),
     RequestInput("encoding", DType.BYTES, default="binary", choices=("binary", "base64")),
 )
-OUTPUTS = (("image", DType.BYTES, -1), ("metadata", DType.BYTES, 1))
+OUTPUTS = (
+    ("image", DType.BYTES, -1),
+    ("metadata", DType.BYTES, 1),
+    ("step", DType.INT32, 1),
+    ("total_steps", DType.INT32, 1),
+)
+"""A stream's answers before the last have no ``metadata``, and ``image`` only where they are a preview."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +112,14 @@ class PortraitRequest:
     """Its class, 0 first."""
     deadline_ms: int | None = None
     """Counted from ``arrived_ns``; None waits for as long as it takes."""
+    preview_every: int = 0
+    """Steps from one preview to the next on a stream; 0 is without."""
     arrived_ns: int = 0
     """When the front got it, a ``time.monotonic_ns`` reading."""
     key: str = ""
-    """By which the front can cancel it."""
+    """By which the fronts and the denoising loop know it beside the ensemble."""
+    is_streamed: bool = False
+    """Its caller is told of every step."""
     profile_box: tuple[float, float, float, float] | None = None
     reference_box: tuple[float, float, float, float] | None = None
 
@@ -134,14 +145,15 @@ class PortraitRequest:
 
 
 def parse_request(
-    tensors: Mapping[str, Array], defaults: Mapping[str, Any], key: str = ""
+    tensors: Mapping[str, Array], defaults: Mapping[str, Any], key: str = "", is_streamed: bool = False
 ) -> tuple[PortraitRequest, bytes, bytes]:
     """Check the public inputs and fill in what is absent.
 
     Args:
         tensors: the request's tensors by name.
         defaults: by input, the checkpoint's own: ``Manifest.defaults``.
-        key: by which the request can be cancelled.
+        key: by which the request is known beside the ensemble.
+        is_streamed: its caller is told of every step.
 
     Returns:
         The request, the profile's bytes and the reference's bytes (base64 text where the encoding says so).
@@ -163,7 +175,8 @@ def parse_request(
     if values["seed"] is None:
         values["seed"] = secrets.randbelow(2**31)
     profile, reference = values.pop("profile"), values.pop("reference")
-    return PortraitRequest(**values, arrived_ns=time.monotonic_ns(), key=key), profile, reference
+    request = PortraitRequest(**values, arrived_ns=time.monotonic_ns(), key=key, is_streamed=is_streamed)
+    return request, profile, reference
 
 
 def client_contract_text() -> str:

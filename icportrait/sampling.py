@@ -5,8 +5,8 @@ and ``sigma = noise_level / signal``; k-diffusion's latents, which diffusers' Eu
 The UNet thus takes a latent as it is, and DDIM (eta 0), Euler and DPM-Solver++(2M) become the same affine map with
 five numbers per step, worked out in float64 when a trajectory is planned (``StepPlan.coefficients``):
 
-    latent'  = c0 * latent + c1 * model_output + c2 * history
-    history' = c3 * latent + c4 * model_output                 the predicted z, which only 2M looks back at
+    latent'  = c0 * latent + c2 * history + c1 * model_output
+    history' = c3 * latent + c4 * model_output                 the predicted z: a preview; 2M alone looks back at it
 
 A sampler's plan is what diffusers' scheduler of that name makes of the same configuration, quirks included:
 ``DDIMScheduler``, ``EulerDiscreteScheduler`` or ``DPMSolverMultistepScheduler``, each ``.from_config(config)``. Two
@@ -18,7 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,11 @@ class StepPlan:
     """``[n, 5]``: c0 to c4 of each step, rows for ``advance``."""
     initial_scale: float
     """The first latent is this times unit noise; Euler starts a little below 1 where diffusers' does."""
+
+    @cached_property
+    def settings(self) -> NDArray[np.float32]:
+        """``[n, 8]``: timestep, signal level, noise level, c0 to c4 of each step."""
+        return np.column_stack((self.timesteps, self.signal_level, self.noise_level, self.coefficients))
 
 
 @dataclass(frozen=True)
@@ -135,7 +140,7 @@ def advance(latent: Any, model_output: Any, history: Any, coefficients: Any) -> 
     """
     columns = coefficients.reshape(tuple(coefficients.shape) + (1,) * (latent.ndim - 1))
     c0, c1, c2, c3, c4 = (columns[:, index] for index in range(5))
-    return c0 * latent + c1 * model_output + c2 * history, c3 * latent + c4 * model_output
+    return c0 * latent + c2 * history + c1 * model_output, c3 * latent + c4 * model_output
 
 
 def guide(conditional: Any, unconditional: Any, guidance_scale: Any) -> Any:
@@ -227,9 +232,9 @@ def _plan(schedule: NoiseSchedule, scheduler: str, steps: int) -> StepPlan:
     else:  # v = signal eps - noise z: 2202.00512, appendix D
         from_latent, from_output = signal, -noise
     toward_z = signal_next - noise_next * signal / noise
-    pull, keep = toward_z * (1 + q), float(scheduler == "dpmpp_2m")
-    columns = (noise_next / noise + pull * from_latent, pull * from_output, -toward_z * q)
-    coefficients = np.stack((*columns, keep * from_latent, keep * from_output), axis=1)
+    pull = toward_z * (1 + q)
+    columns = (noise_next / noise + pull * from_latent, pull * from_output, -toward_z * q, from_latent, from_output)
+    coefficients = np.stack(columns, axis=1)
     scale = float(noise[0]) if scheduler == "euler" and spacing != "leading" else 1.0
     return StepPlan(scheduler, _frozen(timesteps), _frozen(signal), _frozen(noise), _frozen(coefficients), scale)
 

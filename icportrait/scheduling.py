@@ -15,18 +15,8 @@ AGING_S = 10.0
 """A request moves up a priority class each time it has waited so long: none waits for ever."""
 
 
-class Queued(Protocol):
+class Ranked(Protocol):
     """What the order of waiting requests depends on."""
-
-    @property
-    def rows(self) -> int:
-        """Slots that it needs."""
-        ...
-
-    @property
-    def steps(self) -> int:
-        """UNet calls that it needs."""
-        ...
 
     @property
     def priority(self) -> int:
@@ -40,6 +30,26 @@ class Queued(Protocol):
 
     @property
     def arrived_s(self) -> float: ...
+
+
+class Queued(Ranked, Protocol):
+    """What their joining depends on."""
+
+    @property
+    def rows(self) -> int:
+        """Slots that it needs."""
+        ...
+
+    @property
+    def steps(self) -> int:
+        """UNet calls that it needs."""
+        ...
+
+
+def rank(item: Ranked, now_s: float, aging_s: float = AGING_S) -> tuple[int, float, float]:
+    """The order of waiting requests, the smallest first: class, then deadline, then arrival."""
+    aged = math.floor((now_s - item.arrived_s) / aging_s)
+    return max(0, item.priority - aged), item.deadline_s, item.arrived_s
 
 
 Item = TypeVar("Item", bound=Queued)
@@ -116,7 +126,7 @@ class Scheduler(Generic[Item]):
     def _take(self, now_s: float, free_rows: int) -> list[Item]:
         """The first in order that fit. The first that doesn't fit ends it: none is overtaken for being large."""
         chosen: list[Item] = []
-        for item in sorted(self._waiting, key=lambda item: self._rank(item, now_s)):
+        for item in sorted(self._waiting, key=lambda item: rank(item, now_s, self._aging_s)):
             if self.mode.equal_steps and chosen and item.steps != chosen[0].steps:
                 continue
             if item.rows > free_rows or (self.mode.joins_running and len(chosen) == self._max_jobs):
@@ -126,7 +136,3 @@ class Scheduler(Generic[Item]):
         taken = set(map(id, chosen))
         self._waiting = [item for item in self._waiting if id(item) not in taken]
         return chosen
-
-    def _rank(self, item: Item, now_s: float) -> tuple[int, float, float]:
-        aged = math.floor((now_s - item.arrived_s) / self._aging_s)
-        return max(0, item.priority - aged), item.deadline_s, item.arrived_s

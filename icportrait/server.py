@@ -25,7 +25,7 @@ from types import FrameType
 from icportrait.errors import IcPortraitError
 from icportrait.installation import find_installation
 from icportrait.runtime.shared_device import DEVICE_FOLDER
-from icportrait.startup import check_plans, repository_runtime, simulation_note
+from icportrait.startup import check_plans, repository_policy, simulation_note
 
 HOST = "127.0.0.1"
 SHM = Path("/dev/shm")
@@ -109,9 +109,9 @@ class TritonServer:
             IcPortraitError: a port is taken, or the server ended or didn't get ready in time.
         """
         self.ports.check_free()
-        runtime = repository_runtime(self.repository)
-        installation = find_installation(runtime)
-        check_plans(self.repository, runtime, installation)
+        policy = repository_policy(self.repository)
+        installation = find_installation(policy.runtime)
+        check_plans(self.repository, policy.runtime, installation)
         environment = installation.environment()
         self._folder = tempfile.TemporaryDirectory(prefix="icportrait-server-")
         folder = Path(self._folder.name)
@@ -125,6 +125,7 @@ class TritonServer:
             f"--backend-directory={backends}",
             f"--cache-directory={installation.root / 'caches'}",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
+            f"--backend-config=python,thread-pool-size={2 * policy.max_pending_requests}",
             *(f"--{name}-address={HOST}" for name in ("grpc", "http", "metrics")),
             *(f"--{name}-port={port}" for name, port in vars(self.ports).items()),
             "--exit-on-error=true",

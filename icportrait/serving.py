@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import base64
 import json
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from icportrait.batching import CANCELLED, Batcher, DenoiseResult, Ticket, check_slots
+from icportrait.batching import check_slots
 from icportrait.contract import Array
-from icportrait.errors import Cancelled, IcPortraitError
+from icportrait.errors import InvalidRequest
 from icportrait.faces import crop_to_square, find_crop
 from icportrait.imaging import check_file_bytes, decode_base64, decode_picture, encode_picture
 from icportrait.manifest import Manifest
@@ -28,10 +26,8 @@ from icportrait.policy import ServingPolicy
 from icportrait.presets import Preset
 from icportrait.request import PortraitRequest, parse_request
 from icportrait.sampling import NoiseSchedule
-from icportrait.slot_table import DenoiseJob
 
 Tensors = dict[str, Array]
-_CANCELLED_KEPT = 1024
 
 
 def bytes_tensor(*values: bytes) -> Array:
@@ -42,29 +38,42 @@ def bytes_tensor(*values: bytes) -> Array:
 class FrontStage:
     """The public inputs to the ensemble's: everything that can be refused without looking into the pictures."""
 
-    def __init__(self, manifest: Manifest, policy: ServingPolicy) -> None:
+    def __init__(self, manifest: Manifest, policy: ServingPolicy, is_stream: bool) -> None:
+        """Take what requests are checked against.
+
+        Args:
+            manifest: the export's.
+            policy: the server's.
+            is_stream: its callers get more than one answer.
+        """
         self._defaults = manifest.defaults
         self._schedule = NoiseSchedule.from_config(manifest.scheduler_config)
         self._slots = min(policy.slots, manifest.preset.max_unet_batch)
+        self._is_stream = is_stream
 
-    def __call__(self, tensors: Mapping[str, Array], key: str = "") -> Tensors:
-        """The public inputs by name -> ``profile``, ``reference`` and ``request``, each [1].
+    def __call__(self, tensors: Mapping[str, Array], key: str = "") -> tuple[PortraitRequest, Tensors]:
+        """The public inputs by name -> the request, and ``profile``, ``reference`` and ``request``, each [1].
 
         Args:
             tensors: the public inputs.
-            key: by which the request can be cancelled.
+            key: by which the request is known beside the ensemble.
 
         Raises:
             InvalidRequest: an input is missing, unknown, too large or out of range, or the checkpoint's schedule or
                 the server's slots can't hold the request.
         """
-        request, profile, reference = parse_request(tensors, self._defaults, key)
+        request, profile, reference = parse_request(tensors, self._defaults, key, self._is_stream)
         for name, data in (("profile", profile), ("reference", reference)):
-            # Base64 with its line ends is less than twice the file; the exact check comes when it is decoded.
-            check_file_bytes(len(data) if request.encoding == "binary" else (len(data) + 1) // 2, name)
+            # A base64 file takes a third more, line breaks apart; its own size is checked once it is decoded.
+            check_file_bytes(len(data) * 3 // 4 if request.encoding == "base64" else len(data), name)
+        if request.preview_every and not self._is_stream:
+            raise InvalidRequest(
+                f"preview_every: {request.preview_every}, expected 0: ic_portrait answers once; ic_portrait_stream has "
+                "previews"
+            )
         self._schedule.plan(request.scheduler, request.num_inference_steps)
         check_slots(request, self._slots)
-        return {
+        return request, {
             "profile": bytes_tensor(profile),
             "reference": bytes_tensor(reference),
             "request": bytes_tensor(request.to_json()),
@@ -108,68 +117,6 @@ class PreprocessStage:
         }
 
 
-class DenoiseStage:
-    """The denoising loop as an asynchronous stage: answers arrive by callback."""
-
-    def __init__(self, batcher: Batcher) -> None:
-        self._batcher = batcher
-        self._tickets: dict[str, Ticket] = {}
-        # Of requests that are still on their way here, or have ended.
-        self._cancelled: deque[str] = deque(maxlen=_CANCELLED_KEPT)
-        self._lock = threading.Lock()
-
-    def submit(self, tensors: Mapping[str, Array], answer: Callable[[Tensors | IcPortraitError], None]) -> None:
-        """Queue one request; ``answer`` is called once, from the loop's thread.
-
-        Raises:
-            Cancelled: its caller has gone already.
-        """
-        preprocess = json.loads(tensors["preprocess_report"][0])
-
-        def on_done(result: DenoiseResult | IcPortraitError) -> None:
-            with self._lock:
-                self._tickets.pop(request.key, None)
-            answer(result if isinstance(result, IcPortraitError) else self._outputs(result, preprocess))
-
-        job = DenoiseJob(
-            PortraitRequest.from_json(preprocess["request"]),
-            tensors["profile_latent"],
-            tensors["reference_latent"],
-            tensors["visibility"],
-        )
-        request = job.request
-        with self._lock:
-            if request.key in self._cancelled:
-                raise Cancelled(CANCELLED)
-            ticket = self._batcher.submit(job, on_done, priority=request.priority, deadline_s=request.deadline_s)
-            if request.key:
-                self._tickets[request.key] = ticket
-
-    def cancel(self, key: str) -> None:
-        """Drop the request with this key before the next step; from any thread."""
-        with self._lock:
-            if ticket := self._tickets.get(key):
-                ticket.cancel()
-            else:
-                self._cancelled.append(key)
-
-    def close(self) -> None:
-        self._batcher.close()
-
-    def _outputs(self, result: DenoiseResult, preprocess: dict[str, Any]) -> Tensors:
-        report = {
-            "preprocess": preprocess,
-            "conditioned_ns": result.conditioned_ns,
-            "denoised_ns": result.denoised_ns,
-            "match_confidence": result.match_confidence,
-            "engine": self._batcher.engine_version,
-        }
-        return {
-            "portrait_latent": result.portrait_latent,
-            "denoise_report": bytes_tensor(json.dumps(report).encode()),
-        }
-
-
 class PostprocessStage:
     """Pixels to files, and the metadata."""
 
@@ -185,7 +132,7 @@ class PostprocessStage:
         }
 
     def __call__(self, tensors: Mapping[str, Array]) -> Tensors:
-        """``portrait_pixels`` [n, S, S, 3] and ``denoise_report`` [1] -> ``image`` [n], ``metadata`` [1]."""
+        """``portrait_pixels`` [n, S, S, 3], ``denoise_report`` [1] -> ``image`` [n]; ``metadata`` and the steps [1]."""
         started_ns = time.monotonic_ns()
         denoise = json.loads(tensors["denoise_report"][0])
         preprocess = denoise["preprocess"]
@@ -214,7 +161,12 @@ class PostprocessStage:
             ),
             "versions": {**self._versions, "engine": denoise["engine"]},
         }
-        return {"image": bytes_tensor(*images), "metadata": bytes_tensor(json.dumps(metadata).encode())}
+        return {
+            "image": bytes_tensor(*images),
+            "metadata": bytes_tensor(json.dumps(metadata).encode()),
+            "step": np.array([denoise["step"]], np.int32),
+            "total_steps": np.array([request.num_inference_steps], np.int32),
+        }
 
 
 def _stage_ms(**stages_ns: int) -> dict[str, float]:

@@ -25,8 +25,8 @@ from icportrait.runtime.plans import PlanHost, PlanManifest, check_content, chec
 from icportrait.runtime.simulated import LATENCY_TABLE_NAME, LatencyTable
 
 
-def repository_runtime(repository: Path) -> str:
-    """The runtime that a repository was assembled for, as its configuration says; Triton reads the same file."""
+def repository_policy(repository: Path) -> ServingPolicy:
+    """The policy that a repository was assembled with, as its configuration says; Triton reads the same file."""
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2 as pb
 
@@ -37,8 +37,8 @@ def repository_runtime(repository: Path) -> str:
         UnicodeDecodeError,
         text_format.ParseError,
     ):  # no repository of ours: Triton says what it makes of it
-        return ServingPolicy.runtime
-    return str(config.parameters["runtime"].string_value)
+        return ServingPolicy()
+    return ServingPolicy.from_parameters({key: value.string_value for key, value in config.parameters.items()})
 
 
 def simulation_note(repository: Path) -> str:
@@ -47,7 +47,7 @@ def simulation_note(repository: Path) -> str:
     Raises:
         LatencyTableError: the repository's latency table is missing or wrong.
     """
-    if repository_runtime(repository) != SIMULATED:
+    if not repository_policy(repository).is_simulated:
         return ""
     table = LatencyTable.read(repository / "denoise" / "1" / LATENCY_TABLE_NAME)
     return f"SIMULATED engines: their times are a table's for {table.device}, and pictures show nothing"

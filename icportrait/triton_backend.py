@@ -10,30 +10,29 @@ from __future__ import annotations
 
 import json
 import logging
-import secrets
+import os
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from threading import BoundedSemaphore, Event, Lock, Thread
+from threading import Event, Thread
 from typing import Any, TypeVar
 
 import numpy as np
 
-from icportrait.cancellation import CancelListener, send_cancel
-from icportrait.contract import ENSEMBLE
-from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable, from_wire, to_caller, to_wire
+from icportrait.control import ControlServer
+from icportrait.denoise_stage import Answer, DenoiseStage
+from icportrait.errors import IcPortraitError, Unavailable, to_caller, to_wire
 from icportrait.manifest import Manifest
+from icportrait.metrics import PREFIX, Kind, Labels, Metrics, description
 from icportrait.policy import ServingPolicy
-from icportrait.request import OUTPUTS
 from icportrait.runtime import Engine, Slots, load_engine, load_slots
 from icportrait.runtime.cuda import Stream
 from icportrait.runtime.placement import Placed, join, private_copy
-from icportrait.serving import DenoiseStage, FrontStage, Tensors
+from icportrait.serving import Tensors
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-Answer = Callable[[Tensors | IcPortraitError], None]
+PUBLISH_EVERY_S = 0.25
 
 
 class ModelContext:
@@ -128,118 +127,79 @@ class DenoiseModel:
     def initialize(self, args: dict[str, str]) -> None:
         self.context = ModelContext(args)
         self._stage = self.load(self.context)
-        self._cancels = CancelListener(self.context.directory, self._stage.cancel)
+        self._line = ControlServer(self.context.directory, self._stage.handle, self._stage.peer_has_gone)
+        self._publisher = MetricsPublisher(self._stage.metrics)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            answer = _answer_with(request.get_response_sender())
+            answer = answer_with(request.get_response_sender())
             failed = attempt(
                 self.context.name,
                 lambda: self._stage.submit(self.context.inputs(request), answer),  # noqa: B023
             )
             if isinstance(failed, IcPortraitError):
-                answer(failed)
+                answer(failed, True)
 
     def finalize(self) -> None:
-        self._cancels.close()
+        self._line.close()
         self._stage.close()
+        self._publisher.close()
 
 
-class FrontModel:
-    """A public model: checks the request, runs the ensemble for it from a thread and restores error codes.
+def give_up() -> None:
+    """End this process: its engines keep failing, as after an error that CUDA doesn't recover from.
 
-    Both fronts keep the response sender and answer later, so that one instance holds many requests at once.
+    The fronts see their line break and refuse; what runs the server sees a model's process end.
     """
+    logger.critical("the engines keep failing; this process ends, so that the server is restarted")
+    logging.shutdown()
+    os._exit(70)  # EX_SOFTWARE of sysexits.h
 
-    def initialize(self, args: dict[str, str]) -> None:
-        self.context = ModelContext(args)
-        limit = self.context.policy.max_pending_requests
-        self._places = BoundedSemaphore(limit)
-        self._threads = ThreadPoolExecutor(limit, thread_name_prefix="front")
-        self._check = FrontStage(self.context.manifest, self.context.policy)
-        self._senders: dict[str, Any] = {}
-        # A sender that has given its answer may not be asked any more.
-        self._asking = Lock()
+
+class MetricsPublisher:
+    """Brings ``Metrics`` to Triton's metrics endpoint, now and then, on a thread of its own."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        """Begin."""
+        self._metrics = metrics
+        self._published: dict[tuple[str, Labels], tuple[Any, float]] = {}
+        self._families: dict[str, Any] = {}
         self._stopping = Event()
-        self._watcher = Thread(target=self._watch, name="cancelled", daemon=True)
-        self._watcher.start()
+        self._thread = Thread(target=self._run, name="metrics", daemon=True)
+        self._thread.start()
 
-    def execute(self, requests: list[Any]) -> None:
-        for request in requests:
-            sender = request.get_response_sender()
-            answer = _answer_with(sender, restore_code=True)
-            if not self._places.acquire(blocking=False):
-                limit = self.context.policy.max_pending_requests
-                answer(Unavailable(f"{limit} requests are pending, which is this server's limit; try again later"))
-                continue
-            tensors = attempt(self.context.name, lambda: self._public_inputs(request))  # noqa: B023
-            key = secrets.token_hex(16)
-            self._senders[key] = sender
-            self._threads.submit(self._serve, tensors, answer, key)
-
-    def finalize(self) -> None:
-        self._threads.shutdown()
+    def close(self) -> None:
+        """Publish once more, and end."""
         self._stopping.set()
-        self._watcher.join()
+        self._thread.join()
 
-    def _watch(self) -> None:
-        """Look which callers have gone. Each look asks Triton's process, so more requests are looked at less often."""
-        while not self._stopping.wait(0.01 + 0.001 * len(self._senders)):
-            for key in list(self._senders):
-                if self._is_cancelled(key):
-                    send_cancel(self.context.directory, key)
+    def _run(self) -> None:
+        stops = False
+        while not stops:
+            stops = self._stopping.wait(PUBLISH_EVERY_S)
+            try:
+                self._publish()
+            except Exception:
+                logger.exception("metrics could not be published")
+                return
 
-    def _is_cancelled(self, key: str) -> bool:
-        with self._asking:
-            sender = self._senders.get(key)
-            if sender is None or not sender.is_cancelled():
-                return False
-            del self._senders[key]
-            return True
+    def _publish(self) -> None:
+        for series, (kind, value) in self._metrics.series().items():
+            metric, before = self._published.get(series) or (self._make(series, kind), 0.0)
+            if value != before:
+                metric.set(value) if kind is Kind.GAUGE else metric.increment(value - before)
+            self._published[series] = metric, value
 
-    def _public_inputs(self, request: Any) -> Tensors:
-        try:
-            parameters = json.loads(request.parameters() or "{}")
-        except ValueError as error:
-            raise InvalidRequest(f"the request's parameters are no UTF-8 text ({error.__class__.__name__})") from error
-        # HTTP generate turns a JSON member that names no input into a parameter: unknown inputs hide there.
-        unknown = {name: np.array([value]) for name, value in parameters.items()}
-        return unknown | self.context.inputs(request)
-
-    def _serve(self, tensors: Tensors | IcPortraitError, answer: Answer, key: str) -> None:
-        outcome = tensors
-        if not isinstance(tensors, IcPortraitError):
-            outcome = attempt(self.context.name, lambda: self._run_pipeline(self._check(tensors, key)))
-        with self._asking:
-            self._senders.pop(key, None)
-        self._places.release()
-        answer(outcome)
-
-    def _run_pipeline(self, inputs: Tensors) -> Tensors:
+    def _make(self, series: tuple[str, Labels], kind: Kind) -> Any:
         import triton_python_backend_utils as pb_utils
 
-        names = [name for name, _, _ in OUTPUTS]
-        call = pb_utils.InferenceRequest(
-            model_name=ENSEMBLE,
-            requested_output_names=names,
-            inputs=[pb_utils.Tensor(name, array) for name, array in inputs.items()],
-        )
-        outputs: Tensors | None = None
-        for response in call.exec(decoupled=True):
-            if response.has_error():
-                raise _pipeline_error(response.error().message())
-            if response.output_tensors():
-                outputs = {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names}
-        if outputs is None:
-            raise RuntimeError("the pipeline ended without an answer")
-        return outputs
-
-
-def _pipeline_error(message: str) -> Exception:
-    """A stage's own error, or what Triton says while it stops or has lost a stage's process."""
-    if any(sign in message for sign in ("is stopping", "is not ready", "not healthy")):
-        return Unavailable("the server is stopping or has lost a part; try again later")
-    return from_wire(message) or RuntimeError(message)
+        name, labels = series
+        if name not in self._families:
+            family = pb_utils.MetricFamily
+            self._families[name] = family(
+                name=PREFIX + name, description=description(name), kind=getattr(family, kind.name)
+            )
+        return self._families[name].Metric(labels=dict(labels))
 
 
 def attempt(where: str, run: Callable[[], Result]) -> Result | IcPortraitError:
@@ -263,18 +223,20 @@ def _respond(outcome: Tensors | IcPortraitError, restore_code: bool = False) -> 
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outcome.items()])
 
 
-def _answer_with(sender: Any, restore_code: bool = False) -> Answer:
+def answer_with(sender: Any, restore_code: bool = False) -> Answer:
+    """What answers a request through Triton's sender; see ``_respond`` for ``restore_code``."""
     import triton_python_backend_utils as pb_utils
 
-    def send(outcome: Tensors | IcPortraitError) -> None:
-        sender.send(_respond(outcome, restore_code), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+    def send(outcome: Tensors | IcPortraitError, is_last: bool) -> None:
+        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
+        sender.send(_respond(outcome, restore_code), flags=flags)
 
-    def answer(outcome: Tensors | IcPortraitError) -> None:
+    def answer(outcome: Tensors | IcPortraitError, is_last: bool) -> None:
         try:
-            send(outcome)
+            send(outcome, is_last)
         except Exception:
             # Such as shared memory that is full: an error needs next to none of it.
             logger.exception("an answer could not be sent")
-            send(Unavailable("the answer could not be sent, for want of shared memory; try again later"))
+            send(Unavailable("the answer could not be sent, for want of shared memory; try again later"), True)
 
     return answer

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-from icportrait.contract import Array, ModelSpec, engine_specs
+from icportrait.contract import MODEL_ENGINES, Array, ModelSpec, engine_specs
 from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.policy import RUNTIMES, ServingPolicy
@@ -53,7 +53,7 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
             from icportrait.runtime.eager import TorchEngine
         except ImportError as error:
             raise RuntimeNotAvailable(f'runtime torch is not installed ({error}); run "make setup"') from error
-        return TorchEngine.from_manifest(name, manifest, policy.engine_threads)
+        return TorchEngine.from_manifest(name, manifest, policy.engine_threads, policy.deterministic)
     if policy.is_simulated:
         from icportrait.runtime.simulated import load_simulated
 
@@ -61,5 +61,18 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
     if policy.uses_plans:
         from icportrait.runtime.loading import load_plans
 
-        return load_plans([name], directory, manifest, FLAVOURS[policy.runtime])[name]
+        rows = pinned_rows(spec, policy)
+        pinned = None if rows is None else {name: rows}
+        return load_plans([name], directory, manifest, FLAVOURS[policy.runtime], pinned)[name]
     raise RuntimeNotAvailable(f"runtime: {policy.runtime!r}, expected one of {', '.join(RUNTIMES)}")
+
+
+def pinned_rows(spec: ModelSpec, policy: ServingPolicy) -> int | None:
+    """How many rows every run of a plan has in the deterministic mode: as many as can ever come at once.
+
+    That is all of its largest batch for the engines that batch across callers, and for those that fill slots no more
+    than there are slots. None where the mode is off.
+    """
+    if not policy.deterministic:
+        return None
+    return spec.batch.max if spec.name in MODEL_ENGINES else min(policy.slots, spec.batch.max)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from icportrait.contract import ModelSpec, engine_specs
@@ -11,14 +11,18 @@ from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.runtime.cuda import Gpu, Stream, find_gpu
 from icportrait.runtime.flavours import Flavour
-from icportrait.runtime.plans import find_plans
+from icportrait.runtime.plans import covering_bucket, find_plans
 from icportrait.runtime.tensorrt import TensorRtEngine, share_scratch
 
 logger = logging.getLogger(__name__)
 
 
 def load_plans(
-    names: Iterable[str], directory: Path, manifest: Manifest, flavour: Flavour
+    names: Iterable[str],
+    directory: Path,
+    manifest: Manifest,
+    flavour: Flavour,
+    pinned_rows: Mapping[str, int] | None = None,
 ) -> dict[str, TensorRtEngine]:
     """Load engines that never run at once: they work on one stream and share one block of scratch memory.
 
@@ -27,18 +31,25 @@ def load_plans(
         directory: holds their plans, each with its manifest beside it.
         manifest: the export's that the plans were built from.
         flavour: the product that built them.
+        pinned_rows: for each engine the rows that every run of it must have room for: it gets their bucket and no
+            other; None loads all buckets.
 
     Raises:
         RuntimeNotAvailable: there is no GPU, the product isn't installed, or the engines won't fit into its memory.
-        PlanError: see ``TensorRtEngine``.
+        PlanError: see ``TensorRtEngine`` and ``covering_bucket``.
     """
     gpu = find_gpu()
     specs = engine_specs(manifest.preset, manifest.precision)
     plans = {name: find_plans(directory, name) for name in names}
+    pinned: dict[str, int] = {}
+    for name, rows in (pinned_rows or {}).items():
+        plan, pinned[name] = covering_bucket(plans[name], rows)
+        plans[name] = [plan]
+        logger.info("%s: always runs %d rows", name, pinned[name])
     check_memory({name: memory_need(paths, specs[name]) for name, paths in plans.items()}, gpu)
     stream = Stream()
     engines = {
-        name: TensorRtEngine(paths, specs[name], manifest.contract_hash, flavour, stream)
+        name: TensorRtEngine(paths, specs[name], manifest.contract_hash, flavour, stream, pinned.get(name))
         for name, paths in plans.items()
     }
     scratch = max(engine.scratch_bytes for engine in engines.values())

@@ -173,6 +173,20 @@ def find_plans(directory: Path, engine: str) -> list[Path]:
     return sorted(static, key=lambda path: (len(path.name), path.name)) or [whole]
 
 
+def covering_bucket(plans: Iterable[Path], rows: int) -> tuple[Path, int]:
+    """The smallest bucket of ``rows`` rows or more, and which of an engine's plans has it.
+
+    Raises:
+        PlanError: a manifest is missing or wrong, or no bucket is as large.
+    """
+    buckets = {bucket: plan for plan in plans for bucket in buckets_of(PlanManifest.read(plan).batch_ranges)}
+    fitting = [bucket for bucket in buckets if bucket >= rows]
+    if not fitting:
+        names = ", ".join(str(plan) for plan in dict.fromkeys(buckets.values()))
+        raise PlanError(f"{names}: the largest bucket is {max(buckets)}, expected {rows} or more; build it again")
+    return buckets[min(fitting)], min(fitting)
+
+
 def fitting_plans(directory: Path, engine: str, export: Manifest, flavour: str) -> dict[Path, PlanManifest]:
     """An engine's plans with their manifests, once they are known to be an export's.
 

@@ -14,7 +14,7 @@ import json
 import re
 import time
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -132,20 +132,28 @@ class SimulatedEngine:
         self._latency_s = {size: table.of(spec.name, size) / 1000 for size in sizes}
         self._outputs = {tensor.name: _plausible(tensor) for tensor in spec.outputs}
 
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Hold the device for the batch's time; see ``Engine.run``. The outputs are read-only views of the same."""
+    def run(self, inputs: Mapping[str, Array], meanwhile: Callable[[], None] = lambda: None) -> dict[str, Array]:
+        """Hold the device for the batch's time; see ``Engine.run``. The outputs are read-only views of the same.
+
+        ``meanwhile`` is called within that time: a GPU computes beside the host.
+        """
         batch = self.spec.check_inputs(inputs)[self.spec.batch.name]
         with self._device.held():
-            _WAIT.until(time.perf_counter() + self._latency_s[batch])
+            end_s = time.perf_counter() + self._latency_s[batch]
+            meanwhile()
+            _WAIT.until(end_s)
         return {name: array[:batch] for name, array in self._outputs.items()}
 
 
 class SimulatedSlots(HostSlots):
     """Rows without content. A GPU copies ``F_ref`` in next to no time, and this machine shall not take longer."""
 
+    overlaps = True
+
     def __init__(self, warping: SimulatedEngine, unet: SimulatedEngine, rows: int) -> None:
         """See ``HostSlots``; here ``F_ref`` takes no memory."""
         super().__init__(warping, unet, rows)
+        self._simulated = unet
         self._f_ref = {name: np.broadcast_to(array[:1, :1, :1, :1], array.shape) for name, array in self._f_ref.items()}
 
     def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]]) -> Array:
@@ -153,6 +161,12 @@ class SimulatedSlots(HostSlots):
         names = [spec.name for spec in self._warping.spec.inputs]
         outputs = self._warping.run({name: np.concatenate([job[name] for job in jobs]) for name in names})
         return outputs["match_confidence"]
+
+    def predict(self, canvas_latent: Array, timestep: Array, meanwhile: Callable[[], None]) -> Array:
+        """See ``Slots.predict``."""
+        f_ref = {name: array[: len(timestep)] for name, array in self._f_ref.items()}
+        inputs = {"canvas_latent": canvas_latent, "timestep": timestep, **f_ref}
+        return self._simulated.run(inputs, meanwhile)["noise_pred"]
 
     def clear(self, rows: Sequence[int]) -> None:
         """See ``Slots.clear``."""

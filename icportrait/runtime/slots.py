@@ -10,16 +10,16 @@ never reaches the others: the UNet computes every row by itself.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from icportrait.contract import Array, ModelSpec
+from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
-from icportrait.runtime.engine import Engine, load_engine
+from icportrait.runtime.engine import Engine, load_engine, pinned_rows
 from icportrait.runtime.flavours import FLAVOURS
 from icportrait.runtime.placement import Placed, put
 
@@ -40,6 +40,8 @@ class Slots(Protocol):
     """What ``condition`` takes at once."""
     version: str
     """The runtime and its version, for a request's metadata."""
+    overlaps: bool
+    """Whether ``predict`` leaves this thread free while the UNet runs."""
 
     def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]]) -> Array:
         """Run the warping network over jobs and put each one's ``F_ref`` into its rows.
@@ -64,12 +66,13 @@ class Slots(Protocol):
         """Copy a row's ``F_ref`` to another row, which is free."""
         ...
 
-    def predict(self, canvas_latent: Array, timestep: Array) -> Array:
+    def predict(self, canvas_latent: Array, timestep: Array, meanwhile: Callable[[], None]) -> Array:
         """The UNet over the first n rows.
 
         Args:
             canvas_latent: [n, 4, s, 2 s] float32.
             timestep: [n] float32.
+            meanwhile: is called once, while the UNet runs where this thread is free then, else before.
 
         Returns:
             ``noise_pred``, [n, 4, s, 2 s] float32.
@@ -86,6 +89,8 @@ class Slots(Protocol):
 
 class HostSlots:
     """Rows in the host's memory, over any two engines."""
+
+    overlaps = False
 
     def __init__(self, warping: Engine, unet: Engine, rows: int) -> None:
         """Make the rows.
@@ -124,8 +129,9 @@ class HostSlots:
         for array in self._f_ref.values():
             array[target] = array[source]
 
-    def predict(self, canvas_latent: Array, timestep: Array) -> Array:
+    def predict(self, canvas_latent: Array, timestep: Array, meanwhile: Callable[[], None]) -> Array:
         """See ``Slots.predict``."""
+        meanwhile()
         f_ref = {name: array[: len(timestep)] for name, array in self._f_ref.items()}
         return self._unet.run({"canvas_latent": canvas_latent, "timestep": timestep, **f_ref})["noise_pred"]
 
@@ -137,6 +143,8 @@ class HostSlots:
 
 class DeviceSlots:
     """Rows in the UNet engine's own input buffers: a step uploads latents and timesteps, and copies nothing else."""
+
+    overlaps = True
 
     def __init__(self, warping: TensorRtEngine, unet: TensorRtEngine, rows: int) -> None:
         """Take the rows.
@@ -190,7 +198,7 @@ class DeviceSlots:
         for array in self._f_ref.values():
             self._stream.copy(array.rows(source, 1), array.rows(target, 1))
 
-    def predict(self, canvas_latent: Array, timestep: Array) -> Array:
+    def predict(self, canvas_latent: Array, timestep: Array, meanwhile: Callable[[], None]) -> Array:
         """See ``Slots.predict``."""
         count = len(timestep)
         given = {"canvas_latent": np.ascontiguousarray(canvas_latent), "timestep": np.ascontiguousarray(timestep)}
@@ -198,6 +206,7 @@ class DeviceSlots:
         for name, array in given.items():
             self._stream.upload(array, self._unet.inputs[name].rows(0, count))
         self._unet.execute(count)
+        meanwhile()
         noise_pred = self._stream.download(self._unet.outputs["noise_pred"].rows(0, count))
         self._stream.synchronize()
         return noise_pred
@@ -232,7 +241,10 @@ def load_slots(directory: Path, manifest: Manifest, policy: ServingPolicy) -> Sl
     if policy.uses_plans:
         from icportrait.runtime.loading import load_plans
 
-        plans = load_plans(("warping_network", "unet"), directory, manifest, FLAVOURS[policy.runtime])
+        names = ("warping_network", "unet")
+        specs = engine_specs(manifest.preset, manifest.precision)
+        rows = {name: count for name in names if (count := pinned_rows(specs[name], policy))}
+        plans = load_plans(names, directory, manifest, FLAVOURS[policy.runtime], rows)
         return DeviceSlots(plans["warping_network"], plans["unet"], policy.slots)
     if policy.is_simulated:
         from icportrait.runtime.simulated import SimulatedSlots, load_simulated

@@ -53,7 +53,13 @@ class TensorRtEngine:
     """
 
     def __init__(
-        self, plans: Path | Sequence[Path], spec: ModelSpec, contract_hash: str, flavour: Flavour, stream: Stream
+        self,
+        plans: Path | Sequence[Path],
+        spec: ModelSpec,
+        contract_hash: str,
+        flavour: Flavour,
+        stream: Stream,
+        pinned: int | None = None,
     ) -> None:
         """Check the plans, load them and make buffers and contexts.
 
@@ -66,6 +72,8 @@ class TensorRtEngine:
             contract_hash: of the contract that ``spec`` is from.
             flavour: the product that built the plans.
             stream: everything is done on it.
+            pinned: the one bucket that every batch runs in, so that a row's bits don't depend on how many there are;
+                None makes all.
 
         Raises:
             RuntimeNotAvailable: there is no GPU, or the product isn't installed.
@@ -99,7 +107,8 @@ class TensorRtEngine:
             self._engines.append(engine)
             for index, batches in enumerate(manifest.batch_ranges):
                 for batch in buckets_of([batches]):
-                    self._buckets[batch] = self._context(engine, flavour, index, batch)
+                    if pinned in (None, batch):
+                        self._buckets[batch] = self._context(engine, flavour, index, batch)
 
     @property
     def buckets(self) -> tuple[int, ...]:

@@ -29,6 +29,7 @@ from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.runtime import load_engine
 from tests.conftest import ROOT
+from tests.rows import rows_that_differ
 from tests.tiny import SMALL
 from tests.trivial_engines import write_trivial_export
 
@@ -54,15 +55,18 @@ def test_the_demo_graphs_are_the_contracts(demo_export: Path, name: str) -> None
     check_shapes(path, spec)
 
 
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("name", ENGINES)
-def test_a_row_does_not_depend_on_its_batch(demo_export: Path, name: str) -> None:
-    engine = load_engine(name, demo_export, Manifest.read(demo_export), ServingPolicy())
-    inputs = engine.spec.dummy_inputs(engine.spec.batch.max)
-    together = engine.run(inputs)
-    for rows in (1, 2, 3, 5):
-        part = engine.run({key: array[-rows:] for key, array in inputs.items()})
-        for key, array in part.items():
-            assert np.array_equal(array, together[key][-rows:]), (key, rows)
+def test_a_row_depends_neither_on_its_batch_nor_on_its_place(demo_export: Path, name: str, threads: int) -> None:
+    engine = load_engine(name, demo_export, Manifest.read(demo_export), ServingPolicy(engine_threads=threads))
+    assert rows_that_differ(engine, range(1, engine.spec.batch.max + 1)) == []
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_nor_does_torchs_if_deterministic(demo_export: Path, name: str) -> None:
+    policy = ServingPolicy(runtime="torch", deterministic=True)
+    engine = load_engine(name, demo_export, Manifest.read(demo_export), policy)
+    assert rows_that_differ(engine, (1, 3, 6)) == []
 
 
 def test_fp16_weights_and_residuals_are_fp16_and_the_rest_of_the_contract_stays(tmp_path: Path) -> None:

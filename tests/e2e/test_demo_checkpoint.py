@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,43 @@ def test_served_portraits_are_as_near_the_truth_as_the_reference_pipelines(
         assert abs(float(here - there)) < 0.1
     copies = [psnr(copy, pairs.target, pairs.target_head).mean() for copy in (pairs.reference, pairs.profile)]
     assert psnr(torch.stack(served), pairs.target, pairs.target_head).mean() > max(copies) + 2
+
+
+def test_callers_at_once_get_the_bytes_that_each_gets_alone(
+    trained_server: TritonServer, pictures: dict[str, bytes]
+) -> None:
+    """Of 18 rows on 16 slots, joining and leaving while others run."""
+    swapped = {"profile": pictures["reference"], "reference": pictures["profile"]}
+    requests = [
+        {
+            "seed": 100 + index,
+            "num_inference_steps": 3 + index,
+            "guidance_scale": (1.0, 1.5, 4.0)[index % 3],
+            "num_portraits": (1, 2, 1, 1)[index % 4],
+            "scheduler": ("dpmpp_2m", "euler", "ddim")[index % 3],
+            **(swapped if index % 2 else pictures),
+        }
+        for index in range(8)
+    ]
+    alone = [infer(trained_server.grpc_url, **request)[0] for request in requests]
+    assert len({image for images in alone for image in images}) == 10
+    spans: list[tuple[float, float]] = []
+
+    def call(index: int, wait_s: float) -> list[bytes]:
+        time.sleep(wait_s)
+        started_s = time.monotonic()
+        images, _ = infer(trained_server.grpc_url, **requests[index])
+        spans.append((started_s, time.monotonic()))
+        return images
+
+    generator = np.random.default_rng(0)
+    for _ in range(3):
+        spans.clear()
+        order, waits_s = generator.permutation(8), generator.uniform(0, 0.5, 8)
+        with ThreadPoolExecutor(8) as threads:
+            together = dict(zip(order, threads.map(call, order, waits_s), strict=True))
+        assert [together[index] for index in range(8)] == alone
+        assert max(sum(start <= now < end for start, end in spans) for now, _ in spans) >= 4
 
 
 def png(pixels: np.ndarray) -> bytes:

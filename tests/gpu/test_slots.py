@@ -33,7 +33,7 @@ def rows_of_a_batch(slots: Slots, manifest: Manifest) -> list[np.ndarray]:
     jobs = [{name: array[index : index + 1] for name, array in given.items()} for index in range(2)]
 
     def predict(rows: int) -> np.ndarray:
-        return slots.predict(canvas["canvas_latent"][:rows], canvas["timestep"][:rows])
+        return slots.predict(canvas["canvas_latent"][:rows], canvas["timestep"][:rows], lambda: None)
 
     found = [slots.condition(jobs[:1], [[0]]), predict(1)]
     found += [slots.condition(jobs, [[0], [1]]), predict(2)]

@@ -246,7 +246,7 @@ class LabelSlots:
     latent. A row that lost its F_ref, or that has another's, gives another portrait.
     """
 
-    rows, max_jobs, version = 16, 3, "labels"
+    rows, max_jobs, version, overlaps = 16, 3, "labels", False
 
     def __init__(self) -> None:
         self.labels = np.zeros(self.rows)
@@ -270,7 +270,8 @@ class LabelSlots:
         self.labels[target], self.labels[source] = self.labels[source], np.nan
         self.moves.append((source, target))
 
-    def predict(self, canvas_latent, timestep):
+    def predict(self, canvas_latent, timestep, meanwhile):
+        meanwhile()
         self.steps.append(len(timestep))
         labels = self.labels[: len(timestep), None, None, None]
         return (0.1 * canvas_latent + labels + timestep[:, None, None, None] / 1000).astype(np.float32)
@@ -364,7 +365,7 @@ def test_every_step_is_reported_with_its_latent() -> None:
     with label_batcher() as (_, batcher):
         future: Future[DenoiseResult] = Future()
         entry = labelled(replace(BASE, num_portraits=2), 1.0)
-        batcher.submit(entry, future.set_result, lambda step, latent: reported.append((step, latent())))
+        batcher.submit(entry, future.set_result, lambda step, latent: reported.append((step, latent().portrait_latent)))
         result = future.result(60)
     assert [step for step, _ in reported] == [1, 2, 3]
     assert not np.array_equal(reported[0][1], reported[1][1])

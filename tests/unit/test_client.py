@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from concurrent import futures
+from contextlib import contextmanager
 from dataclasses import FrozenInstanceError
 from fractions import Fraction
 from pathlib import Path
@@ -27,6 +28,7 @@ from icportrait_client import (
     InvalidRequest,
     PortraitClient,
     PortraitError,
+    PortraitOptions,
     Portraits,
     RequestCancelled,
     ServerError,
@@ -107,17 +109,23 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_grpc_proxy", "127.0.0.1")
 
 
-@pytest.fixture
-def triton() -> Iterator[FakeTriton]:
+@contextmanager
+def serving(servicer: FakeTriton) -> Iterator[None]:
     unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
     server = grpc.server(futures.ThreadPoolExecutor(4), options=unlimited)
-    servicer = FakeTriton()
     service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
     servicer.url = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     server.start()
-    yield servicer
+    yield
     servicer.release.set()
     server.stop(None).wait()
+
+
+@pytest.fixture
+def triton() -> Iterator[FakeTriton]:
+    servicer = FakeTriton()
+    with serving(servicer):
+        yield servicer
 
 
 @pytest.fixture
@@ -141,9 +149,17 @@ def test_contract_is_what_the_server_generates() -> None:
     assert packaged.read_text("utf-8") == client_contract_text(), 'run "make configs"'
 
 
-def test_generate_takes_every_input_of_the_contract() -> None:
-    parameters = set(inspect.signature(PortraitClient.generate).parameters) - {"self"}
-    assert parameters == {field.name for field in INPUTS} - {"encoding"}
+@pytest.mark.parametrize(("call", "lacks"), [("generate", {"encoding", "preview_every"}), ("stream", {"encoding"})])
+def test_a_call_takes_every_input_of_the_contract(call: str, lacks: set[str]) -> None:
+    parameters = set(inspect.signature(getattr(PortraitClient, call)).parameters) - {"self", "options"}
+    assert parameters | set(PortraitOptions.__annotations__) == {field.name for field in INPUTS} - lacks
+
+
+@pytest.mark.parametrize("name", ["preview_every", "encoding", "colour"])
+def test_generate_takes_nothing_else(triton: FakeTriton, client: PortraitClient, name: str) -> None:
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+        client.generate(profile=b"p", reference=b"r", **{name: None})  # type: ignore[arg-type]
+    assert not triton.requests
 
 
 # Pictures
@@ -284,7 +300,9 @@ def test_every_option_arrives_in_the_contracts_type(triton: FakeTriton, client: 
     )
     sent = triton.sent
     assert {name: (datatype, shape) for name, (datatype, shape, _) in sent.items()} == {
-        field.name: (field.dtype.triton, [field.size]) for field in INPUTS if field.name != "encoding"
+        field.name: (field.dtype.triton, [field.size])
+        for field in INPUTS
+        if field.name not in ("encoding", "preview_every")
     }
     assert {name: raw for name, (_, _, raw) in sent.items() if name not in ("profile", "reference")} == {
         "seed": struct.pack("<q", MAX_SEED),
@@ -369,11 +387,29 @@ def test_codes_become_exceptions(
     assert str(caught.value) == message.format(url=triton.url)
 
 
+def test_a_full_server_says_when_to_try_again(triton: FakeTriton, client: PortraitClient) -> None:
+    text = "UNAVAILABLE: the queue is full (64 of 64 slots); retry_after_ms: 340"
+    triton.failure = (grpc.StatusCode.UNAVAILABLE, text)
+    with pytest.raises(ServerUnavailable) as caught:
+        client.generate(profile=b"p", reference=b"r")
+    assert caught.value.retry_after_ms == 340
+    assert str(caught.value) == f"{triton.url}: {text}"
+
+
+@pytest.mark.parametrize("text", ["the server is stopping", "retry_after_ms: soon", "retry_after_ms: 3 or more"])
+def test_without_a_hint_there_is_none(triton: FakeTriton, client: PortraitClient, text: str) -> None:
+    triton.failure = (grpc.StatusCode.UNAVAILABLE, text)
+    with pytest.raises(ServerUnavailable) as caught:
+        client.generate(profile=b"p", reference=b"r")
+    assert caught.value.retry_after_ms is None
+
+
 def test_refused_connection_names_the_url_and_the_way_out(free_url: str) -> None:
     with PortraitClient(free_url) as client, pytest.raises(ServerUnavailable) as caught:
         client.generate(profile=b"p", reference=b"r")
     assert str(caught.value).startswith(f"{free_url}: no server answers (")
     assert str(caught.value).endswith('"make serve" starts one')
+    assert caught.value.retry_after_ms is None
 
 
 def test_deadline(triton: FakeTriton) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 from google.protobuf import text_format
@@ -32,9 +33,11 @@ def files(repository: Path) -> dict[str, set[str]]:
     return {folder.parent.name: {path.name for path in folder.iterdir()} for folder in repository.glob("*/1")}
 
 
-def assembled(export: Path, tmp_path: Path, runtime: str, config: BuildConfig | None = None) -> dict[str, set[str]]:
+def assembled(
+    export: Path, tmp_path: Path, runtime: str, config: BuildConfig | None = None, **settings: Any
+) -> dict[str, set[str]]:
     write_fake_plans(tmp_path / "plans", Manifest.read(export), runtime, config)
-    assemble(export, tmp_path / "repository", ServingPolicy(runtime=runtime), plans=tmp_path / "plans")
+    assemble(export, tmp_path / "repository", ServingPolicy(runtime=runtime, **settings), plans=tmp_path / "plans")
     return files(tmp_path / "repository")
 
 
@@ -64,6 +67,34 @@ def test_python_models_run_every_engine_on_tensorrt_rtx(export: Path, tmp_path: 
     assert found["vae_decoder"] == PYTHON | with_manifest("vae_decoder.plan")
     assert found["denoise"] == PYTHON | with_manifest("warping_network.plan", "unet.plan")
     assert not list((tmp_path / "repository").rglob("*.onnx"))
+
+
+def test_deterministic_python_models_run_every_engine_on_tensorrt_too(export: Path, tmp_path: Path) -> None:
+    """Triton's own backend runs the batches that come; our runner one and the same."""
+    found = assembled(export, tmp_path, "tensorrt", BuildConfig(layout="static"), deterministic=True)
+    for name in ("vae_encoder", "vae_decoder"):
+        assert found[name] == PYTHON | with_manifest(*(f"{name}.batch{batch}.plan" for batch in (1, 2, 4, 8)))
+        config = text_format.Parse((tmp_path / "repository" / name / "config.pbtxt").read_text(), pb.ModelConfig())
+        assert config.backend == "python" and config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
+        assert config.max_batch_size == DEMO_128.max_vae_batch
+
+
+@pytest.mark.parametrize("flag", [True, False])
+def test_the_command_says_whether_the_models_are_deterministic(export: Path, tmp_path: Path, flag: bool) -> None:
+    arguments = ["--export", str(export), "--out", str(tmp_path / "repository")]
+    assert main([*arguments, *(["--deterministic"] if flag else [])]) == 0
+    for name in ("denoise", "vae_encoder", "vae_decoder"):
+        config = text_format.Parse((tmp_path / "repository" / name / "config.pbtxt").read_text(), pb.ModelConfig())
+        parameters = {key: value.string_value for key, value in config.parameters.items()}
+        assert ServingPolicy.from_parameters(parameters) == ServingPolicy(deterministic=flag)
+
+
+def test_simulated_engines_are_not_deterministic(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--export", str(export), "--out", str(tmp_path / "repository"), "--runtime", "simulated"]
+    assert main([*arguments, "--latency-table", "table.json", "--deterministic"]) == 1
+    assert capsys.readouterr().err.startswith("error: deterministic: runtime simulated always draws")
 
 
 def test_every_plan_of_a_static_layout_is_placed_in_the_order_of_its_batch(export: Path, tmp_path: Path) -> None:

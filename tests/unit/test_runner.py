@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import pytest
 
 import icportrait.runtime.loading
 import icportrait.runtime.tensorrt
-from engines.build_config import BuildConfig
+from engines.build_config import LAYOUTS, BuildConfig
 from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.errors import PlanError, RuntimeNotAvailable
 from icportrait.manifest import Manifest
@@ -24,6 +25,7 @@ from icportrait.runtime import load_engine, load_slots
 from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Gpu, Stream
 from icportrait.runtime.flavours import FLAVOURS, TENSORRT_RTX, Flavour
 from icportrait.runtime.loading import load_plans
+from icportrait.runtime.plans import PlanManifest
 from icportrait.runtime.slots import DeviceSlots
 from icportrait.runtime.tensorrt import TensorRtEngine, share_scratch
 from tests.fake_plans import VERSIONS, write_fake_plans
@@ -206,6 +208,55 @@ def test_engines_of_a_process_share_a_stream_and_scratch_memory(plans, export, e
     assert slots.version == f"tensorrt-{VERSIONS['tensorrt']}"
     contexts = [context for name in ("unet", "warping_network") for context in engines[f"{name}.plan"].contexts]
     assert len({context.scratch for context in contexts}) == 1 and contexts[0].scratch[1] == 1000
+
+
+# One bucket, for the deterministic mode
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("slots", "unet", "warping"), [(16, 16, 8), (9, 16, 8), (4, 4, 4), (3, 4, 4), (1, 1, 1)])
+def test_deterministic_slots_run_one_bucket_that_holds_them_all(
+    slots: int, unet: int, warping: int, layout: str, plans, export, engines, cuda
+) -> None:
+    policy = ServingPolicy(runtime="tensorrt", slots=slots, deterministic=True)
+    assert load_slots(plans(layout), export, policy).rows == slots
+    batches = {name: [next(iter(c.shapes.values()))[0] for c in engine.contexts] for name, engine in engines.items()}
+    if layout == "static":  # and no plan is loaded but the bucket's
+        assert batches == {f"unet.batch{unet}.plan": [unet], f"warping_network.batch{warping}.plan": [warping]}
+    else:
+        assert batches == {"unet.plan": [unet], "warping_network.plan": [warping]}
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_a_row_has_the_same_bits_beside_any_number_of_others_if_deterministic(
+    deterministic: bool, plans, export, engines, cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an engine whose rows depend on how many are computed, as a GPU's kernels may."""
+    exact = computed
+
+    def rounded(spec: ModelSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return {name: array + len(array) for name, array in exact(spec, inputs).items()}
+
+    monkeypatch.setitem(globals(), "computed", rounded)
+    policy = ServingPolicy(runtime="tensorrt", deterministic=deterministic)
+    encoder = load_engine("vae_encoder", plans(), export, policy)
+    pixels = encoder.spec.dummy_inputs(8)["pixels"]
+    alone = [encoder.run({"pixels": pixels[row : row + 1]})["latent"][0] for row in range(8)]
+    kept = []
+    for count in range(1, 9):
+        together = encoder.run({"pixels": pixels[8 - count :]})["latent"]
+        kept.append(np.array_equal(together, alone[8 - count :]))
+    assert kept == ([True] * 8 if deterministic else [True] + [False] * 7)
+
+
+def test_plans_without_a_bucket_for_all_slots_are_refused(plans, export, engines, cuda) -> None:
+    directory = plans(buckets=(2,))
+    manifest = PlanManifest.read(directory / "unet.plan")
+    small = dataclasses.replace(manifest, profiles=manifest.profiles[:1])
+    small.write(directory / "unet.plan")
+    with pytest.raises(PlanError, match=r"unet\.plan: the largest bucket is 2, expected 3 or more; build it again"):
+        load_slots(directory, export, ServingPolicy(runtime="tensorrt", slots=3, deterministic=True))
+    assert not engines
 
 
 def test_unused_rows_begin_as_zeros(plans, export, engines, cuda) -> None:

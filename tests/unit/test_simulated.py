@@ -189,7 +189,7 @@ def test_slots_step_without_copying_any_f_ref(table: Path) -> None:
     rows.clear([3])
     rows.move(2, 0)
     step = specs["unet"].dummy_inputs(3)
-    noise_pred = rows.predict(step["canvas_latent"], step["timestep"])
+    noise_pred = rows.predict(step["canvas_latent"], step["timestep"], lambda: None)
     assert noise_pred.shape == step["canvas_latent"].shape and np.isfinite(noise_pred).all()
     f_ref = vars(rows)["_f_ref"]
     assert f_ref and all(set(array.strides) == {0} for array in f_ref.values())

@@ -12,6 +12,7 @@ from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.errors import ContractError
 from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Stream
 from icportrait.runtime.placement import join
+from icportrait.runtime.plans import BUCKETS
 from icportrait.runtime.slots import DeviceSlots, HostSlots
 from tests.host_cuda import HostCuda, view
 from tests.tiny import TINY
@@ -56,7 +57,10 @@ class DeviceEngine:
 
     version = "fake"
 
-    def __init__(self, spec: ModelSpec, function: Function, cuda: HostCuda, stream: Stream) -> None:
+    def __init__(
+        self, spec: ModelSpec, function: Function, cuda: HostCuda, stream: Stream, buckets: tuple[int, ...] = BUCKETS
+    ) -> None:
+        self._buckets = buckets
         self.spec, self.stream, self._function, self._cuda = spec, stream, function, cuda
         self.inputs, self.outputs = (
             {
@@ -70,7 +74,7 @@ class DeviceEngine:
         self.bound: list[set[str]] = []
 
     def bucket(self, batch: int) -> int:
-        return min(size for size in (1, 2, 4, 8, 16) if size >= batch)
+        return min(size for size in self._buckets if size >= batch)
 
     def execute(self, batch: int, outputs: Mapping[str, DeviceArray] | None = None) -> None:
         size = self.bucket(batch)
@@ -99,10 +103,11 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
 
 
 class OnDevice:
-    def __init__(self, cuda: HostCuda, rows: int = 16) -> None:
+    def __init__(self, cuda: HostCuda, rows: int = 16, pinned: bool = False) -> None:
         self.stream = Stream()
-        self.warping = DeviceEngine(WARPING, warp, cuda, self.stream)
-        self.unet = DeviceEngine(UNET, denoise, cuda, self.stream)
+        warping, unet = ((WARPING.batch.max,), (UNET.batch.max,)) if pinned else (BUCKETS, BUCKETS)
+        self.warping = DeviceEngine(WARPING, warp, cuda, self.stream, warping)
+        self.unet = DeviceEngine(UNET, denoise, cuda, self.stream, unet)
         engines: tuple[Any, Any] = (self.warping, self.unet)
         self.slots = DeviceSlots(*engines, rows)
 
@@ -138,8 +143,10 @@ def moved(cuda: HostCuda) -> dict[str, int]:
     return totals
 
 
-def test_rows_on_the_device_hold_what_rows_on_the_host_hold(device: OnDevice) -> None:
+@pytest.mark.parametrize("pinned", [False, True], ids=["buckets", "one bucket"])
+def test_rows_on_the_device_hold_what_rows_on_the_host_hold(cuda: HostCuda, pinned: bool) -> None:
     """Random joining, leaving and compacting, as an in-flight batcher does it; a row in use is never another's."""
+    device = OnDevice(cuda, pinned=pinned)
     reference = HostSlots(HostEngine(WARPING, warp), HostEngine(UNET, denoise), 16)
     generator, used = np.random.default_rng(3), 0
     for turn in range(60):
@@ -160,7 +167,7 @@ def test_rows_on_the_device_hold_what_rows_on_the_host_hold(device: OnDevice) ->
             if leaving != used:
                 for slots in (device.slots, reference):
                     slots.move(used, leaving)
-        found, expected = (slots.predict(*canvas(used, turn)) for slots in (device.slots, reference))
+        found, expected = (slots.predict(*canvas(used, turn), lambda: None) for slots in (device.slots, reference))
         assert np.isfinite(found).all() and np.array_equal(found, expected)
 
 
@@ -193,7 +200,7 @@ def test_a_step_uploads_latents_and_timesteps_and_copies_nothing_else(device: On
     device.slots.condition([job(1.0), job(2.0)], [[0], [1]])
     moved(cuda)
     latent, timestep = canvas(2)
-    device.slots.predict(latent, timestep)
+    device.slots.predict(latent, timestep, lambda: None)
     assert moved(cuda) == {"upload": latent.nbytes + timestep.nbytes, "execute": 0, "download": latent.nbytes}
 
 
@@ -224,7 +231,7 @@ def test_what_breaks_the_contract_is_refused_before_anything_runs(device: OnDevi
         with pytest.raises(ContractError, match="visibility"):
             slots.condition([wrong], [[0]])
         with pytest.raises(ContractError, match="timestep is float64"):
-            slots.predict(canvas(1)[0], np.zeros(1))
+            slots.predict(canvas(1)[0], np.zeros(1), lambda: None)
     assert "execute" not in moved(cuda)
 
 

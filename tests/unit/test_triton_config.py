@@ -7,6 +7,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from icportrait.contract import MODEL_ENGINES
+from icportrait.errors import IcPortraitError
 from icportrait.policy import PLAN_RUNTIMES, RUNTIMES, ServingPolicy
 from icportrait.presets import DEMO_128, SD15_512
 from icportrait.request import INPUTS
@@ -79,11 +80,24 @@ def test_sizes_come_from_the_preset() -> None:
 
 
 def test_the_policy_reaches_the_models_as_parameters() -> None:
-    policy = ServingPolicy(runtime="torch", slots=4, preprocess_instances=3)
+    policy = ServingPolicy(runtime="torch", slots=4, preprocess_instances=3, deterministic=True)
     configs = model_configs(DEMO_128, "fp32", policy)
     parameters = {key: value.string_value for key, value in configs["denoise"].parameters.items()}
     assert ServingPolicy.from_parameters(parameters) == policy
     assert configs["preprocess"].instance_group[0].count == 3
+
+
+def test_a_truth_value_that_is_none_is_refused() -> None:
+    assert ServingPolicy.from_parameters({"deterministic": "False"}) == ServingPolicy()
+    with pytest.raises(IcPortraitError, match="deterministic: 'yes', expected True or False"):
+        ServingPolicy.from_parameters({"deterministic": "yes"})
+
+
+def test_the_encoders_cache_is_ours_and_as_large_as_the_policy_says() -> None:
+    """Triton's response cache keeps failures too (ADR 0008)."""
+    configs = model_configs(DEMO_128, "fp32", ServingPolicy(cache_bytes=12345))
+    assert configs["vae_encoder"].parameters["cache_bytes"].string_value == "12345"
+    assert not any(config.response_cache.enable for config in (*configs.values(), *TENSORRT.values()))
 
 
 # TensorRT

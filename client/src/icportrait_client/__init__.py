@@ -15,8 +15,9 @@ from icportrait_client.errors import (
 
 if TYPE_CHECKING:
     from icportrait_client.client import PortraitClient
+    from icportrait_client.options import PortraitOptions
     from icportrait_client.pictures import PictureSource
-    from icportrait_client.portraits import Portraits
+    from icportrait_client.portraits import Portraits, Progress
 
 __version__ = "0.1.0"
 
@@ -31,7 +32,9 @@ __all__ = [
     "PictureSource",
     "PortraitClient",
     "PortraitError",
+    "PortraitOptions",
     "Portraits",
+    "Progress",
     "RequestCancelled",
     "ServerError",
     "ServerUnavailable",
@@ -42,7 +45,9 @@ __all__ = [
 _LAZY = {
     "PictureSource": "icportrait_client.pictures",
     "PortraitClient": "icportrait_client.client",
+    "PortraitOptions": "icportrait_client.options",
     "Portraits": "icportrait_client.portraits",
+    "Progress": "icportrait_client.portraits",
 }
 
 

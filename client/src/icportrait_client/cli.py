@@ -8,6 +8,7 @@ import random
 import sys
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -16,6 +17,7 @@ from icportrait_client.contract import InputSpec, load_contract
 from icportrait_client.errors import InvalidRequest, PortraitError
 
 if TYPE_CHECKING:
+    from icportrait_client.client import PortraitClient
     from icportrait_client.portraits import Portraits
 
 # Flag, the contract's name, what it is. Types, ranges, choices and defaults come from the contract.
@@ -86,6 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_connection(generate)
     _add_options(generate)
+    generate.add_argument("--progress", action="store_true", help="say on standard error which step is done")
+    preview_every = load_contract().inputs["preview_every"]
+    meaning = "steps between previews; the latest is in OUT with -preview before the suffix, written over each time"
+    generate.add_argument("--preview-every", **_argument(preview_every, meaning))
     sweep = commands.add_parser("sweep", help="one picture of a profile under eight lights and in eight views")
     sweep.set_defaults(run=_sweep)
     sweep.add_argument("--profile", required=True, metavar="PICTURE", help="who it is: JPEG, PNG or WebP")
@@ -157,12 +163,29 @@ def _generate(args: argparse.Namespace) -> None:
 
     options = {name: getattr(args, name) for _, name, _ in _OPTIONS}
     with PortraitClient(args.url, timeout_s=args.timeout) as client:
-        portraits = client.generate(profile=args.profile, reference=args.reference, **options)
+        if args.progress or args.preview_every is not None:
+            portraits = _streamed(client, args, options)
+        else:
+            portraits = client.generate(profile=args.profile, reference=args.reference, **options)
     paths = portraits.save(args.output)
     if args.json:
         print(json.dumps({"files": [str(path) for path in paths], **portraits.metadata}, indent=2))
     else:
         print(_table([*_file_rows(paths), *_stage_rows(portraits)]))
+
+
+def _streamed(client: PortraitClient, args: argparse.Namespace, options: dict[str, Any]) -> Portraits:
+    preview_path = args.output.with_stem(f"{args.output.stem}-preview")
+    request = {"profile": args.profile, "reference": args.reference, "preview_every": args.preview_every, **options}
+    with closing(client.stream(**request)) as answers:
+        for progress in answers:
+            progress.save_previews(preview_path)
+            if args.progress:
+                last = progress.portraits is not None
+                _show_progress(f"step {progress.step:{len(str(progress.total_steps))}} of {progress.total_steps}", last)
+    # The last of a stream that ended without an error.
+    assert progress.portraits
+    return progress.portraits
 
 
 def _sweep(args: argparse.Namespace) -> None:
@@ -175,7 +198,12 @@ def _sweep(args: argparse.Namespace) -> None:
         options["seed"] = random.randrange(_DRAWN_SEEDS)
     count, started = sum(map(len, ROWS)), time.monotonic()
     with PortraitClient(args.url, timeout_s=args.timeout) as client:
-        portraits = sweep(client.generate, args.profile, options, lambda answered: _show_progress(answered, count))
+        portraits = sweep(
+            client.generate,
+            args.profile,
+            options,
+            lambda answered: _show_progress(f"{answered:2} of {count} portraits", answered == count),
+        )
     save_strip(strip(args.profile, portraits), args.output, args.output_format or "png")
     if args.json:
         answers = [{reference.kind: reference.degrees, **portraits[reference].metadata} for reference in portraits]
@@ -192,10 +220,10 @@ def _check_output(output: Path) -> None:
         raise InvalidRequest(f"--output: '{output}', expected a file's path in a directory that exists")
 
 
-def _show_progress(done: int, count: int) -> None:
+def _show_progress(text: str, last: bool) -> None:
     """A line that is written over on a terminal, and lines in a log."""
-    end = "\r" if sys.stderr.isatty() and done < count else "\n"
-    print(f"{done:2} of {count} portraits", end=end, file=sys.stderr, flush=True)
+    end = "\r" if sys.stderr.isatty() and not last else "\n"
+    print(text, end=end, file=sys.stderr, flush=True)
 
 
 def _file_rows(paths: Iterable[Path]) -> list[tuple[str, str, str]]:

@@ -1,16 +1,18 @@
-"""The client: one gRPC channel, one call."""
+"""The client: one gRPC channel, a call that answers once and a call that answers as it goes."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Generator
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import grpc  # type: ignore[import-untyped]
 import numpy as np
-from tritonclient.grpc import InferenceServerClient, InferInput, InferResult
-from tritonclient.utils import InferenceServerException, triton_to_np_dtype
+from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
+from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
 
 from icportrait_client import DEFAULT_TIMEOUT_S, DEFAULT_URL
 from icportrait_client.contract import InputSpec, load_contract
@@ -22,10 +24,24 @@ from icportrait_client.errors import (
     ServerError,
     ServerUnavailable,
 )
+from icportrait_client.options import PortraitOptions
 from icportrait_client.pictures import PictureSource, picture_bytes
-from icportrait_client.portraits import Portraits
+from icportrait_client.portraits import Portraits, Progress
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _PROBE_TIMEOUT_S = 1.0
+_RETRY_AFTER = re.compile(r"\bretry_after_ms: (\d+)\s*$")
+# An error on Triton's stream is a text without a code. (Its header triton_grpc_error would bring the code, but there
+# an error after a first answer can crash Triton 2.51.) The server puts the code before whatever isn't the caller's
+# mistake; the rest are Triton's own words.
+_CODES_OF_TEXTS = (
+    (re.compile(r"^UNAVAILABLE: |is stopping|has no available versions|is not ready|not healthy"), "UNAVAILABLE"),
+    (re.compile(r"^CANCELLED: "), "CANCELLED"),
+    (re.compile(r"^INTERNAL: "), "INTERNAL"),
+    (re.compile(r"unknown model"), "NOT_FOUND"),
+)
 
 
 class PortraitClient:
@@ -52,7 +68,9 @@ class PortraitClient:
         self._url = url
         self._timeout_s = timeout_s
         self._contract = load_contract()
-        self._triton = InferenceServerClient(url, channel_args=_channel_args(url))
+        # Triton's own client has one stream for all; its generated stub has one a call, so that each ends by itself.
+        self._channel = grpc.insecure_channel(url, options=_channel_args(url))
+        self._service = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._closed = False
 
     def __enter__(self) -> PortraitClient:
@@ -66,44 +84,17 @@ class PortraitClient:
     def close(self) -> None:
         """Close the connection; what is under way is cancelled."""
         self._closed = True
-        self._triton.close()
+        self._channel.close()
 
     def generate(
-        self,
-        *,
-        profile: PictureSource,
-        reference: PictureSource,
-        seed: int | None = None,
-        num_portraits: int | None = None,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        mask_ratio: float | None = None,
-        scheduler: str | None = None,
-        priority: int | None = None,
-        deadline_ms: int | None = None,
-        profile_box: Sequence[float] | None = None,
-        reference_box: Sequence[float] | None = None,
-        output_format: str | None = None,
+        self, *, profile: PictureSource, reference: PictureSource, **options: Unpack[PortraitOptions]
     ) -> Portraits:
         """The person of ``profile`` in the view and the light of ``reference``.
-
-        What is None isn't sent, and the server's default holds; ``icportrait generate --help`` lists ranges and
-        defaults.
 
         Args:
             profile: who it is.
             reference: the view and the light.
-            seed: the same seed with the same pictures and options gives the same portraits.
-            num_portraits: how many to draw.
-            num_inference_steps: denoising steps.
-            guidance_scale: how strongly the pictures guide the result; 1 is without guidance.
-            mask_ratio: share of the reference that is hidden from the model.
-            scheduler: the sampler.
-            priority: the request's class, 0 first.
-            deadline_ms: an answer later than this is worth nothing: the server then drops the request.
-            profile_box: the profile's crop, x0, y0, x1, y1 as shares of width and height; the server finds one if None.
-            reference_box: the reference's crop, likewise.
-            output_format: how the portraits are encoded.
+            options: what ``PortraitOptions`` has.
 
         Raises:
             InvalidRequest: a picture or an option can't be served.
@@ -112,30 +103,97 @@ class PortraitClient:
             DeadlineExceeded: ``timeout_s`` passed.
             ServerError: the server failed.
         """
-        if self._closed:
-            raise PortraitError("the client is closed; make a new PortraitClient")
+        request = self._request(self._contract.model, profile, reference, options)
+        try:
+            answer = self._service.ModelInfer(request, timeout=self._timeout_s)
+        except grpc.RpcError as error:
+            raise self._translated(error) from error
+        return self._portraits(InferResult(answer))
+
+    def stream(
+        self,
+        *,
+        profile: PictureSource,
+        reference: PictureSource,
+        preview_every: int | None = None,
+        **options: Unpack[PortraitOptions],
+    ) -> Generator[Progress, None, None]:
+        """What ``generate`` does, with an item for each step; the last has the portraits.
+
+        The request is sent when the first item is asked for. Closing the generator cancels the request on the server;
+        ``contextlib.closing`` does so however its block is left. A loop that is left closes a generator that nothing
+        else refers to. Several streams of one client don't disturb one another.
+
+        Args:
+            profile: who it is.
+            reference: the view and the light.
+            preview_every: steps between previews; each preview costs the server a decoding. None or 0 is without.
+            options: what ``PortraitOptions`` has.
+
+        Returns:
+            A generator of what comes, as it comes. It raises what ``generate`` raises.
+
+        Raises:
+            InvalidRequest: a picture or an option can't be served, as far as that is found before sending.
+        """
+        return self._answers(
+            self._request(self._contract.stream_model, profile, reference, options, preview_every=preview_every)
+        )
+
+    def _request(
+        self,
+        model: str,
+        profile: PictureSource,
+        reference: PictureSource,
+        options: PortraitOptions,
+        preview_every: int | None = None,
+    ) -> service_pb2.ModelInferRequest:
+        self._check_open()
+        if unknown := options.keys() - PortraitOptions.__annotations__:
+            raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}")
         values = {
             "profile": picture_bytes(profile, "profile"),
             "reference": picture_bytes(reference, "reference"),
-            "seed": seed,
-            "num_portraits": num_portraits,
-            "num_inference_steps": num_inference_steps,
-            "guidance_scale": guidance_scale,
-            "mask_ratio": mask_ratio,
-            "scheduler": scheduler,
-            "priority": priority,
-            "deadline_ms": deadline_ms,
-            "profile_box": profile_box,
-            "reference_box": reference_box,
-            "output_format": output_format,
+            **options,
+            "preview_every": preview_every,
         }
-        specs = self._contract.inputs
-        inputs = [_tensor(specs[name], value) for name, value in values.items() if value is not None]
+        request = service_pb2.ModelInferRequest(model_name=model)
+        for name, value in values.items():
+            if value is not None:
+                spec = self._contract.inputs[name]
+                request.inputs.add(name=name, datatype=spec.dtype, shape=[spec.size])
+                request.raw_input_contents.append(_raw(spec, value))
+        return request
+
+    def _answers(self, request: service_pb2.ModelInferRequest) -> Generator[Progress, None, None]:
+        self._check_open()
+        answers = self._service.ModelStreamInfer(iter([request]), timeout=self._timeout_s)
+        portraits = None
         try:
-            result = self._triton.infer(self._contract.model, inputs, client_timeout=self._timeout_s)
-        except InferenceServerException as error:
-            raise self._translated(error) from error
-        return self._portraits(result)
+            # To the stream's end, past the portraits: what has ended isn't cancelled.
+            for answer in answers:
+                if answer.error_message:
+                    raise self._error(_code_of(answer.error_message), answer.error_message)
+                progress = self._progress(InferResult(answer.infer_response))
+                portraits = progress.portraits
+                yield progress
+        except grpc.RpcError as error:
+            if portraits is None:
+                raise self._translated(error) from error
+        finally:
+            answers.cancel()
+        if portraits is None:
+            raise ServerError(f"{self._url}: the stream ended without portraits; is this an IC-Portrait Server?")
+
+    def _progress(self, result: InferResult) -> Progress:
+        step, total_steps, images = (result.as_numpy(name) for name in ("step", "total_steps", "image"))
+        try:
+            step, total_steps = int(step[0]), int(total_steps[0])
+        except (IndexError, TypeError, ValueError):
+            raise ServerError(f"{self._url}: an answer has no step; is this an IC-Portrait Server?") from None
+        if result.as_numpy("metadata") is not None:
+            return Progress(step, total_steps, portraits=self._portraits(result))
+        return Progress(step, total_steps, () if images is None else tuple(images.tolist()))
 
     def _portraits(self, result: InferResult) -> Portraits:
         images, metadata = result.as_numpy("image"), result.as_numpy("metadata")
@@ -147,34 +205,49 @@ class PortraitClient:
             raise ServerError(f"{self._url}: the answer has no portraits; is this an IC-Portrait Server?")
         return portraits
 
-    def _translated(self, error: InferenceServerException) -> PortraitError:
-        code, message = str(error.status()).removeprefix("StatusCode."), error.message() or "no reason given"
+    def _check_open(self) -> None:
+        if self._closed:
+            raise PortraitError("the client is closed; make a new PortraitClient")
+
+    def _translated(self, error: grpc.RpcError) -> PortraitError:
+        return self._error(error.code().name, error.details() or "no reason given")
+
+    def _error(self, code: str, message: str) -> PortraitError:
         if code == "INVALID_ARGUMENT":
             return InvalidRequest(message)
         if code == "CANCELLED":
             return RequestCancelled(message)
         if code == "DEADLINE_EXCEEDED":
             return DeadlineExceeded(f"{self._url}: no answer within {self._timeout_s:g} s; allow more with timeout_s")
-        if code == "UNAVAILABLE" and self._answers():
-            return ServerUnavailable(f"{self._url}: {message}")
         if code == "UNAVAILABLE":
-            return ServerUnavailable(f'{self._url}: no server answers ({message}); "make serve" starts one')
-        return ServerError(f"{self._url}: {code}: {message}")
+            return self._unavailable(message)
+        return ServerError(f"{self._url}: {code}: {message.removeprefix(f'{code}: ')}")
 
-    def _answers(self) -> bool:
+    def _unavailable(self, message: str) -> ServerUnavailable:
+        if retry_after := _RETRY_AFTER.search(message):
+            return ServerUnavailable(f"{self._url}: {message}", retry_after_ms=int(retry_after[1]))
+        if self._is_live():
+            return ServerUnavailable(f"{self._url}: {message}")
+        return ServerUnavailable(f'{self._url}: no server answers ({message}); "make serve" starts one')
+
+    def _is_live(self) -> bool:
         # UNAVAILABLE is gRPC's word for "nobody there" and the server's for "not now", and nothing but the text tells
         # the two apart. Advice to start a server would be wrong in the second case.
         try:
-            self._triton.is_server_live(client_timeout=_PROBE_TIMEOUT_S)
-        except InferenceServerException as error:
-            return bool(error.status() != "StatusCode.UNAVAILABLE")
+            self._service.ServerLive(service_pb2.ServerLiveRequest(), timeout=_PROBE_TIMEOUT_S)
+        except grpc.RpcError as error:
+            return bool(error.code() != grpc.StatusCode.UNAVAILABLE)
         return True
 
 
-def _tensor(spec: InputSpec, value: Any) -> InferInput:
-    tensor = InferInput(spec.name, [spec.size], spec.dtype)
-    tensor.set_data_from_numpy(np.array(spec.elements(value), dtype=triton_to_np_dtype(spec.dtype)))
-    return tensor
+def _raw(spec: InputSpec, value: Any) -> bytes:
+    """A tensor's elements as they are sent."""
+    array = np.array(spec.elements(value), dtype=triton_to_np_dtype(spec.dtype))
+    return bytes(serialize_byte_tensor(array).item() if spec.dtype == "BYTES" else array.tobytes())
+
+
+def _code_of(text: str) -> str:
+    return next((code for pattern, code in _CODES_OF_TEXTS if pattern.search(text)), "INVALID_ARGUMENT")
 
 
 def _channel_args(url: str) -> list[tuple[str, int]]:

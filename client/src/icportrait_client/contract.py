@@ -85,9 +85,10 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Contract:
-    """The served model's name and its inputs by name."""
+    """The served models' names and their inputs by name."""
 
     model: str
+    stream_model: str
     inputs: Mapping[str, InputSpec]
 
 
@@ -96,7 +97,7 @@ def load_contract() -> Contract:
     """The contract this client was built for."""
     data = json.loads(resources.files("icportrait_client").joinpath("contract.json").read_text("utf-8"))
     specs = [InputSpec(**{**fields, "choices": tuple(fields["choices"])}) for fields in data["inputs"]]
-    return Contract(data["models"]["unary"], {spec.name: spec for spec in specs})
+    return Contract(data["models"]["unary"], data["models"]["stream"], {spec.name: spec for spec in specs})
 
 
 def _cut(value: Any) -> str:

@@ -24,6 +24,13 @@ class InvalidRequest(PortraitError):
 class ServerUnavailable(PortraitError):
     """No server answers at the url, or the one there can't take the request now; trying again later may work."""
 
+    retry_after_ms: int | None
+    """When to try again, in ms from now, where the server said so: one whose queue is full does."""
+
+    def __init__(self, message: str, *, retry_after_ms: int | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_ms = retry_after_ms
+
 
 class RequestCancelled(PortraitError):
     """The call was cancelled before its answer came."""

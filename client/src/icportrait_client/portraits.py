@@ -48,10 +48,39 @@ class Portraits:
         Raises:
             OSError: a file can't be written.
         """
-        path = Path(path)
-        paths = [path]
-        if len(self.images) > 1:
-            paths = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, len(self.images) + 1)]
-        for each, image in zip(paths, self.images, strict=True):
-            each.write_bytes(image)
-        return paths
+        return _save(self.images, Path(path))
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a request is, after each of its steps."""
+
+    step: int
+    total_steps: int
+    previews: tuple[bytes, ...] = field(default=(), repr=False)
+    """What the portraits look like by now, encoded as they will be; empty at a step without a preview."""
+    portraits: Portraits | None = None
+    """The answer; None in all but the last."""
+
+    def save_previews(self, path: str | os.PathLike[str]) -> list[Path]:
+        """Write the previews, several numbered as by ``Portraits.save``.
+
+        Args:
+            path: where one preview goes.
+
+        Returns:
+            The files written; none at a step without a preview.
+
+        Raises:
+            OSError: a file can't be written.
+        """
+        return _save(self.previews, Path(path))
+
+
+def _save(images: tuple[bytes, ...], path: Path) -> list[Path]:
+    paths = [path] * len(images)
+    if len(images) > 1:
+        paths = [path.with_name(f"{path.stem}-{number}{path.suffix}") for number in range(1, len(images) + 1)]
+    for each, image in zip(paths, images, strict=True):
+        each.write_bytes(image)
+    return paths

@@ -1,6 +1,6 @@
 """The public unary model: one request in, one answer out, any number of requests at once."""
 
-from icportrait.triton_backend import FrontModel
+from icportrait.front import FrontModel
 
 
 class TritonPythonModel(FrontModel):

@@ -1,7 +1,9 @@
-"""The public streaming model: like ``ic_portrait``, for callers on a stream."""
+"""The public streaming model: like ``ic_portrait``, with progress and previews before the portraits."""
 
-from icportrait.triton_backend import FrontModel
+from icportrait.front import FrontModel
 
 
 class TritonPythonModel(FrontModel):
     """Forwards to the ensemble; see ``FrontModel``."""
+
+    is_stream = True

@@ -1,5 +1,6 @@
-"""The VAE encoder: pixels to latents, batched across callers."""
+"""The VAE encoder: pixels to latents, batched across callers; what returns is not encoded again."""
 
+from icportrait.row_cache import RowCache, triton_counters
 from icportrait.triton_backend import EngineModel, ModelContext
 
 
@@ -7,4 +8,4 @@ class TritonPythonModel(EngineModel):
     """Runs the ``vae_encoder`` engine on the requests that Triton batched."""
 
     def load(self, context: ModelContext):
-        return context.engine("vae_encoder").run
+        return RowCache(context.engine("vae_encoder").run, context.policy.cache_bytes, triton_counters())

@@ -1,0 +1,68 @@
+"""The deterministic mode on a real GPU: a row's bits depend neither on how many rows there are nor on its place."""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from engines.acceptance import installed_products
+from engines.build_config import BuildConfig
+from engines.building import build_engine
+from icportrait.contract import ENGINES, engine_specs
+from icportrait.errors import RuntimeNotAvailable
+from icportrait.manifest import Manifest
+from icportrait.policy import ServingPolicy
+from icportrait.runtime import load_engine
+from icportrait.runtime.cuda import find_gpu
+from icportrait.runtime.flavours import FLAVOURS
+from tests.rows import rows_that_differ
+
+pytestmark = pytest.mark.timeout(1800)
+Differing = dict[str, list[tuple[int, ...]]]
+
+
+@pytest.fixture(scope="module")
+def gpu() -> None:
+    try:
+        find_gpu()
+    except RuntimeNotAvailable as error:
+        pytest.skip(str(error))
+
+
+def differing(runtime: str, directory: Path, manifest: Manifest) -> Differing:
+    """By engine."""
+    policy = ServingPolicy(runtime=runtime, deterministic=True)
+    engines = {name: load_engine(name, directory, manifest, policy) for name in ENGINES}
+    return {name: rows_that_differ(engine, range(1, engine.spec.batch.max + 1)) for name, engine in engines.items()}
+
+
+def of_plans(product: str, export: Path, out: Path) -> Differing:
+    manifest, config = Manifest.read(export), BuildConfig(compute_capabilities=(find_gpu().compute_capability,))
+    for spec in engine_specs(manifest.preset, manifest.precision).values():
+        build_engine(FLAVOURS[product], export, manifest, spec, config, out)
+    return differing(product, out, manifest)
+
+
+@pytest.mark.parametrize("product", FLAVOURS)
+def test_rows_of_plans_are_what_they_are_alone(
+    gpu: None, product: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    try:
+        installed_products(product)
+    except RuntimeNotAvailable as error:
+        pytest.skip(str(error))
+    export = request.getfixturevalue("small_export")  # not made where it isn't used
+    # Two TensorRTs don't share a process.
+    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as process:
+        assert process.submit(of_plans, product, export, tmp_path).result() == {name: [] for name in ENGINES}
+
+
+def test_rows_of_torch_are_what_they_are_alone(gpu: None, request: pytest.FixtureRequest) -> None:
+    torch = pytest.importorskip("torch")
+    if not torch.cuda.is_available():
+        pytest.skip(f"torch {torch.__version__} has no CUDA here")
+    export = request.getfixturevalue("demo_export")
+    assert differing("torch", export, Manifest.read(export)) == {name: [] for name in ENGINES}

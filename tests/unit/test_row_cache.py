@@ -1,0 +1,113 @@
+"""The kept rows of an engine: what runs, what doesn't, and that nobody can tell by the values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+
+from icportrait.row_cache import RowCache
+
+ROW_BYTES = 8
+
+
+class Engine:
+    """Doubles what it gets, in float32, and notes the rows of each run."""
+
+    def __init__(self) -> None:
+        self.runs: list[list[int]] = []
+        self.broken = False
+
+    def __call__(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        pixels = inputs["pixels"]
+        self.runs.append(pixels[:, 0].tolist())
+        if self.broken:
+            raise RuntimeError("out of memory")
+        return {"latent": np.repeat(2 * pixels, 2, axis=1).astype(np.float32)}
+
+
+@pytest.fixture
+def engine() -> Engine:
+    return Engine()
+
+
+def pixels(*values: int) -> dict[str, np.ndarray]:
+    return {"pixels": np.array(values, np.uint8)[:, None]}
+
+
+def encode(cache: RowCache, *values: int) -> None:
+    (latent,) = cache(pixels(*values)).values()
+    assert latent.dtype == np.float32
+    assert latent.tolist() == [[2.0 * value] * 2 for value in values]
+
+
+def test_rows_that_return_are_not_computed_again(engine: Engine) -> None:
+    counted: list[tuple[int, int]] = []
+    cache = RowCache(engine, 1000, lambda hits, misses: counted.append((hits, misses)))
+    encode(cache, 1, 2)
+    encode(cache, 3, 1, 4)
+    encode(cache, 4, 2)
+    assert engine.runs == [[1, 2], [3, 4]]
+    assert counted == [(0, 2), (1, 2), (2, 0)]
+
+
+def test_equal_rows_of_a_batch_are_computed_once(engine: Engine) -> None:
+    counted: list[tuple[int, int]] = []
+    encode(RowCache(engine, 1000, lambda hits, misses: counted.append((hits, misses))), 7, 8, 7)
+    assert engine.runs == [[7, 8]]
+    assert counted == [(1, 2)]
+
+
+def test_what_was_used_last_stays(engine: Engine) -> None:
+    cache = RowCache(engine, 2 * ROW_BYTES)
+    for value in (1, 2, 1, 3, 1, 2):
+        encode(cache, value)
+    assert engine.runs == [[1], [2], [3], [2]]
+
+
+def test_a_batch_may_be_larger_than_the_cache(engine: Engine) -> None:
+    cache = RowCache(engine, 2 * ROW_BYTES)
+    encode(cache, 1, 2, 3)
+    encode(cache, 3, 2, 1)
+    assert engine.runs == [[1, 2, 3], [1]]
+
+
+def test_what_a_caller_does_to_an_answer_stays_there(engine: Engine) -> None:
+    cache = RowCache(engine, 1000)
+    for _ in range(2):
+        cache(pixels(5))["latent"][...] = 0
+        encode(cache, 5)
+
+
+def test_nothing_of_a_failed_run_is_kept(engine: Engine) -> None:
+    cache = RowCache(engine, 1000)
+    encode(cache, 1)
+    engine.broken = True
+    with pytest.raises(RuntimeError, match="out of memory"):
+        cache(pixels(1, 2))
+    engine.broken = False
+    encode(cache, 1, 2)
+    assert engine.runs == [[1], [2], [2]]
+
+
+def test_no_bytes_keep_nothing(engine: Engine) -> None:
+    cache = RowCache(engine, 0)
+    encode(cache, 1)
+    encode(cache, 1)
+    assert engine.runs == [[1], [1]]
+
+
+def test_what_lies_in_the_gpus_memory_is_always_computed() -> None:
+    given: list[object] = []
+    on_gpu = object()
+
+    def run(inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        given.append(inputs["pixels"])
+        return {"latent": np.zeros((1, 2), np.float32)}
+
+    cache = RowCache(run, 1000)
+    cache({"pixels": on_gpu})  # type: ignore[dict-item]
+    cache({"pixels": on_gpu})  # type: ignore[dict-item]
+    assert given == [on_gpu, on_gpu]
