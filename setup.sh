@@ -27,4 +27,6 @@ pip="$venv/bin/python -m pip --disable-pip-version-check"
 $pip install --constraint constraints.txt --editable '.[dev]' --editable client
 # The wheel pins numpy<2 and a web framework of its own; only its server binary is used.
 $pip install --constraint constraints.txt --no-deps nvidia-pytriton
+# For perf_analyzer, the binary, of that server's release; the package beside it must not be the environment's own.
+$pip install --no-deps --target "$venv/perf_analyzer" tritonclient==2.51.0
 echo "set-up took $(($(date +%s) - started)) s"

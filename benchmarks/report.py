@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 
 from benchmarks.load import OK, LoadRun, Outcome
-from benchmarks.settings import ROOT
+from benchmarks.perf_analyzer import PerfAnalyzerSettings
+from benchmarks.settings import ROOT, LoadSettings
 
 REFUSALS = ("UNAVAILABLE", "INVALID_ARGUMENT")
 LATE_MS = 10.0
@@ -44,7 +45,7 @@ def summarise(run: LoadRun) -> dict[str, Any]:
         third = [outcome for outcome in steady if low <= outcome.request.num_inference_steps <= high]
         latency_ms[name] = {"steps": [low, high], **_latency_ms(third)}
     return {
-        "simulated": any(map(_is_simulated, metadata)) if metadata else None,
+        "simulated": any(map(is_simulated, metadata)) if metadata else None,
         "interrupted": run.interrupted_s is not None,
         "requests": {"planned": run.planned, "sent": len(outcomes), "ended": len(ended)},
         "outcomes": _outcomes(outcomes),
@@ -62,7 +63,7 @@ def summarise(run: LoadRun) -> dict[str, Any]:
         "latency_ms": latency_ms,
         "refusal_ms": _latency_ms([outcome for outcome in ended if outcome.answer.code in REFUSALS]),
         "stage_ms": _stage_ms(steady_metadata),
-        "conditions": {**_conditions(run), **(metadata[0]["versions"] if metadata else {})},
+        "conditions": {**run_conditions(settings, run.picture_bytes), **(metadata[0]["versions"] if metadata else {})},
     }
 
 
@@ -79,7 +80,8 @@ def fell_behind(lateness_p99_ms: float | None, latency_p50_ms: float | None) -> 
     return lateness_p99_ms > LATE_MS or (latency_p50_ms is not None and lateness_p99_ms > LATE_SHARE * latency_p50_ms)
 
 
-def _is_simulated(metadata: dict[str, Any]) -> bool:
+def is_simulated(metadata: dict[str, Any]) -> bool:
+    """Whether an answer's metadata says that no engine computed it."""
     engine = str(metadata.get("versions", {}).get("engine", ""))
     return metadata.get("simulated") is True or engine.startswith("simulated")
 
@@ -116,16 +118,17 @@ def _stage_ms(metadata: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {stage: round(median(each["stage_ms"][stage] for each in metadata), 2) for stage in stages}
 
 
-def _conditions(run: LoadRun) -> dict[str, Any]:
+def run_conditions(settings: LoadSettings | PerfAnalyzerSettings, picture_bytes: dict[str, int]) -> dict[str, Any]:
+    """What a figure needs beside it and the server doesn't say."""
     return {
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "tritonclient": version("tritonclient"),
         "cpu_count": os.cpu_count(),
-        "arguments": {name: _plain(value) for name, value in asdict(run.settings).items()},
-        "seed": run.settings.seed,
-        "picture_bytes": run.picture_bytes,
+        "arguments": {name: _plain(value) for name, value in asdict(settings).items()},
+        "seed": settings.seed,
+        "picture_bytes": picture_bytes,
     }
 
 
@@ -149,7 +152,7 @@ def table(report: dict[str, Any]) -> str:
     arguments, sizes = conditions["arguments"], conditions["picture_bytes"]
     requests = report["requests"]
     lines = [
-        _title(report),
+        headline(report),
         f"pictures: {', '.join(f'{name} {size} bytes' for name, size in sizes.items())};"
         f" steps {arguments['steps'][0]}..{arguments['steps'][1]}, guidance {arguments['guidance_scale']:g},"
         f" seed {conditions['seed']}",
@@ -185,7 +188,8 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _title(report: dict[str, Any]) -> str:
+def headline(report: dict[str, Any]) -> str:
+    """What was measured, in one line."""
     conditions = report["conditions"]
     what = [str(conditions[key]) for key in ("preset", "precision", "model_version", "engine") if key in conditions]
     title = f"{conditions['arguments']['model']} at {conditions['arguments']['url']}: {', '.join(what) or 'no answer'}"

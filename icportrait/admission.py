@@ -98,7 +98,7 @@ class Admission:
 
         Args:
             slots: of the denoising batch.
-            limits: of the queue; at least ``slots`` slots.
+            limits: of the queue.
             pace: what the loop has measured.
             clock: seconds.
             metrics: where refusals are counted.
@@ -134,7 +134,12 @@ class Admission:
 
     @property
     def queued_slots(self) -> int:
-        return sum(lease.demand.rows for lease in self._queued())
+        """Slots that are asked for and aren't there: what has slots waiting for it isn't queued."""
+        return max(0, self._asked_slots - self._slots)
+
+    @property
+    def _asked_slots(self) -> int:
+        return sum(lease.demand.rows for lease in list(self._leases.values()) if not lease.is_denoised)
 
     @property
     def admitted_bytes(self) -> int:
@@ -145,11 +150,12 @@ class Admission:
 
     def _check(self, demand: Demand) -> None:
         queued, used = self.queued_slots, self.admitted_bytes
-        if queued + demand.rows > self._limits.slots:
+        too_many = self._asked_slots + demand.rows - self._slots - self._limits.slots
+        if too_many > 0:
             raise self._refusal(
                 "queue_slots",
                 f"the queue is full ({queued} of {self._limits.slots} slots, and {demand.rows} more are asked for)",
-                self._room_after_ms(queued + demand.rows - self._limits.slots),
+                self._room_after_ms(too_many),
             )
         if used and used + demand.nbytes > self._limits.nbytes:
             raise self._refusal(

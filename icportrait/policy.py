@@ -23,7 +23,7 @@ class ServingPolicy:
     slots: int = 16
     """Rows of the largest UNet batch; a guided portrait takes two."""
     max_queued_slots: int = 64
-    """Slots that admitted requests wait for; a request that would need more is refused with UNAVAILABLE."""
+    """Slots beyond ``slots`` that admitted requests wait for; what would make them more is refused with UNAVAILABLE."""
     max_queued_bytes: int = 256 * 2**20
     """Of the pictures of all admitted requests; likewise."""
     max_pending_requests: int = 128
@@ -45,10 +45,6 @@ class ServingPolicy:
     def __post_init__(self) -> None:
         if self.batching not in BATCHING_MODES:
             raise IcPortraitError(f"batching: {self.batching!r}, expected one of {', '.join(BATCHING_MODES)}")
-        if self.max_queued_slots < self.slots:
-            raise IcPortraitError(
-                f"max_queued_slots: {self.max_queued_slots}, expected {self.slots} or more, as many as slots"
-            )
         if self.deterministic and self.is_simulated:
             raise IcPortraitError(
                 f"deterministic: runtime {SIMULATED} always draws a grey ramp, in times that know nothing of this; "

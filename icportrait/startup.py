@@ -16,7 +16,7 @@ from pathlib import Path
 from icportrait.errors import PlanError, RuntimeNotAvailable
 from icportrait.installation import Installation
 from icportrait.manifest import Manifest
-from icportrait.policy import PLAN_RUNTIMES, SIMULATED, ServingPolicy
+from icportrait.policy import PLAN_RUNTIMES, ServingPolicy
 from icportrait.repository import ENGINE_OWNERS, TRITON_PLAN_NAME
 from icportrait.runtime import cuda
 from icportrait.runtime.cuda import Gpu

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import queue
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ TYPES = {
     "mask_ratio": "FP32",
     "priority": "INT32",
     "deadline_ms": "INT32",
+    "preview_every": "INT32",
     "profile_box": "FP32",
     "reference_box": "FP32",
 }
@@ -42,6 +45,48 @@ def infer(url: str, model: str = "ic_portrait", **values: Any) -> tuple[list[byt
     with grpc_client.InferenceServerClient(url) as client:
         result = client.infer(model, tensors(values), client_timeout=120)
     return list(result.as_numpy("image")), json.loads(result.as_numpy("metadata")[0])
+
+
+class StreamCall:
+    """A request on a gRPC stream of its own."""
+
+    def __init__(self, url: str, **values: Any) -> None:
+        self.answers: queue.SimpleQueue[tuple[Any, Any]] = queue.SimpleQueue()
+        self.ended = False
+        self._client = grpc_client.InferenceServerClient(url)
+        self._client.start_stream(lambda result, error: self.answers.put((result, error)))
+        self._client.async_stream_infer(
+            "ic_portrait_stream", tensors(values), enable_empty_final_response=True, request_id="1"
+        )
+
+    def __enter__(self) -> StreamCall:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._client.close()
+
+    def cancel(self) -> None:
+        self._client.stop_stream(cancel_requests=True)
+
+    def next(self) -> dict[str, Any]:
+        """The next answer's outputs; raises what came as an error."""
+        result, error = self.answers.get(timeout=60)
+        if error is not None:
+            raise error
+        response = result.get_response()
+        self.ended = response.parameters["triton_final_response"].bool_param
+        return {output.name: result.as_numpy(output.name) for output in response.outputs}
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        while not self.ended:
+            yield self.next()
+
+
+def series(url: str) -> dict[str, float]:
+    """What a server's metrics endpoint says of this project's own series."""
+    with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as answer:
+        lines = [line for line in answer.read().decode().splitlines() if line.startswith("icportrait_")]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
 def generate(url: str, model: str = "ic_portrait", **values: Any) -> tuple[int, dict[str, Any]]:

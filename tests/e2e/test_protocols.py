@@ -150,16 +150,15 @@ def test_binary_http_gives_what_grpc_gives(server: TritonServer, pictures: dict[
     assert refusal.value.status() == "400"
 
 
-@pytest.mark.parametrize("model", ["ic_portrait", "ic_portrait_stream"])
-def test_http_generate_takes_and_gives_base64(server: TritonServer, pictures: dict[str, bytes], model: str) -> None:
+def test_http_generate_takes_and_gives_base64(server: TritonServer, pictures: dict[str, bytes]) -> None:
     texts = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
     options = {"seed": 2, "num_inference_steps": 2}
-    status, answer = generate(server.http_url, model, encoding="base64", **options, **texts)
+    status, answer = generate(server.http_url, encoding="base64", **options, **texts)
     assert status == 200
     assert [base64.b64decode(answer["image"])] == infer(server.grpc_url, **options, **pictures)[0]
     assert json.loads(answer["metadata"])["seed"] == 2
 
-    status, answer = generate(server.http_url, model, encoding="base64", num_portraits=2, **options, **texts)
+    status, answer = generate(server.http_url, encoding="base64", num_portraits=2, **options, **texts)
     assert status == 200
     assert len(answer["image"]) == 2
 
@@ -191,7 +190,9 @@ def test_the_streaming_model_answers_and_refuses_on_one_stream(
         client.start_stream(lambda result, error: answers.put((result, error)))
         client.async_stream_infer("ic_portrait_stream", tensors(values))
         result, error = answers.get(timeout=60)
-        assert error is None
+        assert error is None and result.as_numpy("step") == [1] and result.as_numpy("image") is None
+        result, error = answers.get(timeout=60)
+        assert error is None and result.as_numpy("step") == [2]
         assert list(result.as_numpy("image")) == infer(server.grpc_url, **values)[0]
         client.async_stream_infer("ic_portrait_stream", tensors({**values, "num_portraits": 0}))
         result, error = answers.get(timeout=60)

@@ -33,13 +33,24 @@ def public(profile: bytes = HOPPER, reference: bytes = ASTRONAUT, **tensors: np.
     return {"profile": bytes_tensor(profile), "reference": bytes_tensor(reference), **tensors}
 
 
-def test_the_front_passes_pictures_on_untouched_and_fills_in_the_rest(manifest: Manifest) -> None:
-    inputs = FrontStage(manifest, ServingPolicy())(public(seed=np.array([3])))
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_the_front_passes_pictures_on_untouched_and_fills_in_the_rest(manifest: Manifest, is_stream: bool) -> None:
+    checked, inputs = FrontStage(manifest, ServingPolicy(), is_stream)(public(seed=np.array([3])), "a key")
     assert list(inputs) == [tensor.name for tensor in stage_specs(DEMO_128)["preprocess"].inputs]
     assert inputs["profile"][0] == HOPPER
     request = PortraitRequest.from_json(inputs["request"][0])
     assert (request.seed, request.guidance_scale) == (3, manifest.defaults["guidance_scale"])
     assert request.num_inference_steps == manifest.defaults["num_inference_steps"]
+    assert (request.key, request.is_streamed, request.preview_every) == ("a key", is_stream, 0)
+    assert request == checked
+
+
+def test_only_a_streams_front_takes_previews(manifest: Manifest) -> None:
+    tensors = public(preview_every=np.array([5], np.int32))
+    with pytest.raises(InvalidRequest, match="preview_every: 5, expected 0: ic_portrait answers once"):
+        FrontStage(manifest, ServingPolicy(), is_stream=False)(tensors)
+    request, _ = FrontStage(manifest, ServingPolicy(), is_stream=True)(tensors)
+    assert request.preview_every == 5
 
 
 @pytest.mark.parametrize(
@@ -48,13 +59,13 @@ def test_the_front_passes_pictures_on_untouched_and_fills_in_the_rest(manifest: 
         (b"binary", MAX_FILE_BYTES, False),
         (b"binary", MAX_FILE_BYTES + 1, True),
         (b"base64", MAX_FILE_BYTES * 4 // 3, False),
-        (b"base64", MAX_FILE_BYTES * 2 + 1, True),
+        (b"base64", MAX_FILE_BYTES * 4 // 3 + 2, True),
     ],
 )
 def test_the_front_refuses_files_that_are_too_large_for_their_encoding(
     manifest: Manifest, encoding: bytes, size: int, refused: bool
 ) -> None:
-    front = FrontStage(manifest, ServingPolicy())
+    front = FrontStage(manifest, ServingPolicy(), is_stream=False)
     tensors = public(profile=b"x" * size, encoding=bytes_tensor(encoding))
     if refused:
         with pytest.raises(InvalidRequest, match="profile: the file has 20,000,001 bytes"):
@@ -66,16 +77,16 @@ def test_the_front_refuses_files_that_are_too_large_for_their_encoding(
 def test_the_front_refuses_more_slots_and_steps_than_there_are(manifest: Manifest) -> None:
     eight = public(num_portraits=np.array([8], np.int32), guidance_scale=np.array([2.0], np.float32))
     with pytest.raises(InvalidRequest, match="need 16 slots, this server has 8"):
-        FrontStage(manifest, ServingPolicy(slots=8))(eight)
-    FrontStage(manifest, ServingPolicy(slots=16))(eight)
+        FrontStage(manifest, ServingPolicy(slots=8), is_stream=False)(eight)
+    FrontStage(manifest, ServingPolicy(slots=16), is_stream=False)(eight)
     short = replace(manifest, scheduler_config=manifest.scheduler_config | {"num_train_timesteps": 100})
     with pytest.raises(InvalidRequest):
-        FrontStage(short, ServingPolicy())(public(num_inference_steps=np.array([150], np.int32)))
+        FrontStage(short, ServingPolicy(), is_stream=False)(public(num_inference_steps=np.array([150], np.int32)))
 
 
 def preprocessed(manifest: Manifest, **changes: object) -> Tensors:
-    inputs = FrontStage(manifest, ServingPolicy())(public(seed=np.array([3])))
-    request = replace(PortraitRequest.from_json(inputs["request"][0]), **changes)
+    request, inputs = FrontStage(manifest, ServingPolicy(), is_stream=False)(public(seed=np.array([3])))
+    request = replace(request, **changes)
     if request.encoding == "base64":
         for name in ("profile", "reference"):
             inputs[name] = bytes_tensor(base64.b64encode(inputs[name][0]))

@@ -129,6 +129,7 @@ def test_only_a_simulated_answer_says_so(export: Path, runtime: str) -> None:
     preprocess = {"request": json.dumps(request), "crops": {}, "started_ns": 0, "ended_ns": 1}
     report = {
         "preprocess": preprocess,
+        "step": 2,
         "conditioned_ns": 2,
         "denoised_ns": 3,
         "match_confidence": 0.0,
@@ -138,5 +139,7 @@ def test_only_a_simulated_answer_says_so(export: Path, runtime: str) -> None:
         "portrait_pixels": np.zeros((1, 32, 32, 3), np.uint8),
         "denoise_report": np.array([json.dumps(report).encode()], np.object_),
     }
-    metadata = json.loads(stage(tensors)["metadata"][0])
+    outputs = stage(tensors)
+    assert (outputs["step"].tolist(), outputs["total_steps"].tolist()) == ([2], [2])
+    metadata = json.loads(outputs["metadata"][0])
     assert metadata.get("simulated") is (True if runtime == "simulated" else None)

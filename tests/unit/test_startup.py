@@ -20,7 +20,7 @@ from icportrait.runtime.cuda import Gpu
 from icportrait.runtime.flavours import Flavour
 from icportrait.runtime.plans import PlanManifest
 from icportrait.server import Ports, TritonServer, main
-from icportrait.startup import backend_version, check_plans, repository_runtime
+from icportrait.startup import backend_version, check_plans, repository_policy
 from tests.fake_plans import VERSIONS, write_fake_plans
 from tests.trivial_engines import write_trivial_export
 
@@ -76,16 +76,21 @@ def refusal(repository: Path, runtime: str, installation: Installation) -> str:
     [(name, name) for name in ("onnxruntime", "torch", "tensorrt", "tensorrt-rtx")],
     indirect=["repository"],
 )
-def test_a_repository_says_its_runtime(repository: Path, runtime: str) -> None:
-    assert repository_runtime(repository) == runtime
+def test_a_repository_says_its_policy(repository: Path, runtime: str) -> None:
+    assert repository_policy(repository) == ServingPolicy(runtime=runtime)
+    config = repository / "denoise" / "config.pbtxt"
+    text = config.read_text()
+    assert text.count('string_value: "64"') == 1  # max_queued_slots
+    config.write_text(text.replace('string_value: "64"', 'string_value: "77"'))
+    assert repository_policy(repository) == ServingPolicy(runtime=runtime, max_queued_slots=77)
 
 
 def test_what_is_no_repository_of_ours_is_tritons_to_refuse(tmp_path: Path) -> None:
-    assert repository_runtime(tmp_path) == "onnxruntime"
+    assert repository_policy(tmp_path) == ServingPolicy()
     (tmp_path / "denoise").mkdir()
     for content in (b"no: [ protobuf", b"\xff\xfe"):
         (tmp_path / "denoise" / "config.pbtxt").write_bytes(content)
-        assert repository_runtime(tmp_path) == "onnxruntime"
+        assert repository_policy(tmp_path) == ServingPolicy()
 
 
 @pytest.mark.parametrize(

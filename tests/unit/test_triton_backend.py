@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import queue
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,12 +15,14 @@ import pytest
 from google.protobuf import json_format
 
 import icportrait.runtime.placement
-from icportrait.errors import ContractError
+from icportrait.control import LoopLine
+from icportrait.errors import Cancelled, ContractError, Unavailable
+from icportrait.metrics import Metrics
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Stream
 from icportrait.runtime.placement import join
-from icportrait.triton_backend import DenoiseModel, EngineModel, ModelContext
+from icportrait.triton_backend import DenoiseModel, EngineModel, ModelContext, answer_with
 from icportrait.triton_config import model_configs
 from tests.host_cuda import HostCuda, view
 from tests.trivial_engines import write_trivial_export
@@ -54,10 +57,36 @@ class Response:
 
 
 class Error(str):
-    INVALID_ARG = INTERNAL = 1
+    INVALID_ARG = INTERNAL = CANCELLED = UNAVAILABLE = 1
 
     def __new__(cls, text: str, code: int) -> Error:
         return super().__new__(cls, text)
+
+
+class MetricFamily:
+    """Triton's, which holds nothing."""
+
+    COUNTER = GAUGE = "kind"
+
+    def __init__(self, name: str, description: str, kind: str) -> None:
+        pass
+
+    def Metric(self, labels: dict[str, str]) -> Any:  # noqa: N802 - Triton's name
+        return SimpleNamespace(set=lambda value: None, increment=lambda by: None)
+
+
+class Sender:
+    """Triton's for one request; it sends nothing after the last answer."""
+
+    def __init__(self, fails: bool = False) -> None:
+        self.sent: list[tuple[Any, int]] = []
+        self._fails = fails
+
+    def send(self, response: Response, flags: int) -> None:
+        assert not any(flags for _, flags in self.sent), "the last answer was sent already"
+        if response.outputs and self._fails:
+            raise RuntimeError("no shared memory")
+        self.sent.append((response.error or response.outputs, flags))
 
 
 @pytest.fixture
@@ -77,6 +106,8 @@ def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]
         Tensor=Tensor,
         InferenceResponse=Response,
         TritonError=Error,
+        MetricFamily=MetricFamily,
+        TRITONSERVER_RESPONSE_COMPLETE_FINAL=1,
     )
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", utils)
     write_trivial_export(tmp_path / "1", DEMO_128)
@@ -132,15 +163,19 @@ def test_a_model_on_the_cpu_makes_no_stream(arguments: dict[str, str], monkeypat
     assert response.outputs["latent"][:, 0, 0, 0].tolist() == [10, 12]
 
 
+def stage_stand_in(**methods: Any) -> SimpleNamespace:
+    """What ``DenoiseModel`` needs of a ``DenoiseStage``."""
+    nothing = {name: lambda *_: None for name in ("submit", "handle", "peer_has_gone", "close")}
+    return SimpleNamespace(metrics=Metrics(), **(nothing | methods))
+
+
 @pytest.mark.parametrize("on_gpu", [False, True])
 def test_a_stage_that_runs_later_has_its_own_copy(arguments: dict[str, str], cuda: HostCuda, on_gpu: bool) -> None:
     kept: list[Any] = []
 
     class Later(DenoiseModel):
         def load(self, context: ModelContext) -> Any:
-            return SimpleNamespace(
-                submit=lambda tensors, answer: kept.append(tensors["pixels"]), cancel=None, close=lambda: None
-            )
+            return stage_stand_in(submit=lambda tensors, answer: kept.append(tensors["pixels"]))
 
     model, tensor = Later(), pixels(2, 7, on_gpu)
     model.initialize(arguments)
@@ -151,6 +186,45 @@ def test_a_stage_that_runs_later_has_its_own_copy(arguments: dict[str, str], cud
     values = view(array.pointer, array.shape, array.dtype) if on_gpu else array
     assert values[:, 0, 0, 0].tolist() == [7, 8]
     model.finalize()
+
+
+def test_the_denoising_model_answers_what_it_cannot_queue_and_listens_for_fronts(arguments: dict[str, str]) -> None:
+    heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def refuse(tensors: Any, answer: Any) -> None:
+        raise Cancelled("the caller cancelled")
+
+    class Refusing(DenoiseModel):
+        def load(self, context: ModelContext) -> Any:
+            return stage_stand_in(
+                submit=refuse,
+                handle=lambda peer, message: heard.put(message),
+                peer_has_gone=lambda peer: heard.put("gone"),
+            )
+
+    model, sender = Refusing(), Sender()
+    model.initialize(arguments)
+    line = LoopLine(model.context.directory.parents[1] / "vae_encoder" / "1", lambda *_: None, lambda: None)
+    line.cancel("a key")
+    assert heard.get(timeout=10) == {"op": "cancel", "key": "a key"}
+    line.close()
+    assert heard.get(timeout=10) == "gone"
+    model.execute([SimpleNamespace(get=lambda name: None, get_response_sender=lambda: sender)])
+    assert sender.sent == [("[CANCELLED] the caller cancelled", 1)]
+    model.finalize()
+
+
+def test_an_answer_that_cannot_be_sent_becomes_one_that_can(arguments: dict[str, str], caplog: Any) -> None:
+    whole, short = Sender(), Sender(fails=True)
+    for sender in (whole, short):
+        answer = answer_with(sender, restore_code=True)
+        answer({"step": np.array([1])}, False)
+        if sender is whole:
+            answer(Unavailable("the loop has ended"), True)
+    assert whole.sent == [({"step": np.array([1])}, 0), ("UNAVAILABLE: the loop has ended", 1)]
+    ((text, flags),) = short.sent
+    assert text.startswith("UNAVAILABLE: the answer could not be sent") and flags == 1
+    assert "no shared memory" in caplog.text
 
 
 def test_a_failure_answers_every_request_of_the_batch(arguments: dict[str, str], cuda: HostCuda) -> None:

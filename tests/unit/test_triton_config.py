@@ -10,7 +10,7 @@ from icportrait.contract import MODEL_ENGINES
 from icportrait.errors import IcPortraitError
 from icportrait.policy import PLAN_RUNTIMES, RUNTIMES, ServingPolicy
 from icportrait.presets import DEMO_128, SD15_512
-from icportrait.request import INPUTS
+from icportrait.request import INPUTS, OUTPUTS
 from icportrait.runtime.flavours import FLAVOURS
 from icportrait.triton_config import ENSEMBLE, FRONTS, model_configs, to_pbtxt
 
@@ -32,7 +32,10 @@ def test_fronts_state_the_public_contract() -> None:
         assert config.model_transaction_policy.decoupled is decoupled
         assert [tensor.name for tensor in config.input] == [field.name for field in INPUTS]
         assert [tensor.optional for tensor in config.input] == [not field.required for field in INPUTS]
-        assert [list(tensor.dims) for tensor in config.output] == [[-1], [1]]
+        assert [(tensor.name, list(tensor.dims)) for tensor in config.output] == [
+            (name, [size]) for name, _, size in OUTPUTS
+        ]
+        assert [list(tensor.dims) for tensor in config.output] == [[-1], [1], [1], [1]]
 
 
 def test_fronts_share_one_instance_each_and_no_queue_policy() -> None:

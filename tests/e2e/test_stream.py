@@ -1,0 +1,160 @@
+"""Progress, previews and cancels on a stream, through the real server: simulated engines, 100 ms a step, one slot."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import time
+import urllib.request
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from PIL import Image
+from tritonclient.utils import InferenceServerException
+
+from icportrait.policy import ServingPolicy
+from icportrait.presets import DEMO_128
+from icportrait.repository import assemble
+from icportrait.server import Ports, TritonServer
+from tests.e2e.caller import StreamCall, infer, series
+from tests.trivial_engines import write_trivial_export
+
+STEP_MS, DECODE_MS = 100, 20
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+    folder = tmp_path_factory.mktemp("slow")
+    write_trivial_export(folder / "export", DEMO_128)
+    times_ms = {"vae_encoder": 1, "warping_network": 1, "unet": STEP_MS, "vae_decoder": DECODE_MS}
+    table = {"device": "slow", "engines": {name: {"1": ms} for name, ms in times_ms.items()}}
+    (folder / "table.json").write_text(json.dumps(table))
+    policy = ServingPolicy(runtime="simulated", latency_table=str(folder / "table.json"), slots=1, max_queued_slots=2)
+    assemble(folder / "export", folder / "repository", policy)
+    with TritonServer(folder / "repository", Ports.free(), folder / "server.log") as running:
+        yield running
+
+
+def call(server: TritonServer, pictures: dict[str, bytes], **values: Any) -> StreamCall:
+    return StreamCall(server.grpc_url, guidance_scale=1.0, **pictures, **values)
+
+
+def settled(server: TritonServer) -> dict[str, float]:
+    """The server's metrics, with all that has happened so far: they are published four times a second."""
+    time.sleep(0.6)
+    return series(server.metrics_url)
+
+
+def size(picture: bytes) -> tuple[int, int]:
+    return Image.open(io.BytesIO(picture)).size
+
+
+def test_every_step_is_told_and_the_portrait_comes_last(slow: TritonServer, pictures: dict[str, bytes]) -> None:
+    with call(slow, pictures, num_inference_steps=6) as stream:
+        *progress, last = stream
+    assert [(answer["step"].item(), answer["total_steps"].item()) for answer in progress] == [
+        (k, 6) for k in range(1, 6)
+    ]
+    assert all(set(answer) == {"step", "total_steps"} for answer in progress)
+    assert (last["step"].item(), last["total_steps"].item()) == (6, 6)
+    assert size(last["image"][0]) == (128, 128)
+    assert json.loads(last["metadata"][0])["steps"] == 6
+
+
+@pytest.mark.parametrize("preview_every", [1, 4])
+def test_previews_come_as_often_as_asked_and_in_order(
+    slow: TritonServer, pictures: dict[str, bytes], preview_every: int
+) -> None:
+    with call(slow, pictures, num_inference_steps=10, num_portraits=1, preview_every=preview_every) as stream:
+        *answers, last = stream
+    steps = [answer["step"].item() for answer in answers]
+    assert steps == sorted(set(steps))
+    previews = [answer for answer in answers if "image" in answer]
+    assert [answer["step"].item() for answer in previews] == list(range(preview_every, 10, preview_every))
+    assert all(size(answer["image"][0]) == (128, 128) and "metadata" not in answer for answer in previews)
+    assert last["metadata"] is not None
+
+
+def test_a_preview_delays_no_step_by_more_than_a_step(slow: TritonServer, pictures: dict[str, bytes]) -> None:
+    """The decoder takes the device between two steps: 20 ms a preview."""
+    times = {}
+    for preview_every in (0, 2):
+        with call(slow, pictures, num_inference_steps=12, preview_every=preview_every) as stream:
+            *_, last = stream
+        times[preview_every] = json.loads(last["metadata"][0])["stage_ms"]["denoise"]
+    assert times[2] - times[0] < 5 * STEP_MS
+
+
+def test_the_unary_model_has_no_previews(slow: TritonServer, pictures: dict[str, bytes]) -> None:
+    with pytest.raises(
+        InferenceServerException, match="preview_every: 3, expected 0: ic_portrait answers once"
+    ) as refusal:
+        infer(slow.grpc_url, preview_every=3, **pictures)
+    assert refusal.value.status() == "StatusCode.INVALID_ARGUMENT"
+
+
+def test_a_stream_that_is_cancelled_stops_within_a_step(slow: TritonServer, pictures: dict[str, bytes]) -> None:
+    """After its third preview; the slot, which is the only one, is then another's."""
+    before = settled(slow)
+    with call(slow, pictures, num_inference_steps=30, preview_every=1) as stream:
+        previews = 0
+        while previews < 3:
+            answer = stream.next()
+            previews += "image" in answer
+        stream.cancel()
+        cancelled_at = answer["step"].item()
+    started = time.monotonic()
+    infer(slow.grpc_url, num_inference_steps=1, guidance_scale=1.0, **pictures)
+    assert time.monotonic() - started < 1, "the rest of the 30 steps would have taken longer"
+    after = settled(slow)
+    assert after["icportrait_cancellations_total"] - before["icportrait_cancellations_total"] == 1
+    steps = after["icportrait_step_ms_count"] - before["icportrait_step_ms_count"]
+    # Beyond what the caller saw: the one that ran while the preview was on its way, one more, and the other request's.
+    assert cancelled_at <= steps - 1 <= cancelled_at + 2
+    assert after["icportrait_active_slots"] == 0
+
+
+def test_refusals_come_with_their_code_and_when_to_try_again(slow: TritonServer, pictures: dict[str, bytes]) -> None:
+    with call(slow, pictures, num_inference_steps=0) as stream, pytest.raises(InferenceServerException) as invalid:
+        stream.next()
+    assert invalid.value.message().startswith("num_inference_steps: 0, expected 1..150")
+    runs = settled(slow)["icportrait_warping_ms_count"]
+    with pytest.raises(InferenceServerException) as late:
+        infer(slow.grpc_url, num_inference_steps=100, guidance_scale=1.0, deadline_ms=1000, **pictures)
+    assert late.value.status() == "StatusCode.UNAVAILABLE"
+    assert "deadline_ms: 1000, and it would take about" in late.value.message()
+    assert "; retry_after_ms: " in late.value.message()
+    streams = [call(slow, pictures, num_inference_steps=100) for _ in range(3)]
+    streams[0].next()  # it runs, and the two others fill the queue
+    time.sleep(0.3)
+    with call(slow, pictures, num_inference_steps=1) as stream, pytest.raises(InferenceServerException) as full:
+        stream.next()
+    assert (
+        "UNAVAILABLE: the queue is full (2 of 2 slots, and 1 more are asked for); retry_after_ms: "
+        in full.value.message()
+    )
+    for stream in streams:
+        stream.cancel()
+        stream.__exit__()
+    after = settled(slow)
+    assert after["icportrait_warping_ms_count"] == runs + 1, "what was refused or left runs no engine"
+    assert after['icportrait_refusals_total{reason="queue_slots"}'] == 1
+    assert after['icportrait_refusals_total{reason="deadline"}'] == 1
+    assert (after["icportrait_queued_slots"], after["icportrait_admitted_bytes"]) == (0, 0)
+
+
+def test_http_generate_stream_tells_of_every_step_and_gives_the_portrait(
+    slow: TritonServer, pictures: dict[str, bytes]
+) -> None:
+    values = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
+    body = {**values, "encoding": "base64", "num_inference_steps": 4, "preview_every": 2, "guidance_scale": 1.0}
+    request = urllib.request.Request(
+        f"http://{slow.http_url}/v2/models/ic_portrait_stream/generate_stream", json.dumps(body).encode()
+    )
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        events = [json.loads(line.removeprefix(b"data: ")) for line in answer if line.startswith(b"data: ")]
+    assert [event["step"] for event in events] == [1, 2, 3, 4] or [event["step"] for event in events] == [1, 2, 4]
+    assert ["image" in event for event in events if event["step"] in (1, 2, 4)] == [False, True, True]
+    assert size(base64.b64decode(events[-1]["image"])) == (128, 128)

@@ -1,0 +1,359 @@
+"""The line between fronts and the denoising loop, over real sockets and between real processes."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Listener
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import icportrait.control
+from icportrait.control import ControlServer, LoopLine, Message, Peer, address
+from icportrait.errors import InvalidRequest, Unavailable, to_wire
+
+DEMAND = {"rows": 2, "steps": 5, "priority": 1, "deadline_ms": None, "arrived_s": 1.5, "nbytes": 10}
+LOOP = """
+import pathlib, sys
+from icportrait.control import ControlServer
+
+def answer(peer, message):
+    if message["op"] == "lease" and not message["key"].startswith("mute"):
+        peer.send({"op": "leased", "key": message["key"], "refusal": ""})
+
+server = ControlServer(pathlib.Path(sys.argv[1]), answer, lambda peer: None)
+print("ready", flush=True)
+sys.stdin.read()
+"""
+FRONT = """
+import pathlib, sys
+from icportrait.control import LoopLine
+
+line = LoopLine(pathlib.Path(sys.argv[1]), lambda *step: None, lambda: None)
+line.lease("from afar", {"rows": 1})
+print("leased", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    return tmp_path / "repository"
+
+
+@contextmanager
+def process(code: str, directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another Python, once it has said that it is ready; it ends at its input's end."""
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as started:
+        assert started.stdout and started.stdout.readline()
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+class Loop:
+    """A server in this process, which notes what it hears and lets everybody in."""
+
+    def __init__(self, repository: Path, refusal: str = "") -> None:
+        self.heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self.gone: queue.SimpleQueue[Peer] = queue.SimpleQueue()
+        self.peers: list[Peer] = []
+        self._refusal = refusal
+        self._server = ControlServer(repository / "denoise" / "1", self._note, self.gone.put)
+
+    def _note(self, peer: Peer, message: Message) -> None:
+        self.peers.append(peer)
+        self.heard.put(message)
+        if message["op"] == "lease":
+            peer.send({"op": "leased", "key": message["key"], "refusal": self._refusal})
+
+    def close(self) -> None:
+        self._server.close()
+
+
+@contextmanager
+def loop(repository: Path, refusal: str = "") -> Iterator[Loop]:
+    opened = Loop(repository, refusal)
+    yield opened
+    opened.close()
+
+
+@contextmanager
+def line(
+    repository: Path, on_step: Callable[..., object] = lambda *_: None, on_gone: Callable[[], object] = lambda: None
+) -> Iterator[LoopLine]:
+    opened = LoopLine(repository / "ic_portrait" / "1", on_step, on_gone)
+    yield opened
+    opened.close()
+
+
+def refused(front: LoopLine, key: str = "a") -> tuple[str, float]:
+    """The refusal's text, and how long it took."""
+    began = time.monotonic()
+    with pytest.raises(Unavailable) as refusal:
+        front.lease(key, DEMAND)
+    return str(refusal.value), time.monotonic() - began
+
+
+def test_a_lease_is_asked_for_with_what_the_request_takes_and_granted(repository: Path) -> None:
+    with loop(repository) as server, line(repository) as front:
+        front.lease("a", DEMAND)
+        assert server.heard.get(timeout=10) == {"op": "lease", "key": "a", **DEMAND}
+
+
+@pytest.mark.parametrize("error", [Unavailable("the queue is full; retry_after_ms: 40"), InvalidRequest("no")])
+def test_a_lease_is_refused_with_the_loops_own_code_and_text(repository: Path, error: Exception) -> None:
+    with loop(repository, to_wire(error)) as server, line(repository) as front:
+        for _ in range(2):  # a refusal is an answer: the loop isn't busy
+            with pytest.raises(type(error)) as raised:
+                front.lease("a", DEMAND)
+            assert str(raised.value) == str(error)
+        assert [server.heard.get(timeout=10)["op"] for _ in range(2)] == ["lease", "lease"]
+
+
+def test_all_that_a_front_says_arrives_in_order(repository: Path) -> None:
+    with loop(repository) as server, line(repository) as front:
+        front.cancel("a")
+        front.seen("b")
+        front.release("c")
+        front.release("d", {"decode": 2.5})
+        assert [server.heard.get(timeout=10) for _ in range(4)] == [
+            {"op": "cancel", "key": "a"},
+            {"op": "seen", "key": "b"},
+            {"op": "release", "key": "c", "stage_ms": None},
+            {"op": "release", "key": "d", "stage_ms": {"decode": 2.5}},
+        ]
+
+
+def test_steps_reach_the_front_and_its_failure_does_not_end_the_line(repository: Path, caplog: Any) -> None:
+    steps: queue.SimpleQueue[tuple[str, int, int]] = queue.SimpleQueue()
+
+    def on_step(*step: Any) -> None:
+        if step[1] == 1:
+            raise RuntimeError("a front's mistake")
+        steps.put(step)
+
+    with loop(repository) as server, line(repository, on_step) as front:
+        front.lease("a", DEMAND)
+        server.heard.get(timeout=10)
+        for step in (1, 2):
+            assert server.peers[0].send({"op": "step", "key": "a", "step": step, "total_steps": 9})
+        assert steps.get(timeout=10) == ("a", 2, 9)
+        front.lease("b", DEMAND)
+    assert "a front's mistake" in caplog.text
+
+
+def test_leases_that_are_asked_for_at_once_get_each_its_own_answer(repository: Path) -> None:
+    """The second is answered first."""
+    asked: list[str] = []
+    refusals = {"a": "", "b": to_wire(Unavailable("b is refused"))}
+
+    def answer(peer: Peer, message: Message) -> None:
+        asked.append(message["key"])
+        if len(asked) == 2:
+            for key in reversed(asked):
+                peer.send({"op": "leased", "key": key, "refusal": refusals[key]})
+
+    server = ControlServer(repository / "denoise" / "1", answer, lambda _: None)
+    with line(repository) as front:
+        first = threading.Thread(target=front.lease, args=("a", DEMAND))
+        first.start()
+        while not asked:
+            time.sleep(0.001)
+        assert refused(front, "b")[0] == "b is refused"
+        first.join(10)
+        assert not first.is_alive()
+    server.close()
+
+
+# A loop that isn't there, ends, or doesn't answer
+
+
+def test_without_a_loop_a_lease_is_refused_at_once(repository: Path) -> None:
+    with line(repository) as front:
+        text, took_s = refused(front)
+        assert "the denoising loop has ended" in text and took_s < 0.5
+        front.cancel("a")
+        front.release("a")
+
+
+def test_a_loop_whose_process_is_killed_fails_its_leases_and_a_new_one_takes_over(repository: Path) -> None:
+    gone: queue.SimpleQueue[None] = queue.SimpleQueue()
+    failures: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
+    with line(repository, on_gone=lambda: gone.put(None)) as front:
+        with process(LOOP, repository / "denoise" / "1") as first:
+            front.lease("a", DEMAND)
+            waiting = threading.Thread(target=lambda: failures.put(refused(front, "mute")))
+            waiting.start()
+            while "mute" not in front._leases:
+                time.sleep(0.001)
+            os.kill(first.pid, signal.SIGKILL)
+            gone.get(timeout=10)
+            text, took_s = failures.get(timeout=10)
+            assert "the denoising loop has ended" in text and took_s < 0.5
+            waiting.join()
+        text, took_s = refused(front, "b")
+        assert "the denoising loop has ended" in text and took_s < 0.5
+        with process(LOOP, repository / "denoise" / "1"):
+            front.lease("c", DEMAND)
+        gone.get(timeout=10)
+    assert gone.empty()
+
+
+def test_an_unanswered_lease_times_out_once_and_the_others_fail_at_once_until_it_is_answered(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(icportrait.control, "LEASE_TIMEOUT_S", 0.2)
+    heard: queue.SimpleQueue[tuple[Peer, Message]] = queue.SimpleQueue()
+    server = ControlServer(repository / "denoise" / "1", lambda *asked: heard.put(asked), lambda _: None)
+    with line(repository) as front:
+        text, took_s = refused(front, "late")
+        assert "doesn't answer" in text and took_s >= 0.2
+        peer, lease = heard.get(timeout=10)
+        assert (lease["op"], lease["key"]) == ("lease", "late")
+        # Should it be granted still, it is given back.
+        assert heard.get(timeout=10)[1] == {"op": "release", "key": "late", "stage_ms": None}
+        for _ in range(3):
+            text, took_s = refused(front, "b")
+            assert "doesn't answer" in text and took_s < 0.1
+        assert heard.empty()
+        peer.send({"op": "leased", "key": "late", "refusal": ""})
+        answered = threading.Thread(target=lambda: heard.get(timeout=10)[0].send(granted("c")))
+        answered.start()
+        until(lambda: not front._overdue)
+        front.lease("c", DEMAND)
+        answered.join()
+    server.close()
+
+
+def test_an_answer_that_comes_just_after_its_time_was_up_counts(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the lease is forgotten: at the latest when the loop hears that it is given back."""
+    monkeypatch.setattr(icportrait.control, "LEASE_TIMEOUT_S", 0.1)
+    released = threading.Event()
+
+    def answer(peer: Peer, message: Message) -> None:
+        if message["op"] == "release" or message["key"] != "late":
+            peer.send(granted(message["key"]))
+            released.set()
+
+    class Line(LoopLine):
+        def release(self, key: str, stage_ms: dict[str, float] | None = None) -> None:
+            super().release(key, stage_ms)
+            released.wait(10)
+            time.sleep(0.05)  # the answer is on its way
+
+    server = ControlServer(repository / "denoise" / "1", answer, lambda _: None)
+    front = Line(repository / "ic_portrait" / "1", lambda *_: None, lambda: None)
+    refused(front, "late")
+    front.lease("b", DEMAND)
+    front.close()
+    server.close()
+
+
+def test_a_loop_that_ends_right_after_its_answer_is_noticed(repository: Path) -> None:
+    """Whether or not whoever asked has woken up by then."""
+    gone: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def answer_and_end(listener: Listener) -> None:
+        for _ in range(100):
+            with listener.accept() as connection:
+                connection.recv_bytes()
+                Peer(connection).send(granted("a"))
+
+    with Listener(address(repository / "denoise" / "1"), "AF_UNIX") as listener:
+        thread = threading.Thread(target=answer_and_end, args=(listener,))
+        thread.start()
+        with line(repository, on_gone=lambda: gone.put(None)) as front:
+            for _ in range(100):
+                front.lease("a", DEMAND)
+                gone.get(timeout=3)
+                until(lambda: front._peer is None)
+        thread.join(10)
+
+
+def granted(key: str) -> Message:
+    return {"op": "leased", "key": key, "refusal": ""}
+
+
+def until(holds: Callable[[], bool]) -> None:
+    end_s = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end_s, "in vain"
+        time.sleep(0.001)
+
+
+# Several of each
+
+
+def test_a_front_whose_process_is_killed_is_reported_and_the_others_stay(repository: Path) -> None:
+    with loop(repository) as server, line(repository) as other:
+        other.lease("mine", DEMAND)
+        with process(FRONT, repository / "ic_portrait_stream" / "1") as front:
+            assert [server.heard.get(timeout=10)["key"] for _ in range(2)] == ["mine", "from afar"]
+            assert server.gone.empty()
+            os.kill(front.pid, signal.SIGKILL)
+            assert server.gone.get(timeout=10) is server.peers[1]
+        assert server.gone.empty()
+        assert not server.peers[1].send({"op": "step"})
+        other.lease("still", DEMAND)
+
+
+def test_servers_of_other_repositories_hear_nothing(tmp_path: Path) -> None:
+    with loop(tmp_path / "a") as mine, loop(tmp_path / "b") as others, line(tmp_path / "b") as front:
+        front.lease("key", DEMAND)
+        assert others.heard.get(timeout=10)["key"] == "key"
+        assert mine.heard.empty()
+
+
+def test_links_to_one_repository_are_different_servers(tmp_path: Path) -> None:
+    (tmp_path / "repository").mkdir()
+    for name in "ab":
+        (tmp_path / name).symlink_to(tmp_path / "repository")
+    with loop(tmp_path / "a"), line(tmp_path / "b") as front:
+        assert "has ended" in refused(front)[0]
+    assert len({address(tmp_path / name / "denoise" / "1") for name in "ab"}) == 2
+
+
+def test_a_server_that_closed_gives_its_address_back_and_its_fronts_know(repository: Path) -> None:
+    gone: queue.SimpleQueue[None] = queue.SimpleQueue()
+    with line(repository, on_gone=lambda: gone.put(None)) as front:
+        for _ in range(3):
+            with loop(repository) as server:
+                front.lease("a", DEMAND)
+            gone.get(timeout=10)
+            assert isinstance(server.gone.get(timeout=10), Peer)
+
+
+def test_a_line_that_closed_is_no_loop_that_has_ended(repository: Path) -> None:
+    gone: list[None] = []
+    with loop(repository) as server:
+        with line(repository, on_gone=lambda: gone.append(None)) as front:
+            front.lease("a", DEMAND)
+        server.gone.get(timeout=10)
+        assert "has ended" in refused(front)[0]
+    assert not gone
+
+
+def test_another_users_process_is_sent_away(repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    own = os.getuid()
+    with loop(repository) as server, line(repository) as front:
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "getuid", lambda: own + 1)
+            assert "has ended" in refused(front)[0]
+        assert server.heard.empty() and "another user's process" in caplog.text
+        until(lambda: front._peer is None)
+        front.lease("a", DEMAND)
