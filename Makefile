@@ -40,7 +40,7 @@ WEIGHT_FILES := $(CHECKPOINT)/model_index.json $(wildcard $(CHECKPOINT)/*.safete
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup quantizer quality demo serve export engines plans gpu-acceptance accept repository configs heads test test-full lint format clean
+.PHONY: FORCE help setup quantizer quality demo serve compare export engines plans gpu-acceptance accept repository configs heads test test-full lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -105,6 +105,9 @@ repository: $(EXPORT)/manifest.json $(if $(PLAN_RUNTIME),$(PLANS)/vae_decoder.pl
 serve: repository ## run tritonserver on loopback until Ctrl-C
 	@exec $(PYTHON) -m icportrait.server --repository $(REPOSITORY) \
 		--grpc-port $(GRPC_PORT) --http-port $(HTTP_PORT) --metrics-port $(METRICS_PORT)
+
+compare: $(EXPORT)/manifest.json ## in-flight and whole batches under the same loads, with simulated engines: about 11 minutes
+	@$(PYTHON) -m benchmarks compare --export $(EXPORT) $(if $(LATENCY_TABLE),--latency-table "$(LATENCY_TABLE)")
 
 configs: $(STAMP) ## regenerate the committed config.pbtxt files and the client's contract
 	@$(PYTHON) -m icportrait.repository --configs

@@ -1,4 +1,4 @@
-"""Measure a running server: ``python -m benchmarks load``, ``python -m benchmarks perf-analyzer``."""
+"""Measure a running server (``load``, ``perf-analyzer``), ways to batch (``compare``), the loop alone (``loop``)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from icportrait_client.errors import InvalidRequest, PortraitError
 
 from benchmarks.perf_analyzer import PerfAnalyzerSettings, measure
 from benchmarks.perf_analyzer import table as perf_table
-from benchmarks.settings import LoadSettings
+from benchmarks.perf_analyzer_program import PerfAnalyzerError
+from benchmarks.settings import CompareSettings, LoadSettings, LoopSettings
+from icportrait.errors import IcPortraitError
+from icportrait.scheduling import BATCHING_MODES
 
 _INTERRUPTED = 130
 
@@ -30,6 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     perf_analyzer = commands.add_parser("perf-analyzer", help="NVIDIA's perf_analyzer: so many calls under way at once")
     perf_analyzer.set_defaults(settings=PerfAnalyzerSettings, run=_perf_analyzer)
     _add_perf_analyzer_arguments(perf_analyzer)
+    compare = commands.add_parser("compare", help="ways of batching under the same loads, with simulated engines")
+    compare.set_defaults(settings=CompareSettings, run=_compare)
+    _add_compare_arguments(compare)
+    loop = commands.add_parser("loop", help="what the denoising loop alone takes, with simulated engines")
+    loop.set_defaults(settings=LoopSettings, run=_loop)
+    _add_loop_arguments(loop)
     args = vars(parser.parse_args(argv))
     command, make_settings, run, as_json = (args.pop(name) for name in ("command", "settings", "run", "json"))
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
@@ -39,7 +48,7 @@ def main(argv: list[str] | None = None) -> int:
         commands.choices[command].error(str(error))
     try:
         return int(run(settings, as_json))
-    except (PortraitError, OSError) as error:
+    except (PortraitError, IcPortraitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -69,7 +78,16 @@ def _add_load_arguments(load: argparse.ArgumentParser) -> None:
         help="num_inference_steps is drawn from LOW..HIGH (default: {} {})".format(*LoadSettings.steps),
     )
     load.add_argument("--seed", type=int, default=LoadSettings.seed, help=f"the same seed, the same requests {shown}")
-    _add_shared_arguments(load)
+    for flag, name, meaning in (
+        ("--deadline-ms", "deadline_ms", "of every request, and what goodput counts"),
+        ("--priority", "priority", "class of every request, 0 first"),
+    ):
+        load.add_argument(flag, dest=name, type=int, metavar="N", help=f"{meaning}; default: not sent")
+    for name in ("profile", "reference"):
+        default = getattr(LoadSettings, name)
+        help_text = "several are used in turn; default: a rendered head"
+        load.add_argument(f"--{name}", nargs="+", type=Path, default=default, metavar="FILE", help=help_text)
+    _add_json_argument(load)
 
 
 def _add_perf_analyzer_arguments(command: argparse.ArgumentParser) -> None:
@@ -93,13 +111,63 @@ def _add_perf_analyzer_arguments(command: argparse.ArgumentParser) -> None:
     ):
         help_text = f"{meaning} (default: {getattr(default, name):g})"
         command.add_argument(flag, dest=name, type=float, default=getattr(default, name), metavar="N", help=help_text)
-    _add_shared_arguments(command)
-
-
-def _add_shared_arguments(command: argparse.ArgumentParser) -> None:
     for name in ("profile", "reference"):
-        head = getattr(LoadSettings, name)
+        head = getattr(default, name)
         command.add_argument(f"--{name}", type=Path, default=head, metavar="FILE", help="default: a rendered head")
+    _add_json_argument(command)
+
+
+def _add_compare_arguments(command: argparse.ArgumentParser) -> None:
+    _add_simulation_arguments(command, CompareSettings)
+    command.add_argument(
+        "--modes",
+        nargs="+",
+        choices=tuple(BATCHING_MODES),
+        default=CompareSettings.modes,
+        metavar="MODE",
+        help=f"default: {' '.join(CompareSettings.modes)}",
+    )
+    command.add_argument(
+        "--loads",
+        nargs="+",
+        type=float,
+        default=CompareSettings.loads,
+        metavar="SHARE",
+        help="shares of what whole batches can serve (default: {:g} {:g})".format(*CompareSettings.loads),
+    )
+    for flag, name, kind, meaning in (
+        ("--duration", "duration_s", float, "seconds of one mode under one load"),
+        ("--rounds", "rounds", int, "each has every mode under every load; medians are over them"),
+        ("--seed", "seed", int, "the same seed, the same requests"),
+    ):
+        default = getattr(CompareSettings, name)
+        help_text = f"{meaning} (default: {default:g})"
+        command.add_argument(flag, dest=name, type=kind, default=default, metavar="N", help=help_text)
+    _add_json_argument(command)
+
+
+def _add_loop_arguments(command: argparse.ArgumentParser) -> None:
+    _add_simulation_arguments(command, LoopSettings)
+    for flag, name, kind, meaning in (
+        ("--slots", "slots", int, "rows of the batch"),
+        ("--guidance", "guidance_scale", float, "guidance_scale of every request; more than 1 takes two slots"),
+        ("--seconds", "seconds", float, "how long it is measured"),
+    ):
+        default = getattr(LoopSettings, name)
+        help_text = f"{meaning} (default: {default:g})"
+        command.add_argument(flag, dest=name, type=kind, default=default, metavar="N", help=help_text)
+    _add_json_argument(command)
+
+
+def _add_simulation_arguments(
+    command: argparse.ArgumentParser, settings: type[CompareSettings] | type[LoopSettings]
+) -> None:
+    command.add_argument("--export", type=Path, required=True, metavar="DIR", help="written by python -m export")
+    help_text = f"what engines take (default: {settings.latency_table.name})"
+    command.add_argument("--latency-table", type=Path, default=settings.latency_table, metavar="FILE", help=help_text)
+
+
+def _add_json_argument(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print the figures and their conditions as JSON")
 
 
@@ -113,10 +181,32 @@ def _load(settings: LoadSettings, as_json: bool) -> int:
     return 0 if run.interrupted_s is None else _INTERRUPTED
 
 
+def _compare(settings: CompareSettings, as_json: bool) -> int:
+    from benchmarks.compare import compare
+    from benchmarks.compare_report import table
+
+    report = compare(settings, lambda line: print(line, file=sys.stderr, flush=True))
+    print(json.dumps(report, indent=2) if as_json else table(report))
+    return 0
+
+
+def _loop(settings: LoopSettings, as_json: bool) -> int:
+    from benchmarks.loop import run_loop, table
+
+    report = run_loop(settings)
+    print(json.dumps(report, indent=2) if as_json else table(report))
+    return 0
+
+
 def _perf_analyzer(settings: PerfAnalyzerSettings, as_json: bool) -> int:
     report = measure(settings, echo=sys.stderr if as_json else sys.stdout)
     print(json.dumps(report, indent=2) if as_json else f"\n{perf_table(report)}")
-    return 0
+    if report["unstable_at"] is None:
+        return 0
+    raise PerfAnalyzerError(
+        f"windows of {settings.window_s:g} s never agreed within {settings.stability_percent:g} % at concurrency"
+        f" {report['unstable_at']}; ask for longer ones with --window or for less with --stability"
+    )
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -79,7 +80,7 @@ class LoadRun:
     outcomes: Sequence[Outcome]
     interrupted_s: float | None = None
     """When Ctrl-C ended it, from the run's start."""
-    picture_bytes: dict[str, int] = field(default_factory=dict)
+    picture_bytes: dict[str, list[int]] = field(default_factory=dict)
 
 
 Send = Callable[[PlannedRequest, Callable[[Answer], None]], None]
@@ -159,7 +160,9 @@ def run_load(settings: LoadSettings, show_progress: bool = False) -> LoadRun:
         ServerUnavailable: no server answers, or its model isn't ready.
     """
     schedule = poisson_schedule(settings)
-    pictures = {name: picture_bytes(getattr(settings, name), name) for name in ("profile", "reference")}
+    pictures = {
+        name: [picture_bytes(file, name) for file in getattr(settings, name)] for name in ("profile", "reference")
+    }
     # A picture of any size may go, and no proxy is to be measured.
     arguments = [(f"grpc.max_{way}_message_length", -1) for way in ("send", "receive")]
     with InferenceServerClient(settings.url, channel_args=[*arguments, ("grpc.enable_http_proxy", 0)]) as client:
@@ -173,7 +176,7 @@ def run_load(settings: LoadSettings, show_progress: bool = False) -> LoadRun:
             interrupted_s = loop.run(schedule, settings.timeout_s)
         finally:
             stop.set()
-    sizes = {name: len(data) for name, data in pictures.items()}
+    sizes = {name: [len(data) for data in each] for name, each in pictures.items()}
     return LoadRun(settings, len(schedule), loop.outcomes, interrupted_s, sizes)
 
 
@@ -195,16 +198,21 @@ def _check_ready(client: Any, settings: LoadSettings) -> None:
         raise ServerUnavailable(f"{settings.url}: model {settings.model!r} isn't ready there")
 
 
-def _triton_send(client: Any, settings: LoadSettings, pictures: dict[str, bytes]) -> Send:
-    # What all requests share is put into tensors once.
-    shared = [_tensor(name, data) for name, data in pictures.items()]
-    shared.append(_tensor("guidance_scale", settings.guidance_scale))
+def in_turn(given: Mapping[str, Sequence[Any]]) -> Iterator[list[Any]]:
+    """One of each name's, for a request after the other; who has fewer begins again earlier."""
+    return map(list, zip(*map(cycle, given.values()), strict=True))
+
+
+def _triton_send(client: Any, settings: LoadSettings, pictures: Mapping[str, Sequence[bytes]]) -> Send:
+    # What requests share is put into tensors once.
+    pairs = in_turn({name: [_tensor(name, data) for data in each] for name, each in pictures.items()})
+    shared = [_tensor(name, value) for name, value in settings.options.items()]
 
     def send(request: PlannedRequest, receive: Callable[[Answer], None]) -> None:
         own = [_tensor("seed", request.seed), _tensor("num_inference_steps", request.num_inference_steps)]
         client.async_infer(
             settings.model,
-            [*shared, *own],
+            [*next(pairs), *shared, *own],
             callback=lambda result, error: receive(_answer(result, error)),
             client_timeout=settings.timeout_s,
         )

@@ -8,11 +8,15 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from icportrait_client.errors import PortraitError
 
@@ -24,6 +28,7 @@ _PACKAGES = {
     "libstdc++.so.6": "libstdc++6",
     "libz.so.1": "zlib1g",
 }
+_UNSTABLE = 2
 _PROXIES = ("grpc_proxy", "https_proxy", "http_proxy")
 
 
@@ -38,6 +43,54 @@ class Program:
     binary: str
     environment: dict[str, str]
     version: str
+
+    def run(self, arguments: list[str], silence_s: float, echo: TextIO) -> list[str]:
+        """Run it to its end.
+
+        Args:
+            arguments: its command line.
+            silence_s: it is ended where it prints nothing for so long.
+            echo: gets what it prints, as it comes.
+
+        Returns:
+            The lines that it printed; also where its windows didn't agree.
+
+        Raises:
+            PerfAnalyzerError: it failed, as it does at the first call that fails, or fell silent.
+        """
+        lines: list[str] = []
+        with subprocess.Popen(
+            [self.binary, *arguments], env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        ) as process:
+            try:
+                for line in _printed(process, silence_s):
+                    print(line, end="", file=echo, flush=True)
+                    lines.append(line.strip())
+            except BaseException:
+                process.kill()
+                raise
+        if process.returncode == -signal.SIGKILL:
+            raise PerfAnalyzerError(
+                f"perf_analyzer measured nothing for {silence_s:g} s; does the server still answer?"
+            )
+        if process.returncode not in (0, _UNSTABLE):
+            reasons = [line for line in lines if "error" in line.lower()] or [line for line in lines if line][-1:]
+            reason = reasons[0] if reasons else "no reason given"
+            raise PerfAnalyzerError(f"perf_analyzer ended with status {process.returncode}: {reason}")
+        return lines
+
+
+def _printed(process: subprocess.Popen[str], silence_s: float) -> Iterator[str]:
+    assert process.stdout is not None
+    line = "not the end"
+    while line:
+        timer = threading.Timer(silence_s, process.kill)
+        timer.start()
+        try:
+            line = process.stdout.readline()
+        finally:
+            timer.cancel()
+        yield line
 
 
 def find_program(links: Path) -> Program:

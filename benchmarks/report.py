@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -16,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.load import OK, LoadRun, Outcome
+from benchmarks.load import OK, Answer, LoadRun, Outcome
 from benchmarks.perf_analyzer import PerfAnalyzerSettings
-from benchmarks.settings import ROOT, LoadSettings
+from benchmarks.settings import ROOT, CompareSettings, LoadSettings, LoopSettings
 
 REFUSALS = ("UNAVAILABLE", "INVALID_ARGUMENT")
 LATE_MS = 10.0
@@ -49,6 +51,7 @@ def summarise(run: LoadRun) -> dict[str, Any]:
         "interrupted": run.interrupted_s is not None,
         "requests": {"planned": run.planned, "sent": len(outcomes), "ended": len(ended)},
         "outcomes": _outcomes(outcomes),
+        "refusals": _refusals(ended),
         "rate_per_s": {
             "asked": settings.rate_per_s,
             "offered": _per_second(len(outcomes), sending_s),
@@ -58,6 +61,7 @@ def summarise(run: LoadRun) -> dict[str, Any]:
                 sending_s - settings.warm_up_s,
             ),
         },
+        "goodput": goodput(run),
         "lateness_ms": lateness_ms,
         "fell_behind": fell_behind(lateness_ms["p99"], latency_ms["whole run"]["p50"]),
         "latency_ms": latency_ms,
@@ -65,6 +69,34 @@ def summarise(run: LoadRun) -> dict[str, Any]:
         "stage_ms": _stage_ms(steady_metadata),
         "conditions": {**run_conditions(settings, run.picture_bytes), **(metadata[0]["versions"] if metadata else {})},
     }
+
+
+def goodput(run: LoadRun) -> dict[str, Any] | None:
+    """Answers within the deadline; None without one.
+
+    Of the requests meant to leave after the warm-up, by their number and by the seconds in which they were to leave. Of
+    an interrupted run those are left out whose deadline hadn't come.
+    """
+    settings, until_s = run.settings, run.settings.duration_s
+    if settings.deadline_ms is None:
+        return None
+    if run.interrupted_s is not None:
+        until_s = min(until_s, run.interrupted_s - settings.deadline_ms / 1000)
+    asked = [outcome for outcome in run.outcomes if settings.warm_up_s <= outcome.request.send_s < until_s]
+    good = sum(outcome.answer.code == OK and 1000 * outcome.latency_s <= settings.deadline_ms for outcome in asked)
+    return {
+        "deadline_ms": settings.deadline_ms,
+        "asked": len(asked),
+        "in_time": good,
+        "per_s": _per_second(good, until_s - settings.warm_up_s),
+        "share": round(good / len(asked), 4) if asked else None,
+    }
+
+
+def reason(answer: Answer) -> str:
+    """Why a request was refused, without what differs from one refusal to the next: N stands for each number."""
+    text = answer.message.partition(";")[0].removeprefix(f"{answer.code}: ")
+    return " ".join(re.sub(r"\d+(?:[.,]\d+)*", "N", text).split())
 
 
 def step_thirds(low: int, high: int) -> dict[str, tuple[int, int]]:
@@ -94,6 +126,11 @@ def _outcomes(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     return dict(sorted(counted.items(), key=lambda item: (item[0] != OK, -item[1]["count"])))
 
 
+def _refusals(ended: Sequence[Outcome]) -> dict[str, int]:
+    refused = (outcome.answer for outcome in ended if outcome.answer.code in REFUSALS)
+    return dict(Counter(map(reason, refused)).most_common())
+
+
 def _answering_s(outcomes: Sequence[Outcome]) -> float:
     ended_s = [outcome.answered_s for outcome in outcomes if outcome.answered_s is not None]
     return max(ended_s) - min(outcome.request.send_s for outcome in outcomes) if ended_s else 0.0
@@ -118,24 +155,28 @@ def _stage_ms(metadata: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {stage: round(median(each["stage_ms"][stage] for each in metadata), 2) for stage in stages}
 
 
-def run_conditions(settings: LoadSettings | PerfAnalyzerSettings, picture_bytes: dict[str, int]) -> dict[str, Any]:
+def run_conditions(settings: LoadSettings | PerfAnalyzerSettings, picture_bytes: dict[str, Any]) -> dict[str, Any]:
     """What a figure needs beside it and the server doesn't say."""
+    return {**conditions_here(settings), "tritonclient": version("tritonclient"), "picture_bytes": picture_bytes}
+
+
+def conditions_here(settings: LoadSettings | PerfAnalyzerSettings | CompareSettings | LoopSettings) -> dict[str, Any]:
+    """Of any run: the code, the machine and what was asked for."""
     return {
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
-        "tritonclient": version("tritonclient"),
+        "machine": platform.machine(),
         "cpu_count": os.cpu_count(),
         "arguments": {name: _plain(value) for name, value in asdict(settings).items()},
         "seed": settings.seed,
-        "picture_bytes": picture_bytes,
     }
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value.relative_to(ROOT) if value.is_relative_to(ROOT) else value)
-    return list(value) if isinstance(value, tuple) else value
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
 def _commit() -> str | None:
@@ -153,9 +194,10 @@ def table(report: dict[str, Any]) -> str:
     requests = report["requests"]
     lines = [
         headline(report),
-        f"pictures: {', '.join(f'{name} {size} bytes' for name, size in sizes.items())};"
+        f"pictures: {', '.join(f'{name} {_sizes(each)}' for name, each in sizes.items())};"
         f" steps {arguments['steps'][0]}..{arguments['steps'][1]}, guidance {arguments['guidance_scale']:g},"
-        f" seed {conditions['seed']}",
+        + "".join(f" {name} {arguments[name]}," for name in ("priority", "deadline_ms") if arguments[name] is not None)
+        + f" seed {conditions['seed']}",
         "",
         f"{'requests':<26}{requests['sent']} sent of {requests['planned']}"
         + (", interrupted by Ctrl-C" if report["interrupted"] else ""),
@@ -163,11 +205,14 @@ def table(report: dict[str, Any]) -> str:
     for code, kind in report["outcomes"].items():
         message = " ".join((kind["first_message"] or "").split())
         lines.append(f"  {code:<24}{kind['count']}" + (f"   first: {message[:150]}" if message else ""))
+    if report["refusals"]:
+        lines += ["refused, by reason"] + [f"  {count:<8}{text[:150]}" for text, count in report["refusals"].items()]
     lines += [
         "",
         f"{'offered':<26}{_figure(rates['offered'], 2)}/s, asked for {rates['asked']:g}/s",
         f"{'achieved':<26}{_figure(rates['achieved'], 2)}/s OK; {_figure(rates['steady'], 2)}/s after the warm-up"
         f" of {arguments['warm_up_s']:g} s",
+        *_goodput_lines(report["goodput"]),
         f"{'sent late by':<26}{_figure(late['p50'], 1)} ms median, {_figure(late['p99'], 1)} ms p99,"
         f" {_figure(late['max'], 1)} ms at most",
     ]
@@ -194,6 +239,20 @@ def headline(report: dict[str, Any]) -> str:
     what = [str(conditions[key]) for key in ("preset", "precision", "model_version", "engine") if key in conditions]
     title = f"{conditions['arguments']['model']} at {conditions['arguments']['url']}: {', '.join(what) or 'no answer'}"
     return title + (" - SIMULATED engines, no figure is a real engine's" if report["simulated"] else "")
+
+
+def _goodput_lines(found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return []
+    share = "-" if found["share"] is None else f"{found['share']:.1%}"
+    return [
+        f"{'goodput':<26}{_figure(found['per_s'], 2)}/s within {found['deadline_ms']} ms, {share} of the"
+        f" {found['asked']} asked for after the warm-up"
+    ]
+
+
+def _sizes(found: list[int]) -> str:
+    return f"{found[0]} bytes" if len(found) == 1 else f"{len(found)} of {min(found)}..{max(found)} bytes"
 
 
 def _figure(value: float | None, digits: int) -> str:

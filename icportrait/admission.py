@@ -155,14 +155,14 @@ class Admission:
             raise self._refusal(
                 "queue_slots",
                 f"the queue is full ({queued} of {self._limits.slots} slots, and {demand.rows} more are asked for)",
-                self._room_after_ms(too_many),
+                self._room_after_ms(too_many, lambda lease: 0 if lease.is_denoised else lease.demand.rows),
             )
         if used and used + demand.nbytes > self._limits.nbytes:
             raise self._refusal(
                 "queue_bytes",
                 f"the queue is full ({used:,} of {self._limits.nbytes:,} bytes of pictures, and {demand.nbytes:,} more "
                 "came)",
-                self._room_after_ms(demand.rows),
+                self._room_after_ms(used + demand.nbytes - self._limits.nbytes, lambda lease: lease.demand.nbytes),
             )
         if demand.deadline_s < math.inf:
             self._check_deadlines(demand)
@@ -211,13 +211,16 @@ class Admission:
         ]
         return forecast(running, [(lease.demand.rows, lease.demand.steps) for lease in queued], self._slots)
 
-    def _room_after_ms(self, rows: int) -> float:
-        """Until so many slots' worth of requests have left the queue."""
+    def _room_after_ms(self, missing: int, size: Callable[[Lease], int]) -> float:
+        """Until requests that have so much between them have ended."""
         queued = self._in_order(self._clock())
+        ends = [(lease.steps_left, lease) for lease in self._leases.values() if not lease.is_queued]
         for lease, start in zip(queued, self._starts(queued), strict=True):
-            rows -= lease.demand.rows
-            if rows <= 0:
-                return 1000 * (start + 1) * self._pace.step_s(self._slots)
+            ends.append((start + lease.demand.steps, lease))
+        for steps, lease in sorted(ends, key=lambda end: end[0]):
+            missing -= size(lease)
+            if missing <= 0:
+                return 1000 * (steps + 1) * self._pace.step_s(self._slots)
         return 0.0
 
     def _refusal(self, reason: str, text: str, after_ms: float) -> Unavailable:

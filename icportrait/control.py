@@ -23,17 +23,17 @@ import os
 import socket
 import struct
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as NoAnswerYet
 from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
-from icportrait.errors import IcPortraitError, Unavailable, from_wire, to_wire
+from icportrait.errors import IcPortraitError, Unavailable, from_wire
 
 logger = logging.getLogger(__name__)
 Message = dict[str, Any]
+OnReply = Callable[[IcPortraitError | None], None]
 LEASE_TIMEOUT_S = 2.0
 NO_LOOP = "the denoising loop has ended; the server must be restarted, which make serve does by itself; try again later"
 LOOP_IS_BUSY = "the denoising loop doesn't answer; try again later"
@@ -148,35 +148,27 @@ class LoopLine:
         self._peer: Peer | None = None
         self._closed = False
         self._connecting = threading.Lock()
-        self._leases: dict[str, Future[str]] = {}
-        # Whose answer didn't come in time. While there is one, others needn't wait to see that the loop is busy.
-        self._overdue: set[str] = set()
+        self._leases: dict[str, tuple[OnReply, float]] = {}
 
-    def lease(self, key: str, demand: Message) -> None:
-        """Ask whether a request may run, and wait for the answer.
+    def lease(self, key: str, demand: Message, on_reply: OnReply) -> None:
+        """Ask whether a request may run; returns at once.
 
         Args:
             key: the request's.
             demand: ``admission.Demand``'s fields.
-
-        Raises:
-            Unavailable: it may not, or the loop has ended or doesn't answer.
+            on_reply: called once, from any thread: with None, or with ``Unavailable`` where it may not run, or the loop
+                has ended or doesn't answer.
         """
-        if self._overdue:
-            raise Unavailable(LOOP_IS_BUSY)
-        reply = self._leases[key] = Future()
-        try:
-            if not self._send({"op": "lease", "key": key, **demand}):
-                raise Unavailable(NO_LOOP)
-            refusal = reply.result(LEASE_TIMEOUT_S)
-        except NoAnswerYet:
-            self._overdue.add(key)
-            self.release(key)
-            raise Unavailable(LOOP_IS_BUSY) from None
-        finally:
-            self._leases.pop(key, None)
-        if refusal:
-            raise from_wire(refusal) or IcPortraitError(refusal)
+        self._leases[key] = on_reply, time.monotonic() + LEASE_TIMEOUT_S
+        if not self._send({"op": "lease", "key": key, **demand}):
+            self._reply(key, Unavailable(NO_LOOP))
+
+    def expire_leases(self) -> None:
+        """Give up those that the loop has left unanswered for long; to be called now and then."""
+        now = time.monotonic()
+        for key, (_, until_s) in list(self._leases.items()):
+            if now > until_s and self._reply(key, Unavailable(LOOP_IS_BUSY)):
+                self.release(key)
 
     def cancel(self, key: str) -> None:
         """Say that a request's caller has gone."""
@@ -222,19 +214,24 @@ class LoopLine:
         peer.receive(self._handle)
         self._peer = None
         connection.close()
-        for reply in list(self._leases.values()):
-            reply.set_result(to_wire(Unavailable(NO_LOOP)))
-        self._overdue.clear()
+        for key in list(self._leases):
+            self._reply(key, Unavailable(NO_LOOP))
         if not self._closed:
             self._on_gone()
 
     def _handle(self, message: Message) -> None:
         if message["op"] == "step":
             self._on_step(message["key"], message["step"], message["total_steps"])
-        elif reply := self._leases.get(message["key"]):
-            reply.set_result(message["refusal"])
         else:
-            self._overdue.discard(message["key"])
+            refusal = message["refusal"]
+            self._reply(message["key"], from_wire(refusal) if refusal else None)
+
+    def _reply(self, key: str, refusal: IcPortraitError | None) -> bool:
+        """Whether this was the lease's reply: there is one."""
+        on_reply, _ = self._leases.pop(key, (None, 0.0))
+        if on_reply:
+            on_reply(refusal)
+        return on_reply is not None
 
 
 def _socket(connection: Connection) -> socket.socket:

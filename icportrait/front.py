@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import secrets
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from threading import BoundedSemaphore, Event, Lock, Thread
 from typing import Any
@@ -26,6 +27,11 @@ from icportrait.triton_backend import ModelContext, answer_with, attempt
 STREAM_GRACE_S = 0.1
 """Tritonserver 2.51 crashes where a stream is answered in the moment of its cancel, once in about a thousand times. It
 didn't in six thousand with half of this between the two.
+"""
+
+KEPT_S = 5.0
+"""Tritonserver 2.51 forgets a BLS call's responses on a thread of its own. Where that is the last to hold them, it frees
+their arrays without Python's lock, and the process crashes: once in some hundred calls, if 32 run at once.
 """
 
 
@@ -68,6 +74,8 @@ class FrontModel:
         self._check = FrontStage(self.context.manifest, self.context.policy, self.is_stream)
         self._calls: dict[str, _Call] = {}
         self._line = LoopLine(self.context.directory, self._report_step, self._fail_all)
+        # When they ended, and responses.
+        self._kept: deque[tuple[float, Any]] = deque()
         self._stopping = Event()
         self._watcher = Thread(target=self._watch, name="cancelled", daemon=True)
         self._watcher.start()
@@ -75,12 +83,9 @@ class FrontModel:
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
             call = _Call(request.get_response_sender())
-            admitted = attempt(self.context.name, lambda: self._admit(call, request))  # noqa: B023
-            if isinstance(admitted, IcPortraitError):
-                call.send(admitted)
-            else:
-                self._calls[call.key] = call
-                self._threads.submit(self._serve, call, admitted)
+            refused = attempt(self.context.name, lambda: self._admit(call, request))  # noqa: B023
+            if isinstance(refused, IcPortraitError):
+                call.send(refused)
 
     def finalize(self) -> None:
         self._threads.shutdown()
@@ -88,12 +93,12 @@ class FrontModel:
         self._watcher.join()
         self._line.close()
 
-    def _admit(self, call: _Call, request: Any) -> Tensors:
-        """Check a request and take a place and a lease for it.
+    def _admit(self, call: _Call, request: Any) -> None:
+        """Check a request, take a place for it and ask for a lease; the loop's reply decides how it goes on.
 
         Raises:
             InvalidRequest: it can't be served.
-            Unavailable: it can't be served now.
+            Unavailable: there is no place.
         """
         checked, tensors = self._check(self._public_inputs(request), call.key)
         if not self._places.acquire(blocking=False):
@@ -107,12 +112,16 @@ class FrontModel:
             arrived_s=checked.arrived_ns / 1e9,
             nbytes=sum(len(tensors[name][0]) for name in ("profile", "reference")),
         )
-        try:
-            self._line.lease(call.key, demand.to_message())
-        except BaseException:
-            self._places.release()
-            raise
-        return tensors
+        self._calls[call.key] = call
+
+        def go_on(refusal: IcPortraitError | None) -> None:
+            # From a thread of the pool: the line's own is waited for by others.
+            if refusal:
+                self._threads.submit(self._end, call, refusal)
+            else:
+                self._threads.submit(self._serve, call, tensors)
+
+        self._line.lease(call.key, demand.to_message(), go_on)
 
     def _public_inputs(self, request: Any) -> Tensors:
         try:
@@ -127,10 +136,13 @@ class FrontModel:
         outcome = attempt(self.context.name, lambda: self._run_pipeline(call, tensors))
         if self.is_stream and call.is_cancelled:
             time.sleep(STREAM_GRACE_S)
-        call.send(outcome)
-        del self._calls[call.key]
+        self._end(call, outcome)
         stage_ms = None if isinstance(outcome, IcPortraitError) else json.loads(outcome["metadata"][0])["stage_ms"]
         self._line.release(call.key, stage_ms)
+
+    def _end(self, call: _Call, outcome: Tensors | IcPortraitError) -> None:
+        call.send(outcome)
+        del self._calls[call.key]
         self._places.release()
 
     def _run_pipeline(self, call: _Call, inputs: Tensors) -> Tensors:
@@ -143,9 +155,11 @@ class FrontModel:
             inputs=[pb_utils.Tensor(name, array) for name, array in inputs.items()],
         )
         portraits: Tensors | None = None
-        for response in request.exec(decoupled=True):
+        error: Exception = RuntimeError("the pipeline ended without an answer")
+        responses = request.exec(decoupled=True)
+        for response in responses:
             if response.has_error():
-                raise _pipeline_error(response.error().message())
+                error = _pipeline_error(response.error().message())
             if not response.output_tensors():
                 continue
             outputs = {name: pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names}
@@ -155,8 +169,9 @@ class FrontModel:
                 del outputs["metadata"]
                 call.send(outputs, is_last=False)
                 self._line.seen(call.key)
+        self._kept.append((time.monotonic(), responses))
         if portraits is None:
-            raise RuntimeError("the pipeline ended without an answer")
+            raise error
         return portraits
 
     def _report_step(self, key: str, step: int, total_steps: int) -> None:
@@ -172,6 +187,9 @@ class FrontModel:
     def _watch(self) -> None:
         """Look which callers have gone. Each look asks Triton's process, so more requests are looked at less often."""
         while not self._stopping.wait(0.01 + 0.001 * len(self._calls)):
+            self._line.expire_leases()
+            while self._kept and self._kept[0][0] < time.monotonic() - KEPT_S:
+                self._kept.popleft()
             for key, call in list(self._calls.items()):
                 if call.is_newly_cancelled():
                     self._line.cancel(key)

@@ -2,7 +2,7 @@
 
 The server binary and its Python backend come from the nvidia-pytriton wheel; no container and no root are needed. Only
 a repository for runtime ``tensorrt`` takes the tritonserver that is on PATH, which NVIDIA's container brings. The
-server listens on loopback only.
+server listens on loopback only. When a part of it ends, the whole is started again (``supervisor``).
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import http.client
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import sys
 import tempfile
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 
@@ -26,10 +28,20 @@ from icportrait.errors import IcPortraitError
 from icportrait.installation import find_installation
 from icportrait.runtime.shared_device import DEVICE_FOLDER
 from icportrait.startup import check_plans, repository_policy, simulation_note
+from icportrait.stub_processes import StubProcess, describe, stub_processes
+from icportrait.supervisor import keep_running
 
 HOST = "127.0.0.1"
 SHM = Path("/dev/shm")
 GPU_DEVICE = Path("/dev/nvidiactl")
+STOP_GRACE_S = 30
+"""How long what runs may take to end when the server stops."""
+BROKEN_GRACE_S = 0.5
+"""How long answers that are on their way may take once a part has ended."""
+KILLED_S = 5
+"""How long killed processes may take to let go of a GPU's memory."""
+NOT_EPHEMERAL = range(16384, 32768)
+"""Ports below those that Linux gives to outgoing connections."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +54,9 @@ class Ports:
 
     @classmethod
     def free(cls) -> Ports:
-        """Three ports that nothing listens on now."""
+        """Three ports that nothing listens on now, and that no outgoing connection takes while a server restarts."""
         with contextlib.ExitStack() as stack:
-            sockets = [stack.enter_context(socket.socket()) for _ in range(3)]
-            for each in sockets:
-                each.bind((HOST, 0))
-            return cls(*(each.getsockname()[1] for each in sockets))
+            return cls(*(stack.enter_context(_bound_socket()).getsockname()[1] for _ in range(3)))
 
     def check_free(self) -> None:
         """Raise IcPortraitError naming a port that can't be used."""
@@ -58,6 +67,17 @@ class Ports:
             with socket.socket() as probe:
                 if probe.connect_ex((HOST, port)) == 0:
                     raise IcPortraitError(f"port {port} is taken; choose another with {variable}=NUMBER")
+
+
+def _bound_socket() -> socket.socket:
+    while True:
+        bound = socket.socket()
+        try:
+            bound.bind((HOST, random.choice(NOT_EPHEMERAL)))
+        except OSError:
+            bound.close()
+        else:
+            return bound
 
 
 @dataclass
@@ -74,6 +94,7 @@ class TritonServer:
     """Where the server's own log goes; standard error where None."""
     ready_timeout_s: float = 300.0
     _process: subprocess.Popen[bytes] | None = None
+    _stubs: list[StubProcess] = field(default_factory=list)
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -106,7 +127,7 @@ class TritonServer:
             RuntimeNotAvailable: no server is installed, this Python has no shared library, or the repository's runtime
                 can't run here.
             PlanError: a plan in the repository was changed, or built by another TensorRT.
-            IcPortraitError: a port is taken, or the server ended or didn't get ready in time.
+            IcPortraitError: a port is taken, or the server or a part of it ended or didn't get ready in time.
         """
         self.ports.check_free()
         policy = repository_policy(self.repository)
@@ -129,6 +150,7 @@ class TritonServer:
             *(f"--{name}-address={HOST}" for name in ("grpc", "http", "metrics")),
             *(f"--{name}-port={port}" for name, port in vars(self.ports).items()),
             "--exit-on-error=true",
+            f"--exit-timeout-secs={STOP_GRACE_S}",
             "--log-info=false",
             *([] if GPU_DEVICE.exists() else ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]),
         ]
@@ -146,6 +168,7 @@ class TritonServer:
             log.close()
         try:
             self._wait_ready()
+            self._find_stubs()
         except BaseException:
             self.stop()
             raise
@@ -154,21 +177,43 @@ class TritonServer:
         """The process's exit status, None while it runs."""
         return self._process.poll() if self._process else 0
 
-    def stop(self, grace_s: float = 30.0) -> None:
-        """Stop the process and everything it started, and remove its shared memory."""
+    def what_ended(self) -> str | None:
+        """Which part of the server has ended, and how, though it wasn't stopped; None while all of it runs."""
+        if (status := self.poll()) is not None:
+            return f"tritonserver {describe(status)}"
+        endings = ((stub.model, stub.ending()) for stub in self._stubs)
+        return next((f"the process of model {model} {ending}" for model, ending in endings if ending), None)
+
+    def stop(self) -> None:
+        """Stop the process and everything it started, and remove its shared memory; where that was cut off, go on."""
         if self._process is None:
             return
         if self._process.poll() is None:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(grace_s)
+            if self.what_ended():
+                # Triton would wait for what never ends and answer NOT_FOUND; a connection that breaks is UNAVAILABLE.
+                time.sleep(BROKEN_GRACE_S)
+            else:
+                self._process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._process.wait(STOP_GRACE_S)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._process = None
+        deadline = time.monotonic() + KILLED_S
+        while any(stub.ending() is None for stub in self._stubs) and time.monotonic() < deadline:
+            time.sleep(0.01)
         self._folder.cleanup()
         for region in SHM.glob(f"{self.shm_prefix}*"):
             region.unlink(missing_ok=True)
+        self._process, self._stubs = None, []
+
+    def _find_stubs(self) -> None:
+        """Remember the models' processes; one that has ended since it was loaded makes the start fail."""
+        assert self._process is not None
+        self._stubs = stub_processes(self._process.pid)
+        expected = {path.parents[1].name for path in self.repository.glob("*/*/model.py")}
+        if lost := expected - {stub.model for stub in self._stubs}:
+            raise IcPortraitError(f"model {min(lost)}: its process ended before the server was ready{self._log_hint()}")
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + self.ready_timeout_s
@@ -229,23 +274,20 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{name}-port", type=int, default=port, help="default: %(default)s")
     args = parser.parse_args(argv)
     server = TritonServer(args.repository, Ports(args.grpc_port, args.http_port, args.metrics_port))
+    say = partial(print, flush=True)
     _stop_on_signals()
-    print(f"starting tritonserver on {args.repository}", flush=True)
+    say(f"starting tritonserver on {args.repository}")
     if not GPU_DEVICE.exists():
-        print("without a GPU, what tritonserver says of CUDA and of pinned memory is no fault", flush=True)
+        say("without a GPU, what tritonserver says of CUDA and of pinned memory is no fault")
     try:
         note = simulation_note(args.repository)
-        with server:
-            ready = f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}"
-            print(f"{ready}; {note}" if note else ready, flush=True)
-            while (status := server.poll()) is None:
-                time.sleep(0.1)
-            raise IcPortraitError(f"tritonserver ended with status {status}")
+        ready = f"ready: gRPC {server.grpc_url}, HTTP {server.http_url}, metrics {server.metrics_url}"
+        keep_running(server, say, f"{ready}; {note}" if note else ready)
     except IcPortraitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except _StopRequested:
-        print("stopped", flush=True)
+        say("stopped")
     return 0
 
 

@@ -24,6 +24,7 @@ def test_a_light_load_is_all_served_and_reported(server: TritonServer) -> None:
     assert sent > 3
     assert report["requests"] == {"planned": sent, "sent": sent, "ended": sent}
     assert report["outcomes"] == {"OK": {"count": sent, "first_message": None}}
+    assert (report["refusals"], report["goodput"]) == ({}, None)
     assert report["interrupted"] is False
     assert report["simulated"] is False
     assert report["rate_per_s"]["achieved"] > 0
@@ -38,12 +39,25 @@ def test_a_light_load_is_all_served_and_reported(server: TritonServer) -> None:
     conditions = report["conditions"]
     assert (conditions["preset"], conditions["precision"], conditions["seed"]) == ("demo-128", "fp32", 3)
     assert conditions["arguments"]["steps"] == [1, 2]
-    assert conditions["arguments"]["profile"] == "examples/heads/profile.png"
-    assert conditions["picture_bytes"]["profile"] == LoadSettings().profile.stat().st_size
+    assert conditions["arguments"]["profile"] == ["examples/heads/profile.png"]
+    assert conditions["picture_bytes"]["profile"] == [LoadSettings.profile[0].stat().st_size]
     for name in ("commit", "date", "python", "tritonclient", "cpu_count", "model_version", "engine"):
         assert name in conditions
     # A line every 5 s.
     assert " sent, " in answer.stderr
+
+
+def test_classes_and_deadlines_reach_the_server_and_goodput_counts_what_kept_them(server: TritonServer) -> None:
+    pictures = "--profile examples/heads/profile.png examples/hopper.jpg"
+    options = f"{pictures} --rate 4 --duration 2 --warm-up 0 --steps 1 2 --priority 0 --json"
+    kept = json.loads(load(server.grpc_url, f"{options} --deadline-ms 60000").stdout)
+    sent = kept["requests"]["sent"]
+    assert kept["goodput"] == {"deadline_ms": 60000, "asked": sent, "in_time": sent, "per_s": sent / 2, "share": 1}
+    assert len(kept["conditions"]["picture_bytes"]["profile"]) == 2
+    missed = json.loads(load(server.grpc_url, f"{options} --deadline-ms 1").stdout)
+    assert (missed["goodput"]["in_time"], missed["goodput"]["share"]) == (0, 0)
+    assert sum(missed["refusals"].values()) == missed["outcomes"]["UNAVAILABLE"]["count"] == sent
+    assert all(reason.startswith("deadline_ms: ") for reason in missed["refusals"])
 
 
 def test_what_the_server_refuses_is_counted_with_its_first_message(server: TritonServer) -> None:

@@ -64,6 +64,19 @@ def shm_regions() -> set[str]:
     return {path.name for path in SHM.glob("icportrait_*")}
 
 
+def make_the_unet_fail(repository: Path) -> None:
+    """Change its graph so that it still loads, and fails when it runs."""
+    path = repository / "denoise" / "1" / "unet.onnx"
+    model = onnx.load(path)
+    for constant in model.graph.initializer:
+        if constant.name == "noise_pred_dims":
+            constant.CopyFrom(numpy_helper.from_array(np.array([4, 32, 63]), constant.name))
+    for dim in model.graph.output[0].type.tensor_type.shape.dim:
+        assert dim.dim_param or dim.dim_value
+    path.unlink()
+    onnx.save(model, path)
+
+
 @pytest.fixture
 def command(trivial: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Ports]]:
     ports = Ports.free()
@@ -173,16 +186,7 @@ def test_more_requests_than_the_limit_are_unavailable_and_the_others_served(
 def test_a_failure_of_ours_is_internal_without_a_traceback(
     tmp_path: Path, trivial: Path, pictures: dict[str, bytes]
 ) -> None:
-    path = trivial / "denoise" / "1" / "unet.onnx"
-    model = onnx.load(path)
-    for constant in model.graph.initializer:
-        if constant.name == "noise_pred_dims":
-            # The graph still loads; it fails when it runs.
-            constant.CopyFrom(numpy_helper.from_array(np.array([4, 32, 63]), constant.name))
-    for dim in model.graph.output[0].type.tensor_type.shape.dim:
-        assert dim.dim_param or dim.dim_value
-    path.unlink()
-    onnx.save(model, path)
+    make_the_unet_fail(trivial)
     log = tmp_path / "server.log"
     with TritonServer(trivial, Ports.free(), log) as server:
         for _ in range(2):

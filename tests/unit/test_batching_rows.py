@@ -12,7 +12,7 @@ import pytest
 
 from icportrait.batching import DenoiseResult
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError
-from tests.label_slots import BASE, LabelSlots, alone, label_batcher, labelled, run_together, steps_of, submit
+from tests.label_slots import BASE, alone, label_batcher, labelled, run_together, steps_of, submit
 
 
 def test_rows_follow_their_jobs_when_others_end() -> None:

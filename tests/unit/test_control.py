@@ -19,7 +19,7 @@ import pytest
 
 import icportrait.control
 from icportrait.control import ControlServer, LoopLine, Message, Peer, address
-from icportrait.errors import InvalidRequest, Unavailable, to_wire
+from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable, to_wire
 
 DEMAND = {"rows": 2, "steps": 5, "priority": 1, "deadline_ms": None, "arrived_s": 1.5, "nbytes": 10}
 LOOP = """
@@ -39,8 +39,7 @@ import pathlib, sys
 from icportrait.control import LoopLine
 
 line = LoopLine(pathlib.Path(sys.argv[1]), lambda *step: None, lambda: None)
-line.lease("from afar", {"rows": 1})
-print("leased", flush=True)
+line.lease("from afar", {"rows": 1}, lambda refusal: print("leased", flush=True))
 sys.stdin.read()
 """
 
@@ -99,28 +98,39 @@ def line(
     opened.close()
 
 
-def refused(front: LoopLine, key: str = "a") -> tuple[str, float]:
-    """The refusal's text, and how long it took."""
-    began = time.monotonic()
-    with pytest.raises(Unavailable) as refusal:
-        front.lease(key, DEMAND)
-    return str(refusal.value), time.monotonic() - began
+Reply = IcPortraitError | None
+
+
+class Asked:
+    """A lease that was asked for, its replies and how long they took."""
+
+    def __init__(self, front: LoopLine, key: str = "a") -> None:
+        self.replies: queue.SimpleQueue[tuple[Reply, float]] = queue.SimpleQueue()
+        began = time.monotonic()
+        front.lease(key, DEMAND, lambda refusal: self.replies.put((refusal, time.monotonic() - began)))
+        self.asked_s = time.monotonic() - began
+
+    def reply(self) -> Reply:
+        return self.replies.get(timeout=10)[0]
+
+    def unavailable_at_once(self) -> str:
+        refusal, took_s = self.replies.get(timeout=10)
+        assert isinstance(refusal, Unavailable) and took_s < 0.5
+        return str(refusal)
 
 
 def test_a_lease_is_asked_for_with_what_the_request_takes_and_granted(repository: Path) -> None:
     with loop(repository) as server, line(repository) as front:
-        front.lease("a", DEMAND)
+        assert Asked(front).reply() is None
         assert server.heard.get(timeout=10) == {"op": "lease", "key": "a", **DEMAND}
 
 
 @pytest.mark.parametrize("error", [Unavailable("the queue is full; retry_after_ms: 40"), InvalidRequest("no")])
-def test_a_lease_is_refused_with_the_loops_own_code_and_text(repository: Path, error: Exception) -> None:
+def test_a_lease_is_refused_with_the_loops_own_code_and_text(repository: Path, error: IcPortraitError) -> None:
     with loop(repository, to_wire(error)) as server, line(repository) as front:
-        for _ in range(2):  # a refusal is an answer: the loop isn't busy
-            with pytest.raises(type(error)) as raised:
-                front.lease("a", DEMAND)
-            assert str(raised.value) == str(error)
-        assert [server.heard.get(timeout=10)["op"] for _ in range(2)] == ["lease", "lease"]
+        refusal = Asked(front).reply()
+        assert type(refusal) is type(error) and str(refusal) == str(error)
+        assert server.heard.get(timeout=10)["op"] == "lease"
 
 
 def test_all_that_a_front_says_arrives_in_order(repository: Path) -> None:
@@ -146,12 +156,12 @@ def test_steps_reach_the_front_and_its_failure_does_not_end_the_line(repository:
         steps.put(step)
 
     with loop(repository) as server, line(repository, on_step) as front:
-        front.lease("a", DEMAND)
+        assert Asked(front).reply() is None
         server.heard.get(timeout=10)
         for step in (1, 2):
             assert server.peers[0].send({"op": "step", "key": "a", "step": step, "total_steps": 9})
         assert steps.get(timeout=10) == ("a", 2, 9)
-        front.lease("b", DEMAND)
+        assert Asked(front).reply() is None
     assert "a front's mistake" in caplog.text
 
 
@@ -166,16 +176,10 @@ def test_leases_that_are_asked_for_at_once_get_each_its_own_answer(repository: P
             for key in reversed(asked):
                 peer.send({"op": "leased", "key": key, "refusal": refusals[key]})
 
-    server = ControlServer(repository / "denoise" / "1", answer, lambda _: None)
-    with line(repository) as front:
-        first = threading.Thread(target=front.lease, args=("a", DEMAND))
-        first.start()
-        while not asked:
-            time.sleep(0.001)
-        assert refused(front, "b")[0] == "b is refused"
-        first.join(10)
-        assert not first.is_alive()
-    server.close()
+    with serving(repository, answer), line(repository) as front:
+        first, second = Asked(front, "a"), Asked(front, "b")
+        assert str(second.reply()) == "b is refused"
+        assert first.reply() is None
 
 
 # A loop that isn't there, ends, or doesn't answer
@@ -183,106 +187,112 @@ def test_leases_that_are_asked_for_at_once_get_each_its_own_answer(repository: P
 
 def test_without_a_loop_a_lease_is_refused_at_once(repository: Path) -> None:
     with line(repository) as front:
-        text, took_s = refused(front)
-        assert "the denoising loop has ended" in text and took_s < 0.5
+        assert "the denoising loop has ended" in Asked(front).unavailable_at_once()
         front.cancel("a")
         front.release("a")
 
 
 def test_a_loop_whose_process_is_killed_fails_its_leases_and_a_new_one_takes_over(repository: Path) -> None:
     gone: queue.SimpleQueue[None] = queue.SimpleQueue()
-    failures: queue.SimpleQueue[tuple[str, float]] = queue.SimpleQueue()
     with line(repository, on_gone=lambda: gone.put(None)) as front:
         with process(LOOP, repository / "denoise" / "1") as first:
-            front.lease("a", DEMAND)
-            waiting = threading.Thread(target=lambda: failures.put(refused(front, "mute")))
-            waiting.start()
-            while "mute" not in front._leases:
-                time.sleep(0.001)
+            assert Asked(front).reply() is None
+            waiting = [Asked(front, key) for key in ("mute", "mute too")]
+            assert gone.empty()
             os.kill(first.pid, signal.SIGKILL)
             gone.get(timeout=10)
-            text, took_s = failures.get(timeout=10)
-            assert "the denoising loop has ended" in text and took_s < 0.5
-            waiting.join()
-        text, took_s = refused(front, "b")
-        assert "the denoising loop has ended" in text and took_s < 0.5
+            for asked in waiting:
+                assert "the denoising loop has ended" in asked.unavailable_at_once()
+        assert "the denoising loop has ended" in Asked(front).unavailable_at_once()
         with process(LOOP, repository / "denoise" / "1"):
-            front.lease("c", DEMAND)
+            assert Asked(front).reply() is None
         gone.get(timeout=10)
+        assert all(asked.replies.empty() for asked in waiting)
     assert gone.empty()
 
 
-def test_an_unanswered_lease_times_out_once_and_the_others_fail_at_once_until_it_is_answered(
+def test_a_lease_that_is_not_answered_is_given_up_after_a_while_and_given_back(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(icportrait.control, "LEASE_TIMEOUT_S", 0.2)
     heard: queue.SimpleQueue[tuple[Peer, Message]] = queue.SimpleQueue()
-    server = ControlServer(repository / "denoise" / "1", lambda *asked: heard.put(asked), lambda _: None)
-    with line(repository) as front:
-        text, took_s = refused(front, "late")
-        assert "doesn't answer" in text and took_s >= 0.2
+    with serving(repository, lambda *asked: heard.put(asked)), line(repository) as front:
+        late = Asked(front, "late")
+        assert late.asked_s < 0.1
+        front.expire_leases()
+        assert late.replies.empty()
         peer, lease = heard.get(timeout=10)
         assert (lease["op"], lease["key"]) == ("lease", "late")
-        # Should it be granted still, it is given back.
+        time.sleep(0.15)
+        in_time = Asked(front, "in time")
+        heard.get(timeout=10)
+        time.sleep(0.06)
+        front.expire_leases()
+        refusal = late.reply()
+        assert isinstance(refusal, Unavailable) and "doesn't answer" in str(refusal)
+        # Should it be granted still, nobody runs with it.
         assert heard.get(timeout=10)[1] == {"op": "release", "key": "late", "stage_ms": None}
-        for _ in range(3):
-            text, took_s = refused(front, "b")
-            assert "doesn't answer" in text and took_s < 0.1
-        assert heard.empty()
-        peer.send({"op": "leased", "key": "late", "refusal": ""})
-        answered = threading.Thread(target=lambda: heard.get(timeout=10)[0].send(granted("c")))
-        answered.start()
-        until(lambda: not front._overdue)
-        front.lease("c", DEMAND)
-        answered.join()
-    server.close()
+        for key in ("late", "in time"):
+            peer.send(granted(key))
+        assert in_time.reply() is None
+        front.expire_leases()
+        assert late.replies.empty() and in_time.replies.empty() and heard.empty()
 
 
-def test_an_answer_that_comes_just_after_its_time_was_up_counts(
+def test_a_lease_that_is_granted_while_it_is_given_up_is_not_used(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Before the lease is forgotten: at the latest when the loop hears that it is given back."""
-    monkeypatch.setattr(icportrait.control, "LEASE_TIMEOUT_S", 0.1)
-    released = threading.Event()
-
-    def answer(peer: Peer, message: Message) -> None:
-        if message["op"] == "release" or message["key"] != "late":
-            peer.send(granted(message["key"]))
-            released.set()
+    """What was given back may not run; what runs may not be given back."""
+    monkeypatch.setattr(icportrait.control, "LEASE_TIMEOUT_S", 0.0)
+    granting = threading.Event()
 
     class Line(LoopLine):
         def release(self, key: str, stage_ms: dict[str, float] | None = None) -> None:
             super().release(key, stage_ms)
-            released.wait(10)
-            time.sleep(0.05)  # the answer is on its way
+            granting.wait(10)
+            time.sleep(0.05)  # the loop's answer is on its way
 
-    server = ControlServer(repository / "denoise" / "1", answer, lambda _: None)
+    def answer(peer: Peer, message: Message) -> None:
+        if message["op"] == "release":
+            peer.send(granted(message["key"]))
+            granting.set()
+
     front = Line(repository / "ic_portrait" / "1", lambda *_: None, lambda: None)
-    refused(front, "late")
-    front.lease("b", DEMAND)
-    front.close()
-    server.close()
+    with serving(repository, answer):
+        asked = Asked(front)
+        time.sleep(0.01)
+        front.expire_leases()
+        assert isinstance(asked.reply(), Unavailable)
+        assert asked.replies.empty()
+        front.close()
 
 
 def test_a_loop_that_ends_right_after_its_answer_is_noticed(repository: Path) -> None:
-    """Whether or not whoever asked has woken up by then."""
     gone: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def answer_and_end(listener: Listener) -> None:
-        for _ in range(100):
+        for _ in range(50):
             with listener.accept() as connection:
                 connection.recv_bytes()
                 Peer(connection).send(granted("a"))
 
     with Listener(address(repository / "denoise" / "1"), "AF_UNIX") as listener:
-        thread = threading.Thread(target=answer_and_end, args=(listener,))
+        thread = threading.Thread(target=answer_and_end, args=(listener,), daemon=True)
         thread.start()
         with line(repository, on_gone=lambda: gone.put(None)) as front:
-            for _ in range(100):
-                front.lease("a", DEMAND)
-                gone.get(timeout=3)
-                until(lambda: front._peer is None)
+            for _ in range(50):
+                asked = Asked(front)
+                assert asked.reply() is None
+                gone.get(timeout=10)
+                assert asked.replies.empty()
         thread.join(10)
+
+
+@contextmanager
+def serving(repository: Path, answer: Callable[[Peer, Message], object]) -> Iterator[None]:
+    server = ControlServer(repository / "denoise" / "1", answer, lambda _: None)
+    yield
+    server.close()
 
 
 def granted(key: str) -> Message:
@@ -301,7 +311,7 @@ def until(holds: Callable[[], bool]) -> None:
 
 def test_a_front_whose_process_is_killed_is_reported_and_the_others_stay(repository: Path) -> None:
     with loop(repository) as server, line(repository) as other:
-        other.lease("mine", DEMAND)
+        assert Asked(other, "mine").reply() is None
         with process(FRONT, repository / "ic_portrait_stream" / "1") as front:
             assert [server.heard.get(timeout=10)["key"] for _ in range(2)] == ["mine", "from afar"]
             assert server.gone.empty()
@@ -309,12 +319,12 @@ def test_a_front_whose_process_is_killed_is_reported_and_the_others_stay(reposit
             assert server.gone.get(timeout=10) is server.peers[1]
         assert server.gone.empty()
         assert not server.peers[1].send({"op": "step"})
-        other.lease("still", DEMAND)
+        assert Asked(other).reply() is None
 
 
 def test_servers_of_other_repositories_hear_nothing(tmp_path: Path) -> None:
     with loop(tmp_path / "a") as mine, loop(tmp_path / "b") as others, line(tmp_path / "b") as front:
-        front.lease("key", DEMAND)
+        assert Asked(front, "key").reply() is None
         assert others.heard.get(timeout=10)["key"] == "key"
         assert mine.heard.empty()
 
@@ -324,7 +334,7 @@ def test_links_to_one_repository_are_different_servers(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / name).symlink_to(tmp_path / "repository")
     with loop(tmp_path / "a"), line(tmp_path / "b") as front:
-        assert "has ended" in refused(front)[0]
+        assert "has ended" in Asked(front).unavailable_at_once()
     assert len({address(tmp_path / name / "denoise" / "1") for name in "ab"}) == 2
 
 
@@ -333,7 +343,7 @@ def test_a_server_that_closed_gives_its_address_back_and_its_fronts_know(reposit
     with line(repository, on_gone=lambda: gone.put(None)) as front:
         for _ in range(3):
             with loop(repository) as server:
-                front.lease("a", DEMAND)
+                assert Asked(front).reply() is None
             gone.get(timeout=10)
             assert isinstance(server.gone.get(timeout=10), Peer)
 
@@ -342,9 +352,9 @@ def test_a_line_that_closed_is_no_loop_that_has_ended(repository: Path) -> None:
     gone: list[None] = []
     with loop(repository) as server:
         with line(repository, on_gone=lambda: gone.append(None)) as front:
-            front.lease("a", DEMAND)
+            assert Asked(front).reply() is None
         server.gone.get(timeout=10)
-        assert "has ended" in refused(front)[0]
+        assert "has ended" in Asked(front).unavailable_at_once()
     assert not gone
 
 
@@ -353,7 +363,7 @@ def test_another_users_process_is_sent_away(repository: Path, monkeypatch: pytes
     with loop(repository) as server, line(repository) as front:
         with monkeypatch.context() as patched:
             patched.setattr(os, "getuid", lambda: own + 1)
-            assert "has ended" in refused(front)[0]
+            assert "has ended" in Asked(front).unavailable_at_once()
         assert server.heard.empty() and "another user's process" in caplog.text
         until(lambda: front._peer is None)
-        front.lease("a", DEMAND)
+        assert Asked(front).reply() is None

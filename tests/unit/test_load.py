@@ -14,8 +14,8 @@ import pytest
 from icportrait_client.errors import InvalidRequest
 
 from benchmarks.__main__ import main
-from benchmarks.load import UNANSWERED, Answer, LoadRun, OpenLoop, Outcome
-from benchmarks.report import fell_behind, step_thirds, summarise, table
+from benchmarks.load import UNANSWERED, Answer, LoadRun, OpenLoop, Outcome, _triton_send
+from benchmarks.report import fell_behind, reason, step_thirds, summarise, table
 from benchmarks.schedule import PlannedRequest, poisson_schedule
 from benchmarks.settings import LoadSettings
 
@@ -65,6 +65,9 @@ def test_a_schedule_without_a_request_is_refused() -> None:
         ({"steps": (6, 5)}, "steps: 6 5, expected the lower number first"),
         ({"guidance_scale": 0.5}, "guidance_scale: 0.5, expected 1.0..20.0"),
         ({"seed": -1}, "seed: -1, expected 0 or more"),
+        ({"deadline_ms": 0}, "deadline_ms: 0, expected 1..3600000"),
+        ({"priority": 10}, "priority: 10, expected 0..9"),
+        ({"reference": ()}, "reference: no picture, expected one or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], message: str) -> None:
@@ -73,11 +76,59 @@ def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], message:
     assert message in str(refused.value)
 
 
-def test_the_command_line_says_what_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--steps 9 3", "steps: 9 3, expected the lower number first"),
+        ("--deadline-ms 0", "deadline_ms: 0, expected 1..3600000"),
+        ("--priority -1", "priority: -1, expected 0..9"),
+    ],
+)
+def test_the_command_line_says_what_is_wrong(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["load", "--steps", "9", "3"])
+        main(["load", *options.split()])
     assert ended.value.code == 2
-    assert "steps: 9 3, expected the lower number first" in capsys.readouterr().err
+    assert capsys.readouterr().err.splitlines()[-1] == f"python -m benchmarks load: error: {message}"
+
+
+class Client:
+    """Keeps what it is given to send."""
+
+    def __init__(self) -> None:
+        self.sent: list[dict[str, Any]] = []
+
+    def async_infer(self, model: str, inputs: list[Any], **_: Any) -> None:
+        self.sent.append({each.name(): each for each in inputs})
+
+
+def test_pictures_are_sent_in_turn() -> None:
+    client, pictures = Client(), {"profile": [b"p0", b"p1"], "reference": [b"r0", b"r1", b"r2"]}
+    send = _triton_send(client, LoadSettings(), pictures)
+    for request in evenly(5, 1.0):
+        send(request, lambda _: None)
+    assert [(raw(each["profile"]), raw(each["reference"])) for each in client.sent] == [
+        (b"p0", b"r0"),
+        (b"p1", b"r1"),
+        (b"p0", b"r2"),
+        (b"p1", b"r0"),
+        (b"p0", b"r1"),
+    ]
+
+
+def test_class_and_deadline_are_sent_only_where_they_were_asked_for() -> None:
+    client, pictures = Client(), {"profile": [b"p"], "reference": [b"r"]}
+    for settings in (LoadSettings(), LoadSettings(priority=0, deadline_ms=900)):
+        _triton_send(client, settings, pictures)(evenly(1, 1.0)[0], lambda _: None)
+    without, with_both = client.sent
+    assert set(without) == {"profile", "reference", "guidance_scale", "seed", "num_inference_steps"}
+    assert set(with_both) - set(without) == {"priority", "deadline_ms"}
+    assert [raw(with_both[name]) for name in ("priority", "deadline_ms")] == [np.int32(v).tobytes() for v in (0, 900)]
+
+
+def raw(tensor: Any) -> bytes:
+    """What a tensor of one element holds; before bytes there is their length."""
+    content: bytes = tensor._get_content()
+    return content[4:] if tensor.datatype() == "BYTES" else content
 
 
 def evenly(count: int, gap_s: float) -> list[PlannedRequest]:
@@ -144,7 +195,7 @@ def outcome(
 
 def made_up_run(outcomes: list[Outcome], **settings: Any) -> LoadRun:
     defaults: dict[str, Any] = {"rate_per_s": 2, "duration_s": 10, "warm_up_s": 2, "steps": (1, 9)}
-    return LoadRun(LoadSettings(**{**defaults, **settings}), len(outcomes), outcomes, None, {"profile": 7})
+    return LoadRun(LoadSettings(**{**defaults, **settings}), len(outcomes), outcomes, None, {"profile": [7]})
 
 
 def test_the_summary_of_made_up_outcomes() -> None:
@@ -177,6 +228,58 @@ def test_the_summary_of_made_up_outcomes() -> None:
     assert report["lateness_ms"]["p50"] == pytest.approx(2)
     assert report["stage_ms"] == {"denoise": 50}
     assert report["conditions"]["preset"] == "demo-128"
+
+
+def test_goodput_counts_answers_within_the_deadline_from_the_intended_moment() -> None:
+    outcomes = [
+        outcome(1.0, 0.1),  # within the warm-up
+        outcome(3.0, 0.2),
+        outcome(4.0, 0.5),  # sent 2 ms late, which counts: just in time
+        outcome(5.0, 0.501),
+        outcome(6.0, 0.01, "UNAVAILABLE"),
+        outcome(7.0, None, UNANSWERED),
+    ]
+    run = made_up_run(outcomes, deadline_ms=500)
+    report = summarise(run)
+    assert report["goodput"] == {"deadline_ms": 500, "asked": 5, "in_time": 2, "per_s": 0.25, "share": 0.4}
+    assert "0.25/s within 500 ms, 40.0% of the 5 asked for" in table(report)
+    assert summarise(made_up_run(outcomes))["goodput"] is None
+    # At 7.2 s nobody knows yet what became of those that left after 6.7 s.
+    stopped = summarise(LoadRun(run.settings, 6, outcomes, 7.2, {"profile": [7]}))["goodput"]
+    assert stopped == {"deadline_ms": 500, "asked": 4, "in_time": 2, "per_s": round(2 / 4.7, 3), "share": 0.5}
+
+
+def test_goodput_of_nothing_asked_is_unknown() -> None:
+    report = summarise(made_up_run([outcome(1.0, 0.1)], deadline_ms=500))
+    assert (report["goodput"]["per_s"], report["goodput"]["share"]) == (0, None)
+    assert "- of the 0 asked for" in table(report)
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "UNAVAILABLE: the queue is full (64 of 64 slots, and 2 more are asked for); retry_after_ms: 340",
+            "the queue is full (N of N slots, and N more are asked for)",
+        ),
+        (
+            "UNAVAILABLE: deadline_ms: 900, and it would take about 1,250.5 ms now; allow more time; retry_after_ms: 9",
+            "deadline_ms: N, and it would take about N ms now",
+        ),
+        ("failed to connect to\n  all addresses", "failed to connect to all addresses"),
+    ],
+)
+def test_a_reason_has_no_numbers_and_ends_at_the_first_semicolon(message: str, expected: str) -> None:
+    assert reason(Answer("UNAVAILABLE", message)) == expected
+
+
+def test_refusals_are_counted_by_reason() -> None:
+    refused = [outcome(3.0, 0.1, "UNAVAILABLE") for _ in range(3)]
+    for each, message in zip(refused, ["full 1; a", "full 2; b", "late"], strict=True):
+        each.answer = Answer("UNAVAILABLE", message)
+    report = summarise(made_up_run([*refused, outcome(4.0, 0.1), outcome(5.0, 9.0, "DEADLINE_EXCEEDED")]))
+    assert list(report["refusals"].items()) == [("full N", 2), ("late", 1)]
+    assert "  2       full N" in table(report)
 
 
 def test_a_report_of_no_answers_has_no_figures_and_still_a_table() -> None:

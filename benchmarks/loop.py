@@ -1,0 +1,195 @@
+"""The denoising loop alone: what it takes between two runs of the UNet, without Triton and without a GPU.
+
+``Batcher`` over simulated slots is kept full by another thread, as a server's requests would. Engines take the times of
+a latency table; what lies between them is this machine's, and real.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.report import conditions_here
+from benchmarks.settings import LoopSettings
+from icportrait.batching import Batcher, DenoiseResult
+from icportrait.contract import engine_specs
+from icportrait.errors import IcPortraitError, InvalidRequest
+from icportrait.manifest import Manifest
+from icportrait.metrics import Metrics
+from icportrait.policy import SIMULATED, ServingPolicy
+from icportrait.request import PortraitRequest
+from icportrait.runtime import Slots, load_slots
+from icportrait.runtime.shared_device import DEVICE_FOLDER
+from icportrait.runtime.simulated import LatencyTable
+from icportrait.sampling import NoiseSchedule
+from icportrait.slot_table import DenoiseJob
+
+WARM_UP_S = 0.5
+_SERIES = ("step_outside_engine_ms", "step_ms", "step_slots")
+
+
+class Recorder(Metrics):
+    """Keeps each step's figures as they are, once it is told to."""
+
+    def __init__(self) -> None:
+        """Record nothing yet."""
+        super().__init__()
+        self.is_recording = False
+        self.values: dict[str, list[float]] = {name: [] for name in _SERIES}
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """See ``Metrics.observe``."""
+        if self.is_recording and name in self.values:
+            self.values[name].append(value)
+
+
+def run_loop(settings: LoopSettings) -> dict[str, Any]:
+    """Keep the loop full for a while.
+
+    Returns:
+        Figures and conditions, ready for JSON.
+
+    Raises:
+        IcPortraitError: the export or the latency table isn't one, the engines can't take so many slots, or the loop
+            fails.
+    """
+    latencies, manifest = LatencyTable.read(settings.latency_table), Manifest.read(settings.export)
+    largest = engine_specs(manifest.preset, manifest.precision)["unet"].batch.max
+    if settings.slots > largest:
+        raise InvalidRequest(f"slots: {settings.slots}, expected {largest} or fewer: {settings.export}'s UNet has them")
+    recorder = Recorder()
+    with _simulated_slots(settings, manifest) as slots:
+        schedule = NoiseSchedule.from_config(manifest.scheduler_config)
+        batcher = Batcher(slots, schedule, manifest.preset, metrics=recorder)
+        feeder = _Feeder(batcher, settings, manifest)
+        try:
+            time.sleep(WARM_UP_S)
+            began_s, recorder.is_recording = time.perf_counter(), True
+            time.sleep(settings.seconds)
+            recorder.is_recording, took_s = False, time.perf_counter() - began_s
+        finally:
+            feeder.stop()
+            batcher.close()
+    if feeder.failure:
+        raise feeder.failure
+    return _report(settings, manifest, latencies, recorder.values, took_s)
+
+
+class _Feeder:
+    """Submits a request as soon as one is answered, so that as many wait as there are slots."""
+
+    def __init__(self, batcher: Batcher, settings: LoopSettings, manifest: Manifest) -> None:
+        self.failure: IcPortraitError | None = None
+        self._batcher, self._settings = batcher, settings
+        spec = engine_specs(manifest.preset, manifest.precision)["warping_network"]
+        self._inputs = spec.dummy_inputs(1)
+        self._room = threading.Semaphore(2 * settings.slots // settings.rows)
+        self._stopped = False
+        self._thread = threading.Thread(target=self._feed, name="feeder", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Submit no more."""
+        self._stopped = True
+        self._room.release()
+        self._thread.join()
+
+    def _feed(self) -> None:
+        rng = np.random.default_rng(self._settings.seed)
+        low, high = self._settings.steps
+        seed = 0
+        while True:
+            self._room.acquire()
+            if self._stopped:
+                return
+            steps = int(rng.integers(low, high, endpoint=True))
+            self._batcher.submit(DenoiseJob(self._request(seed, steps), **self._inputs), self._on_done)
+            seed += 1
+
+    def _request(self, seed: int, steps: int) -> PortraitRequest:
+        return PortraitRequest(
+            seed=seed,
+            num_portraits=1,
+            num_inference_steps=steps,
+            guidance_scale=self._settings.guidance_scale,
+            mask_ratio=0.8,
+            scheduler="dpmpp_2m",
+            output_format="png",
+            encoding="binary",
+        )
+
+    def _on_done(self, outcome: DenoiseResult | IcPortraitError) -> None:
+        if isinstance(outcome, IcPortraitError) and not self._stopped:
+            self.failure = outcome
+            self._stopped = True
+        self._room.release()
+
+
+@contextmanager
+def _simulated_slots(settings: LoopSettings, manifest: Manifest) -> Iterator[Slots]:
+    """Slots on a device of their own, in a folder as a server's is."""
+    policy = ServingPolicy(
+        runtime=SIMULATED, slots=settings.slots, latency_table=str(settings.latency_table.absolute())
+    )
+    with tempfile.TemporaryDirectory(prefix="icportrait-loop-") as name:
+        folder = Path(name)
+        (folder / DEVICE_FOLDER).mkdir()
+        (folder / "repository").symlink_to(folder, target_is_directory=True)
+        yield load_slots(folder / "repository" / "denoise" / "1", manifest, policy)
+
+
+def _report(
+    settings: LoopSettings, manifest: Manifest, latencies: LatencyTable, values: dict[str, list[float]], took_s: float
+) -> dict[str, Any]:
+    outside, step_ms, slots = (values[name] for name in _SERIES)
+    if not outside:
+        raise IcPortraitError(f"no step ended in {settings.seconds:g} s; ask for more --seconds")
+    return {
+        "simulated": True,
+        "steps": len(outside),
+        "steps_per_s": round(len(outside) / took_s, 2),
+        "outside_engine_ms": {
+            "median": round(median(outside), 4),
+            "mean": round(fmean(outside), 4),
+            "p99": round(float(np.percentile(outside, 99)), 4),
+        },
+        "engine_ms": {"median": round(median(step_ms), 4), "mean": round(fmean(step_ms), 4)},
+        "occupancy": round(fmean(slots), 3),
+        "conditions": {
+            **conditions_here(settings),
+            "numpy": np.__version__,
+            "preset": manifest.preset.name,
+            "precision": manifest.precision,
+            "engine": f"simulated-{latencies.device}",
+            "latency_ms": latencies.latency_ms,
+        },
+    }
+
+
+def table(report: dict[str, Any]) -> str:
+    """The figures of ``run_loop`` as lines for a reader."""
+    conditions = report["conditions"]
+    arguments, outside, engine = conditions["arguments"], report["outside_engine_ms"], report["engine_ms"]
+    low, high = arguments["steps"]
+    return "\n".join(
+        [
+            f"denoising loop: {conditions['preset']}, {conditions['precision']}, {conditions['engine']} - SIMULATED"
+            " engines, no figure is a real engine's",
+            f"{arguments['slots']} slots kept full, steps {low}..{high}, guidance {arguments['guidance_scale']:g}, seed"
+            f" {conditions['seed']}; {conditions['cpu_count']} CPUs, commit {(conditions['commit'] or 'unknown')[:12]}",
+            "",
+            f"{'outside the engines':<22}{outside['median']:.3f} ms a step median, {outside['mean']:.3f} mean,"
+            f" {outside['p99']:.3f} p99",
+            f"{'UNet':<22}{engine['median']:.3f} ms median, {engine['mean']:.3f} mean",
+            f"{'occupancy':<22}{report['occupancy']:.2f} of {arguments['slots']} slots",
+            f"{'steps':<22}{report['steps_per_s']:.1f}/s, {report['steps']} measured",
+        ]
+    )

@@ -1,0 +1,76 @@
+"""The processes that Triton's Python backend runs models in, as /proc shows them.
+
+Tritonserver 2.51 doesn't start such a process again when it has ended: its model stays READY, what is sent to it fails
+after one to three seconds, and what an ended front had accepted is never answered. The process stays a zombie.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+STUB = "triton_python_backend_stub"
+# Of what follows the name in /proc/<pid>/stat: the fields that proc(5) numbers 3, 4, 22 and 52.
+STATE, PARENT, STARTED, EXIT_CODE = 0, 1, 19, 49
+
+
+@dataclass(frozen=True)
+class StubProcess:
+    """One Python model's process, or that of one of its instances."""
+
+    model: str
+    pid: int
+    started: str
+    """When, in the kernel's clock; a number that is given to another process later isn't this one."""
+
+    def ending(self) -> str | None:
+        """How it ended, None while it runs."""
+        fields = _stat(self.pid)
+        if fields is None or fields[STARTED] != self.started:
+            return "ended"
+        return describe(os.waitstatus_to_exitcode(int(fields[EXIT_CODE]))) if fields[STATE] in "ZX" else None
+
+
+def stub_processes(server_pid: int) -> list[StubProcess]:
+    """Those of a tritonserver that run now."""
+    found = []
+    for pid in _descendants(server_pid):
+        arguments = _arguments(pid)
+        fields = _stat(pid)
+        if fields and len(arguments) > 1 and Path(arguments[0]).name == STUB:
+            # <repository>/<model>/<version>/model.py
+            found.append(StubProcess(Path(arguments[1]).parents[1].name, pid, fields[STARTED]))
+    return found
+
+
+def describe(exit_code: int) -> str:
+    """An exit code as ``subprocess`` gives it, in words."""
+    return f"was ended by signal {-exit_code}" if exit_code < 0 else f"ended with status {exit_code}"
+
+
+def _descendants(pid: int) -> list[int]:
+    children: dict[int, list[int]] = {}
+    for folder in PROC.iterdir():
+        if folder.name.isdecimal() and (fields := _stat(int(folder.name))):
+            children.setdefault(int(fields[PARENT]), []).append(int(folder.name))
+    found = [pid]
+    for parent in found:
+        found += children.get(parent, [])
+    return found[1:]
+
+
+def _stat(pid: int) -> list[str] | None:
+    try:
+        # A name may hold spaces and brackets.
+        return (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+
+
+def _arguments(pid: int) -> list[str]:
+    try:
+        return os.fsdecode((PROC / str(pid) / "cmdline").read_bytes()).split("\0")
+    except OSError:
+        return []

@@ -1,0 +1,66 @@
+"""Keep a server running: when a part of it has ended, all of it is started again, a few times."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import NoReturn, Protocol
+
+from icportrait.errors import IcPortraitError
+
+MAX_RESTARTS = 3
+WITHIN_S = 600.0
+POLL_S = 0.1
+
+
+class Server(Protocol):
+    """What ``keep_running`` needs of ``server.TritonServer``."""
+
+    def start(self) -> None: ...
+
+    def stop(self) -> None: ...
+
+    def what_ended(self) -> str | None: ...
+
+
+def keep_running(
+    server: Server,
+    say: Callable[[str], None],
+    ready: str,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> NoReturn:
+    """Start a server and start it again when a part of it has ended, until an exception comes, as from a signal.
+
+    However this ends, the server is stopped. An exception may come while it stops, but no second one.
+
+    Args:
+        server: not started yet.
+        say: takes a line for whoever runs the server.
+        ready: the line to say each time that the server is ready.
+        clock: seconds.
+        sleep: waits so many seconds.
+
+    Raises:
+        IcPortraitError: it didn't start, or parts of it end too often.
+    """
+    restarts: deque[float] = deque()
+    window = f"{WITHIN_S / 60:.0f} minutes"
+    try:
+        while True:
+            server.start()
+            say(ready)
+            while (ended := server.what_ended()) is None:
+                sleep(POLL_S)
+            while restarts and clock() - restarts[0] >= WITHIN_S:
+                restarts.popleft()
+            may_restart = len(restarts) < MAX_RESTARTS
+            if may_restart:
+                restarts.append(clock())
+                say(f"{ended}; restarting the server, {len(restarts)} of at most {MAX_RESTARTS} times in {window}")
+            server.stop()
+            if not may_restart:
+                raise IcPortraitError(f"{ended}, after {MAX_RESTARTS} restarts in {window}; the cause is in its output")
+    finally:
+        server.stop()

@@ -1,0 +1,289 @@
+"""Jobs that are held, that are dropped for their deadlines, or that have ended in a batch that goes on.
+
+``alone`` gives the portraits of a job that was never held and shared its batch with none.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from icportrait.batching import Batcher, DenoiseResult, Ticket
+from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError
+from icportrait.metrics import Metrics
+from icportrait.slot_table import DenoiseJob
+from tests.label_slots import BASE, LabelSlots, alone, label_batcher, labelled, steps_of, submit
+
+KINDS = [
+    replace(BASE, seed=10, num_inference_steps=6, num_portraits=2, guidance_scale=3.0),
+    replace(BASE, seed=20, num_inference_steps=9, scheduler="euler"),
+    replace(BASE, seed=30, num_inference_steps=8, scheduler="ddim", num_portraits=3),
+]
+
+
+class Held:
+    """A job that is held after some of its steps."""
+
+    def __init__(self, batcher: Batcher, entry: DenoiseJob, after: int, **options: Any) -> None:
+        self.steps: list[int] = []
+        self.is_held = threading.Event()
+        self.future: Future[Any] = Future()
+        self._after = after
+        self._has_ticket = threading.Event()
+        self.ticket: Ticket = batcher.submit(entry, self.future.set_result, self._report, **options)
+        self._has_ticket.set()
+
+    def _report(self, step: int, _: object) -> None:
+        self._has_ticket.wait(10)
+        self.steps.append(step)
+        if step == self._after:
+            self.ticket.hold()
+            self.is_held.set()
+
+
+@pytest.mark.parametrize("after", [1, 4])
+@pytest.mark.parametrize("request_", KINDS)
+def test_a_job_that_is_held_stays_as_it_is_while_the_others_go_on(request_: Any, after: int) -> None:
+    """Its rows move meanwhile, since a job before it ends."""
+    with label_batcher() as (slots, batcher):
+        slots.gate.clear()
+        before = submit(batcher, labelled(replace(BASE, num_portraits=2, num_inference_steps=5), 7.0))
+        held = Held(batcher, labelled(request_, 2.0), after)
+        slots.gate.set()
+        other = submit(batcher, labelled(replace(BASE, seed=40, num_inference_steps=20, num_portraits=2), 5.0))
+        assert held.is_held.wait(60)
+        before.result(60)
+        other_latent = other.result(60).portrait_latent
+        assert held.steps == list(range(1, after + 1)) and not held.future.done()
+        assert slots.moves
+        late = submit(batcher, steps_of(3)[0])
+        late.result(60)
+        held.ticket.go_on()
+        latent = held.future.result(60).portrait_latent
+    assert np.array_equal(latent, alone(labelled(request_, 2.0)))
+    assert np.array_equal(
+        other_latent, alone(labelled(replace(BASE, seed=40, num_inference_steps=20, num_portraits=2), 5.0))
+    )
+    assert held.steps == list(range(1, request_.num_inference_steps + 1))
+
+
+def test_rows_that_are_held_and_rows_that_move_at_a_step_change_nothing_for_each_other() -> None:
+    """Three jobs, each held after another step, and each let go once the one after it is held."""
+    with label_batcher() as (slots, batcher):
+        slots.gate.clear()
+        jobs = [Held(batcher, labelled(request, index + 1.0), index + 2) for index, request in enumerate(KINDS)]
+        slots.gate.set()
+        for job in jobs:
+            assert job.is_held.wait(60)
+        for job in jobs:
+            job.ticket.go_on()
+        latents = [job.future.result(60).portrait_latent for job in jobs]
+    for index, (request, latent) in enumerate(zip(KINDS, latents, strict=True)):
+        assert np.array_equal(latent, alone(labelled(request, index + 1.0)))
+
+
+def test_while_all_are_held_no_engine_runs_and_deadlines_still_count() -> None:
+    now = [0.0]
+    with label_batcher(clock=lambda: now[0]) as (slots, batcher):
+        held, other = (Held(batcher, steps_of(9)[0], 2, deadline_s=deadline_s) for deadline_s in (10.0, 1000.0))
+        assert held.is_held.wait(60) and other.is_held.wait(60)
+        run = len(slots.steps)
+        now[0] = 11.0
+        late = held.future.result(5)
+        assert isinstance(late, DeadlineMissed) and "passed after 2 of 9 steps" in str(late)
+        assert len(slots.steps) == run
+        other.ticket.cancel()
+        assert isinstance(other.future.result(5), Cancelled)
+        submit(batcher, steps_of(1)[0]).result(60)
+
+
+def test_a_job_joins_beside_one_that_is_held() -> None:
+    with label_batcher() as (slots, batcher):
+        held = Held(batcher, steps_of(4)[0], 1)
+        assert held.is_held.wait(60)
+        submit(batcher, steps_of(2)[0]).result(60)
+        assert slots.steps == [1, 2, 2]
+        held.ticket.go_on()
+        assert isinstance(held.future.result(60), DenoiseResult)
+        assert slots.steps == [1, 2, 2, 1, 1, 1]
+
+
+@pytest.mark.parametrize("mode", ["in-flight", "whole"])
+def test_the_loop_sleeps_while_what_waits_must_wait_for_what_is_held(mode: str) -> None:
+    looks = [0]
+
+    def clock() -> float:
+        looks[0] += 1
+        return 0.0
+
+    with label_batcher(mode, clock=clock) as (_, batcher):
+        held = Held(batcher, labelled(replace(BASE, num_portraits=8, guidance_scale=2.0), 1.0), 1)
+        assert held.is_held.wait(60)
+        waiting = submit(batcher, steps_of(1)[0])
+        time.sleep(0.02)
+        before = looks[0]
+        time.sleep(0.2)
+        assert looks[0] - before < 20
+        held.ticket.go_on()
+        waiting.result(60)
+
+
+# Jobs that have ended wait in a batch that leaves as a whole
+
+
+def test_rows_that_have_ended_stay_as_they_are_until_the_whole_batch_has() -> None:
+    entries = [labelled(request, index + 1.0) for index, request in enumerate(KINDS)]
+    with label_batcher("whole") as (slots, batcher):
+        slots.gate.clear()
+        first = submit(batcher, steps_of(1)[0])
+        slots.is_warping.wait(60)
+        futures = [submit(batcher, entry) for entry in entries]
+        slots.gate.set()
+        first.result(60)
+        latents = [future.result(60).portrait_latent for future in futures]
+    assert slots.steps == [1] + 9 * [8]
+    for entry, latent in zip(entries, latents, strict=True):
+        assert np.array_equal(latent, alone(entry))
+
+
+def end_by_cancelling(_: LabelSlots, held: Held) -> None:
+    held.ticket.cancel()
+
+
+def end_by_a_failure(slots: LabelSlots, held: Held) -> None:
+    slots.failures_due = 1
+    held.ticket.go_on()
+
+
+@pytest.mark.parametrize("end", [end_by_cancelling, end_by_a_failure])
+def test_what_has_ended_is_answered_when_the_last_of_its_batch_falls_away(
+    end: Callable[[LabelSlots, Held], None],
+) -> None:
+    """And the next batch begins."""
+    with label_batcher("whole") as (slots, batcher):
+        slots.gate.clear()
+        first = submit(batcher, steps_of(1)[0])
+        slots.is_warping.wait(60)
+        short, long = submit(batcher, steps_of(2)[0]), Held(batcher, steps_of(9)[0], 4)
+        slots.gate.set()
+        first.result(60)
+        assert long.is_held.wait(60)
+        assert not short.done()
+        following = submit(batcher, steps_of(1)[0])
+        end(slots, long)
+        assert isinstance(long.future.result(5), IcPortraitError)
+        assert np.array_equal(short.result(5).portrait_latent, alone(steps_of(2)[0]))
+        following.result(5)
+
+
+# Deadlines that can't be kept any more
+
+
+def test_a_job_that_would_begin_too_late_to_end_in_time_is_dropped_before_any_engine_runs() -> None:
+    with label_batcher(clock=lambda: 0.0) as (slots, batcher):
+        batcher.pace.stepped(slots.rows, 1.0)
+        future: Future[Any] = Future()
+        batcher.submit(steps_of(5)[0], future.set_result, deadline_s=4.9)
+        late = future.result(60)
+        assert isinstance(late, DeadlineMissed)
+        assert str(late).startswith("deadline_ms: too near for 5 steps, which begin only now")
+        assert not slots.steps and not slots.is_warping.is_set()
+        submit(batcher, steps_of(5)[0], deadline_s=5.1).result(60)
+
+
+def test_what_an_answer_takes_after_the_last_step_counts_too() -> None:
+    with label_batcher(clock=lambda: 0.0) as (slots, batcher):
+        batcher.pace.stepped(slots.rows, 1.0)
+        batcher.pace.answered(2.0)
+        with pytest.raises(DeadlineMissed, match="too near"):
+            submit(batcher, steps_of(5)[0], deadline_s=6.9).result(60)
+        submit(batcher, steps_of(5)[0], deadline_s=7.1).result(60)
+
+
+def test_a_job_that_waited_too_long_is_dropped_and_one_that_runs_is_not() -> None:
+    """The one that runs has its chance until its deadline has passed."""
+    now = [0.0]
+    with label_batcher(clock=lambda: now[0]) as (slots, batcher):
+        batcher.pace.stepped(slots.rows, 1.0)
+        large = labelled(replace(BASE, num_portraits=8, guidance_scale=2.0, num_inference_steps=5), 1.0)
+        running = Held(batcher, large, 2, deadline_s=10.0)
+        assert running.is_held.wait(60)
+        waiting: Future[Any] = Future()
+        batcher.submit(steps_of(5)[0], waiting.set_result, deadline_s=10.0)
+        now[0] = 9.0
+        running.ticket.go_on()
+        late = waiting.result(60)
+        assert isinstance(late, DeadlineMissed) and "begin only now" in str(late)
+        assert isinstance(running.future.result(60), DenoiseResult)
+
+
+# Guidance
+
+
+class Recording(LabelSlots):
+    def __init__(self) -> None:
+        super().__init__()
+        self.canvases: list[np.ndarray] = []
+
+    def predict(self, canvas_latent, timestep, meanwhile):
+        self.canvases.append(canvas_latent.copy())
+        return super().predict(canvas_latent, timestep, meanwhile)
+
+
+def test_both_rows_of_a_guided_portrait_see_the_same_canvas_at_every_step() -> None:
+    """Moved, held and beside others; its F_ref apart, a twin is its portrait."""
+    slots = Recording()
+    with label_batcher(slots=slots) as (_, batcher):
+        slots.gate.clear()
+        before = submit(batcher, steps_of(3)[0])
+        guided = Held(batcher, labelled(KINDS[0], 2.0), 4)
+        slots.gate.set()
+        assert guided.is_held.wait(60)
+        before.result(60)
+        submit(batcher, steps_of(2)[0]).result(60)
+        guided.ticket.go_on()
+        guided.future.result(60)
+    seen = 0
+    for canvas in slots.canvases:
+        rows = [row.tobytes() for row in canvas]
+        portraits = {row for row in rows if rows.count(row) == 2}
+        seen += len(portraits) == 2
+    assert seen == len([count for count in slots.steps if count >= 4]) > 6
+
+
+def test_guidance_goes_away_from_the_unconditional_prediction() -> None:
+    """At scale 1 there is none; the further the scale, the further the portrait."""
+    plain, weak, strong = (alone(labelled(replace(BASE, guidance_scale=scale), 2.0)) for scale in (1.0, 2.0, 4.0))
+    assert np.allclose(strong - plain, 3 * (weak - plain), rtol=1e-3, atol=1e-4)
+    assert not np.array_equal(weak, plain)
+
+
+# Failures
+
+
+def test_failures_are_counted_in_a_row_and_told_after_the_answers() -> None:
+    told: queue.SimpleQueue[tuple[int, bool]] = queue.SimpleQueue()
+    metrics, answered = Metrics(), [False]
+    with label_batcher(metrics=metrics, on_failure=lambda count: told.put((count, answered[0]))) as (slots, batcher):
+        for due, expected in ((1, [1]), (1, [2]), (0, []), (1, [1])):
+            slots.failures_due = due
+            answered[0] = False
+            done: Future[Any] = Future()
+
+            def on_done(outcome: object, done: Future[Any] = done) -> None:
+                answered[0] = True
+                done.set_result(outcome)
+
+            batcher.submit(steps_of(2)[0], on_done)
+            assert isinstance(done.result(60), IcPortraitError) is bool(due)
+            assert [told.get(timeout=10) for _ in expected] == [(count, True) for count in expected]
+    assert told.empty()
+    assert metrics.series()["engine_failures_total", ()][1] == 3

@@ -1,0 +1,236 @@
+"""The denoising stage between fronts and loop: leases, answers and what becomes of requests that nobody waits for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, Unavailable
+from tests.label_slots import BASE, alone, labelled
+from tests.stage_front import Front, metric, open_stage, until
+
+GUIDED = replace(BASE, num_portraits=8, guidance_scale=2.0, num_inference_steps=4)
+"""Takes all slots."""
+LONG = replace(BASE, num_inference_steps=150)
+
+
+def test_a_request_has_a_lease_is_answered_and_gives_it_back() -> None:
+    with open_stage() as (slots, stage), Front(stage) as front:
+        slots.step_gate.clear()
+        request = replace(BASE, num_portraits=2)
+        front.lease("a", request, nbytes=70)
+        assert (metric(stage, "queued_requests"), metric(stage, "admitted_bytes")) == (1, 70)
+        answers = front.submit("a", request, label=3.0)
+        assert slots.is_stepping.wait(10)
+        assert (metric(stage, "queued_requests"), metric(stage, "active_slots")) == (0, 2)
+        slots.step_gate.set()
+        outputs, is_last = answers.get(timeout=10)
+        assert is_last and np.array_equal(outputs["portrait_latent"], alone(labelled(request, 3.0)))
+        report = front.report(outputs)
+        assert (report["step"], report["engine"], report["preprocess"]["crops"]) == (3, "labels", {"profile": 1})
+        assert report["preprocess"]["ended_ns"] <= report["conditioned_ns"] <= report["denoised_ns"]
+        assert (metric(stage, "admitted_bytes"), metric(stage, "answers_total")) == (70, 0)
+        front.release("a", {"denoise": 5.0, "decode": 2.0})
+        assert (metric(stage, "admitted_bytes"), metric(stage, "answers_total")) == (0, 1)
+        assert metric(stage, "stage_ms_sum", stage="decode") == 2
+        assert metric(stage, "first_step_ms_count") == 1
+        assert metric(stage, "cancellations_total") == metric(stage, "deadline_misses_total") == 0
+        front.release("a", {"decode": 2.0})  # which there is no more
+        assert metric(stage, "answers_total") == 1 and answers.empty()
+
+
+def test_what_is_refused_runs_no_engine() -> None:
+    with open_stage(slots_limit=0) as (slots, stage), Front(stage) as front:
+        front.lease("a", GUIDED)
+        refusal = front.ask("b", BASE)
+        assert isinstance(refusal, Unavailable) and "queue is full" in str(refusal)
+        assert "retry_after_ms: " in str(refusal)
+        with pytest.raises(Cancelled):
+            front.submit("b", BASE)
+        assert metric(stage, "refusals_total", reason="queue_slots") == 1
+        front.release("b")
+        assert not slots.is_warping.is_set() and metric(stage, "cancellations_total") == 0
+        front.release("a")
+        assert front.ask("b", BASE) is None
+
+
+def test_a_request_that_came_past_the_fronts_needs_no_lease() -> None:
+    with open_stage(slots_limit=0) as (_, stage), Front(stage) as front:
+        outputs, is_last = front.submit("", BASE, label=1.0).get(timeout=10)
+        assert is_last and np.array_equal(outputs["portrait_latent"], alone(labelled(BASE, 1.0)))
+
+
+# Callers that go
+
+
+def test_a_request_that_was_cancelled_before_it_arrived_runs_no_engine() -> None:
+    with open_stage() as (slots, stage), Front(stage) as front:
+        front.lease("a", BASE)
+        for _ in range(2):
+            front.say("cancel", "a")
+        assert metric(stage, "queued_requests") == 0
+        with pytest.raises(Cancelled):
+            front.submit("a", BASE)
+        front.release("a")
+        with pytest.raises(Cancelled):
+            front.submit("a", BASE)
+        assert not slots.is_warping.is_set() and metric(stage, "cancellations_total") == 1
+
+
+def test_a_request_that_is_cancelled_while_it_waits_is_answered_and_takes_no_step() -> None:
+    with open_stage() as (slots, stage), Front(stage) as front:
+        slots.step_gate.clear()
+        front.lease("a", GUIDED)
+        running = front.submit("a", GUIDED)
+        assert slots.is_stepping.wait(10)
+        front.lease("b", BASE)
+        waiting = front.submit("b", BASE)
+        front.say("cancel", "b")
+        assert metric(stage, "queued_requests") == 0
+        slots.step_gate.set()
+        outcome, is_last = waiting.get(timeout=10)
+        assert isinstance(outcome, Cancelled) and is_last
+        running.get(timeout=10)
+        assert slots.steps == [16] * 4 and metric(stage, "cancellations_total") == 1
+
+
+@pytest.mark.parametrize("op", ["cancel", "release"])
+def test_a_request_that_nobody_waits_for_stops_at_the_next_step(op: str) -> None:
+    """Cancelled by its caller, or given back by its front without an answer."""
+    with open_stage() as (slots, stage), Front(stage) as front:
+        slots.step_gate.clear()
+        front.lease("a", LONG)
+        answers = front.submit("a", LONG)
+        assert slots.is_stepping.wait(10)
+        if op == "cancel":
+            front.say("cancel", "a")
+        else:
+            front.release("a")
+        slots.step_gate.set()
+        outcome, is_last = answers.get(timeout=10)
+        assert isinstance(outcome, Cancelled) and is_last
+        assert slots.steps == [1] and metric(stage, "active_slots") == metric(stage, "admitted_bytes") == 0
+        assert metric(stage, "cancellations_total") == (op == "cancel")
+        assert metric(stage, "answers_total") == 0
+
+
+def test_a_caller_that_goes_while_its_portraits_are_decoded_cancelled_nothing() -> None:
+    with open_stage() as (_, stage), Front(stage) as front:
+        front.lease("a", BASE)
+        front.submit("a", BASE).get(timeout=10)
+        front.say("cancel", "a")
+        assert metric(stage, "cancellations_total") == 0
+        front.release("a")
+
+
+def test_a_front_that_has_gone_frees_its_leases_and_what_runs_and_no_other_fronts() -> None:
+    with open_stage() as (slots, stage), Front(stage) as gone, Front(stage) as other:
+        slots.step_gate.clear()
+        for key in ("runs", "on its way"):
+            gone.lease(key, LONG)
+        running = gone.submit("runs", LONG)
+        assert slots.is_stepping.wait(10)
+        other.lease("mine", BASE)
+        mine = other.submit("mine", BASE, label=2.0)
+        stage.peer_has_gone(gone.peer)
+        assert metric(stage, "cancellations_total") == 2
+        assert metric(stage, "admitted_bytes") == other.nbytes
+        slots.step_gate.set()
+        assert isinstance(running.get(timeout=10)[0], Cancelled)
+        outputs, _ = mine.get(timeout=10)
+        assert np.array_equal(outputs["portrait_latent"], alone(labelled(BASE, 2.0)))
+        with pytest.raises(Cancelled):
+            gone.submit("on its way", LONG)
+        other.release("mine", {})
+        assert metric(stage, "answers_total") == 1
+
+
+# Deadlines
+
+
+def test_a_deadline_that_passes_is_answered_and_counted_once() -> None:
+    with open_stage() as (slots, stage), Front(stage) as front:
+        slots.step_gate.clear()
+        request = front.arrived_now(replace(LONG, deadline_ms=20))
+        front.lease("a", request)
+        answers = front.submit("a", request)
+        until(lambda: front.is_past(request))
+        slots.step_gate.set()
+        outcome, is_last = answers.get(timeout=10)
+        assert isinstance(outcome, DeadlineMissed) and is_last
+        assert metric(stage, "queued_requests") == 0
+        front.release("a")
+        assert metric(stage, "deadline_misses_total") == 1
+        assert metric(stage, "cancellations_total") == metric(stage, "answers_total") == 0
+
+
+def test_an_answer_that_came_after_its_deadline_missed_it() -> None:
+    with open_stage() as (_, stage), Front(stage) as front:
+        request = front.arrived_now(replace(BASE, num_inference_steps=1, deadline_ms=200))
+        front.lease("a", request)
+        outcome, _ = front.submit("a", request).get(timeout=10)
+        assert not isinstance(outcome, IcPortraitError)
+        until(lambda: front.is_past(request))
+        front.release("a", {})
+        assert (metric(stage, "deadline_misses_total"), metric(stage, "answers_total")) == (1, 1)
+
+
+def test_what_was_measured_decides_on_the_next_deadline() -> None:
+    """From its arrival to the loop, the steps, and from the last of them to the answer."""
+    with open_stage() as (_, stage), Front(stage) as front:
+        request = front.arrived_now(replace(BASE, deadline_ms=3_600_000))
+        front.lease("a", replace(request, arrived_ns=request.arrived_ns - 5 * 10**9))
+        front.submit("a", request).get(timeout=10)
+        front.release("a", {})
+        refusal = front.ask("b", front.arrived_now(replace(BASE, deadline_ms=4000)))
+        assert isinstance(refusal, Unavailable) and "deadline_ms: 4000, and it would take about 5" in str(refusal)
+        assert metric(stage, "refusals_total", reason="deadline") == 1
+
+
+# Engines that fail
+
+
+def test_engines_that_keep_failing_end_the_process_after_the_answers() -> None:
+    events: list[str] = []
+    with open_stage(give_up=lambda: events.append("give up")) as (slots, stage), Front(stage) as front:
+        for number, due in enumerate((1, 1, 0, 1, 1, 1)):
+            slots.failures_due = due
+            front.lease(str(number), BASE)
+            answers = front.submit(str(number), BASE, on_answer=lambda *_: events.append("answer"))
+            outcome, _ = answers.get(timeout=10)
+            assert isinstance(outcome, IcPortraitError) is bool(due)
+            front.release(str(number), None if due else {})
+        until(lambda: len(events) == 7)
+        assert events == 6 * ["answer"] + ["give up"]
+        assert metric(stage, "engine_failures_total") == 5
+        assert metric(stage, "cancellations_total") == 0
+
+
+def test_an_answer_that_cannot_be_delivered_harms_no_other(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("the pipe is gone")
+
+    with open_stage() as (_, stage), Front(stage) as front:
+        for key, on_answer in (("a", fail), ("b", None)):
+            front.lease(key, BASE)
+            answers = front.submit(key, BASE, on_answer=on_answer)
+        assert not isinstance(answers.get(timeout=10)[0], IcPortraitError)
+    assert "the pipe is gone" in caplog.text
+
+
+def test_closing_answers_what_runs_and_what_waits() -> None:
+    with open_stage() as (slots, stage), Front(stage) as front:
+        slots.gate.clear()
+        for key in "ab":
+            front.lease(key, GUIDED)
+        answers = [front.submit(key, GUIDED) for key in "ab"]
+        assert slots.is_warping.wait(10)
+        closing = front.in_thread(stage.close)
+        until(lambda: stage._batcher._closed)
+        slots.gate.set()
+        closing.join(10)
+        for each in answers:
+            outcome, is_last = each.get(timeout=10)
+            assert isinstance(outcome, Unavailable) and "shutting down" in str(outcome) and is_last

@@ -1,0 +1,182 @@
+"""What counts as the loop's own time, by a clock that only what is said to take time moves on."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import icportrait.loop_times
+from icportrait.loop_times import NEW_SHARE, LoopTimes, Pace
+from icportrait.metrics import Metrics
+from tests.label_slots import BASE, LabelSlots, label_batcher, labelled, steps_of, submit
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def pass_ms(self, milliseconds: float) -> None:
+        self.now_s += milliseconds / 1000
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    made = Clock()
+    monkeypatch.setattr(icportrait.loop_times, "time", SimpleNamespace(perf_counter=made))
+    return made
+
+
+class TimedSlots(LabelSlots):
+    """A warping takes 20 ms and a step 5; what is done meanwhile takes 2, within the step where it overlaps."""
+
+    def __init__(self, clock: Clock, overlaps: bool = False) -> None:
+        super().__init__()
+        self.clock, self.overlaps = clock, overlaps
+
+    def condition(self, jobs, rows):
+        self.clock.pass_ms(20)
+        return super().condition(jobs, rows)
+
+    def predict(self, canvas_latent, timestep, meanwhile):
+        began_s = self.clock()
+        output = super().predict(canvas_latent, timestep, meanwhile)
+        self.clock.now_s = max(self.clock(), began_s + 0.005) if self.overlaps else self.clock() + 0.005
+        return output
+
+
+def histogram(metrics: Metrics, name: str) -> tuple[float, float]:
+    """Its sum, in whole tenths, and its count."""
+    series = metrics.series()
+    return round(series[f"{name}_sum", ()][1], 1), series[f"{name}_count", ()][1]
+
+
+def two_steps(clock: Clock, overlaps: bool) -> tuple[Metrics, Pace]:
+    """A warping and two steps, with 3 ms of the loop's own between the steps and 1 ms in each."""
+    metrics, pace = Metrics(), Pace()
+    times = LoopTimes(TimedSlots(clock, overlaps), metrics, pace)
+    canvas = np.zeros((2, 4, 32, 64), np.float32)
+    times.pause()
+    with times.turn():
+        times.condition([{"profile_latent": canvas[:1]}], [[0]])
+    for _ in range(2):
+        with times.turn():
+            clock.pass_ms(1)
+            times.predict(canvas, np.zeros(2, np.float32), lambda: clock.pass_ms(2))
+            times.stepped(2)
+            clock.pass_ms(3)
+    return metrics, pace
+
+
+@pytest.mark.parametrize(("overlaps", "outside_ms"), [(True, 1 + 3 + 1), (False, 3 + 3 + 3)])
+def test_what_runs_beside_the_engine_is_not_outside_of_it(clock: Clock, overlaps: bool, outside_ms: float) -> None:
+    metrics, pace = two_steps(clock, overlaps)
+    assert histogram(metrics, "step_outside_engine_ms") == (outside_ms, 2)
+    assert histogram(metrics, "step_ms") == (10, 2)
+    assert histogram(metrics, "warping_ms") == (20, 1)
+    assert histogram(metrics, "step_slots") == (4, 2)
+    # The first of the two has the warping in it.
+    first_ms, second_ms = (20 + 1 + 5, 3 + 1 + 5) if overlaps else (20 + 3 + 5, 3 + 3 + 5)
+    assert 1000 * pace.step_s(2) == pytest.approx(first_ms + NEW_SHARE * (second_ms - first_ms))
+
+
+def test_a_warping_between_two_steps_is_no_time_of_the_loops_own_and_a_part_of_the_pace(clock: Clock) -> None:
+    metrics, pace = Metrics(), Pace()
+    times = LoopTimes(TimedSlots(clock), metrics, pace)
+    canvas = np.zeros((1, 4, 32, 64), np.float32)
+    for _ in range(2):
+        with times.turn():
+            times.condition([{"profile_latent": canvas}], [[0]])
+            clock.pass_ms(1)
+        with times.turn():
+            times.predict(canvas, np.zeros(1, np.float32), lambda: None)
+            times.stepped(1)
+    assert histogram(metrics, "step_outside_engine_ms") == (2, 2)
+    assert 1000 * pace.step_s(1) == pytest.approx(26)
+
+
+def test_an_engine_that_fails_was_an_engine_too(clock: Clock) -> None:
+    slots, metrics = TimedSlots(clock), Metrics()
+    times = LoopTimes(slots, metrics, Pace())
+    canvas, timestep = np.zeros((1, 4, 32, 64), np.float32), np.zeros(1, np.float32)
+
+    def fail(*_: Any) -> None:
+        clock.pass_ms(50)
+        raise RuntimeError("the device is lost")
+
+    with times.turn(), pytest.MonkeyPatch.context() as patched, pytest.raises(RuntimeError):
+        patched.setattr(slots, "predict", fail)
+        times.predict(canvas, timestep, lambda: None)
+    with times.turn():
+        times.predict(canvas, timestep, lambda: None)
+        times.stepped(1)
+    assert histogram(metrics, "step_outside_engine_ms") == (0, 1)
+
+
+@pytest.fixture
+def loop(clock: Clock) -> Callable[..., Any]:
+    def begin(overlaps: bool = True) -> Any:
+        metrics = Metrics()
+        return metrics, label_batcher(slots=TimedSlots(clock, overlaps), metrics=metrics)
+
+    return begin
+
+
+def test_the_loop_counts_what_it_does_between_steps(clock: Clock, loop: Callable[..., Any]) -> None:
+    """Whatever a step's report takes, the next step is later by it; the last one's is nobody's."""
+    metrics, opened = loop()
+    with opened as (_, batcher):
+        submit(batcher, steps_of(4)[0], lambda *_: clock.pass_ms(7)).result(60)
+    assert histogram(metrics, "step_outside_engine_ms") == (21, 4)
+    assert histogram(metrics, "step_ms") == (20, 4)
+    assert histogram(metrics, "warping_ms") == (20, 1)
+
+
+def test_waiting_for_requests_is_no_time_of_the_loops_own(
+    clock: Clock, loop: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: queue.SimpleQueue[None] = queue.SimpleQueue()
+    pause = LoopTimes.pause
+
+    def noted(times: LoopTimes) -> None:
+        pause(times)
+        pauses.put(None)
+
+    monkeypatch.setattr(LoopTimes, "pause", noted)
+    metrics, opened = loop()
+    with opened as (_, batcher):
+        for _ in range(3):
+            pauses.get(timeout=10)  # the loop waits
+            clock.pass_ms(10_000)
+            submit(batcher, labelled(replace(BASE, num_inference_steps=1), 1.0)).result(60)
+            pauses.get(timeout=10)  # the step has ended
+    assert histogram(metrics, "step_outside_engine_ms") == (0, 3)
+    assert 1000 * batcher.pace.step_s(1) == pytest.approx(25)
+
+
+def test_the_pace_is_a_moving_average_by_slots_in_use() -> None:
+    pace = Pace()
+    assert pace.step_s(1) == pace.step_s(16) == 0
+    pace.stepped(4, 0.1)
+    assert pace.step_s(16) == pace.step_s(1) == 0.1
+    pace.stepped(16, 0.5)
+    pace.stepped(16, 1.0)
+    assert pace.step_s(16) == pytest.approx(0.5 + 0.05)
+    assert [pace.step_s(rows) for rows in (1, 9, 11)] == [0.1, 0.1, pace.step_s(16)]
+
+
+def test_what_requests_spend_outside_of_the_loop_is_averaged_from_the_first_on() -> None:
+    pace = Pace()
+    for seconds in (2.0, 3.0):
+        pace.arrived(seconds)
+        pace.answered(10 * seconds)
+    assert pace.before_s == pytest.approx(2.1)
+    assert pace.after_s == pytest.approx(21)

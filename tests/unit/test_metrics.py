@@ -1,0 +1,193 @@
+"""What a server counts, and how it comes to Triton's metrics endpoint."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import icportrait.triton_backend
+from icportrait.metrics import FAMILIES, REFUSALS, STAGES, Kind, Metrics, description
+from icportrait.triton_backend import MetricsPublisher
+
+
+def values(metrics: Metrics, name: str) -> dict[tuple[tuple[str, str], ...], float]:
+    return {labels: value for (series, labels), (_, value) in metrics.series().items() if series == name}
+
+
+def test_counters_count_by_label_and_are_there_from_the_start() -> None:
+    metrics = Metrics()
+    metrics.count("answers_total")
+    for reason in ("deadline", "queue_bytes", "deadline"):
+        metrics.count("refusals_total", reason=reason)
+    assert values(metrics, "answers_total") == {(): 1}
+    assert values(metrics, "refusals_total") == {
+        (("reason", "queue_slots"),): 0,
+        (("reason", "queue_bytes"),): 1,
+        (("reason", "deadline"),): 2,
+    }
+    with pytest.raises(KeyError):
+        metrics.count("refusals_total", reason="another")
+
+
+def test_a_histogram_is_cumulative_with_its_sum_and_count() -> None:
+    metrics = Metrics()
+    for slots in (1, 2, 2.5, 4, 16, 17):
+        metrics.observe("step_slots", slots)
+    buckets = {labels[0][1]: value for labels, value in values(metrics, "step_slots_bucket").items()}
+    assert buckets == {"1": 1, "2": 2, "4": 4, "8": 4, "16": 5, "+Inf": 6}
+    assert list(buckets) == ["1", "2", "4", "8", "16", "+Inf"]
+    assert values(metrics, "step_slots_sum") == {(): 42.5}
+    assert values(metrics, "step_slots_count") == {(): 6}
+
+
+def test_a_histogram_with_labels_has_one_for_each() -> None:
+    metrics = Metrics()
+    metrics.observe("stage_ms", 3.0, stage="decode")
+    counts = values(metrics, "stage_ms_count")
+    assert counts == {(("stage", stage),): float(stage == "decode") for stage in STAGES}
+    assert values(metrics, "stage_ms_bucket")[(("stage", "decode"), ("le", "5"))] == 1
+    assert values(metrics, "stage_ms_bucket")[(("stage", "decode"), ("le", "2"))] == 0
+    bounds = [dict(labels)["le"] for labels in values(metrics, "stage_ms_bucket") if ("stage", "denoise") in labels]
+    assert bounds[-3:] == ["10000", "30000", "+Inf"]  # and no 1e+04
+
+
+def test_a_gauge_is_read_when_it_is_asked_for() -> None:
+    metrics, requests = Metrics(), [1, 2, 3]
+    metrics.gauge("queued_requests", lambda: len(requests))
+    assert values(metrics, "queued_requests") == {(): 3}
+    requests.clear()
+    assert metrics.series()["queued_requests", ()] == (Kind.GAUGE, 0)
+
+
+def test_every_series_has_a_description() -> None:
+    metrics = Metrics()
+    for name, family in FAMILIES.items():
+        if family.kind is Kind.GAUGE:
+            metrics.gauge(name, lambda: 0)
+    found = {name: description(name) for name, _ in metrics.series()}
+    assert all(found.values())
+    families = {name for name, family in FAMILIES.items() if family.kind is not Kind.HISTOGRAM}
+    families |= {
+        f"{name}_{part}"
+        for name, family in FAMILIES.items()
+        for part in ("bucket", "sum", "count")
+        if family.kind is Kind.HISTOGRAM
+    }
+    assert set(found) == families
+    assert found["step_ms_bucket"] == "UNet forward of one step (bucket)"
+    assert found["queued_slots"] == FAMILIES["queued_slots"].description
+
+
+def test_threads_lose_no_count() -> None:
+    metrics = Metrics()
+
+    def count() -> None:
+        for _ in range(2000):
+            metrics.count("answers_total")
+            metrics.observe("step_ms", 1.0)
+
+    threads = [threading.Thread(target=count) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert values(metrics, "answers_total") == {(): 8000}
+    assert values(metrics, "step_ms_sum") == {(): 8000}
+
+
+class Metric:
+    """Triton's: a counter takes increments only, and a gauge its value."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind, self.value, self.calls = kind, 0.0, 0
+
+    def increment(self, by: float) -> None:
+        assert self.kind == "COUNTER" and by > 0
+        self.value += by
+        self.calls += 1
+
+    def set(self, value: float) -> None:
+        assert self.kind == "GAUGE"
+        self.value = value
+        self.calls += 1
+
+
+class Family:
+    """Triton's, which may be made once for each name."""
+
+    COUNTER, GAUGE = "COUNTER", "GAUGE"
+    made: dict[str, Family]
+    published: dict[tuple[str, tuple[tuple[str, str], ...]], Metric]
+
+    def __init__(self, name: str, description: str, kind: str) -> None:
+        assert name not in self.made and description
+        self.made[name], self._name, self._kind = self, name, kind
+
+    def Metric(self, labels: dict[str, str]) -> Metric:  # noqa: N802 - Triton's name
+        key = self._name, tuple(labels.items())
+        assert key not in self.published
+        self.published[key] = Metric(self._kind)
+        return self.published[key]
+
+
+@pytest.fixture
+def family(monkeypatch: pytest.MonkeyPatch) -> type[Family]:
+    fresh = type("FreshFamily", (Family,), {"made": {}, "published": {}})
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", SimpleNamespace(MetricFamily=fresh))
+    monkeypatch.setattr(icportrait.triton_backend, "PUBLISH_EVERY_S", 0.005)
+    return fresh
+
+
+def until(holds: Any) -> None:
+    end_s = time.monotonic() + 10
+    while not holds():
+        assert time.monotonic() < end_s, "in vain"
+        time.sleep(0.001)
+
+
+def test_the_publisher_brings_every_series_and_only_what_is_new(family: type[Family]) -> None:
+    metrics = Metrics()
+    queued = [5]
+    metrics.gauge("queued_requests", lambda: queued[0])
+    metrics.count("answers_total")
+    publisher = MetricsPublisher(metrics)
+    answers = "icportrait_answers_total", ()
+    until(lambda: answers in family.published and family.published[answers].value == 1)
+    for _ in range(3):
+        metrics.count("answers_total")
+    metrics.observe("warping_ms", 7.0)
+    queued[0] = 2
+    until(lambda: family.published["icportrait_warping_ms_count", ()].value == 1)
+    queued[0] = 0
+    publisher.close()
+    published = {key: metric.value for key, metric in family.published.items()}
+    expected = metrics.series()
+    assert published == {(f"icportrait_{name}", labels): value for (name, labels), (_, value) in expected.items()}
+    assert published[answers] == 4
+    assert published["icportrait_queued_requests", ()] == 0
+    assert [published["icportrait_refusals_total", (("reason", reason),)] for reason in REFUSALS] == [0, 0, 0]
+    assert family.published["icportrait_previews_total", ()].calls == 0
+
+
+def test_closing_publishes_what_was_counted_last(family: type[Family], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(icportrait.triton_backend, "PUBLISH_EVERY_S", 60)
+    metrics = Metrics()
+    publisher = MetricsPublisher(metrics)
+    metrics.count("previews_total")
+    publisher.close()
+    assert family.published["icportrait_previews_total", ()].value == 1
+
+
+def test_metrics_that_cannot_be_published_are_said_once_and_harm_nothing(
+    family: type[Family], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(family, "Metric", lambda self, labels: 1 / 0)
+    publisher = MetricsPublisher(Metrics())
+    until(lambda: not publisher._thread.is_alive())
+    publisher.close()
+    assert caplog.text.count("metrics could not be published") == 1

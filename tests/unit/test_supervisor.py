@@ -1,0 +1,123 @@
+"""When a server is restarted and when no more, on a server that is none and a clock that is set."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from icportrait.errors import IcPortraitError
+from icportrait.stub_processes import STUB, StubProcess, stub_processes
+from icportrait.supervisor import MAX_RESTARTS, WITHIN_S, keep_running
+
+
+class Stopped(BaseException):
+    """As a signal's handler raises it."""
+
+
+class FakeServer:
+    """Runs for as long as each of ``lives_s`` says, then forever."""
+
+    def __init__(self, *lives_s: float) -> None:
+        self.now, self.calls = 0.0, []
+        self._lives_s = iter(lives_s)
+        self.on_stop: Callable[[], None] = lambda: None
+
+    def start(self) -> None:
+        self.calls.append("start")
+        self._ends_at = self.now + next(self._lives_s, float("inf"))
+
+    def stop(self) -> None:
+        self.calls.append("stop")
+        self.on_stop()
+
+    def what_ended(self) -> str | None:
+        return "a part ended" if self.now >= self._ends_at else None
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        if self.now > 10 * WITHIN_S:
+            raise Stopped
+
+
+def run(server: FakeServer) -> list[str]:
+    """Keep it running until it is stopped; what was said."""
+    said: list[str] = []
+    with pytest.raises(Stopped):
+        keep_running(server, said.append, "ready", lambda: server.now, server.sleep)
+    return said
+
+
+def test_what_ends_is_named_and_all_of_it_is_started_again() -> None:
+    server = FakeServer(1.0)
+    assert run(server) == [
+        "ready",
+        f"a part ended; restarting the server, 1 of at most {MAX_RESTARTS} times in 10 minutes",
+        "ready",
+    ]
+    assert server.calls == ["start", "stop", "start", "stop"]
+
+
+def test_a_server_that_keeps_ending_stops_with_an_error() -> None:
+    server = FakeServer(*[WITHIN_S / (MAX_RESTARTS + 1)] * (MAX_RESTARTS + 1))
+    said: list[str] = []
+    with pytest.raises(IcPortraitError, match=rf"^a part ended, after {MAX_RESTARTS} restarts in 10 minutes; .*"):
+        keep_running(server, said.append, "ready", lambda: server.now, server.sleep)
+    assert said.count("ready") == MAX_RESTARTS + 1
+    assert server.calls[-2:] == ["stop", "stop"]
+
+
+def test_restarts_that_lie_back_do_not_count() -> None:
+    server = FakeServer(*[WITHIN_S / MAX_RESTARTS + 1] * 10)
+    assert run(server).count("ready") == 11
+
+
+def test_a_signal_while_the_broken_server_stops_stops_it_all_the_same() -> None:
+    server = FakeServer(1.0)
+
+    def interrupt() -> None:
+        server.on_stop = lambda: None
+        raise Stopped
+
+    server.on_stop = interrupt
+    assert run(server)[-1].startswith("a part ended")
+    assert server.calls == ["start", "stop", "stop"]
+
+
+@pytest.fixture
+def stub(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that looks like a model's, and ends with the status that it reads."""
+    (tmp_path / STUB).symlink_to("/bin/sh")
+    model = tmp_path / "repository" / "denoise" / "1" / "model.py"
+    model.parent.mkdir(parents=True)
+    model.write_text('read status && exit "$status"')
+    with subprocess.Popen([tmp_path / STUB, model], stdin=subprocess.PIPE, bufsize=0) as process:
+        yield process
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("end", "ending"),
+    [
+        (lambda process: process.stdin.write(b"70\n"), "ended with status 70"),
+        (lambda process: process.send_signal(signal.SIGKILL), "was ended by signal 9"),
+    ],
+)
+def test_a_models_process_is_found_and_its_end_told(
+    stub: subprocess.Popen[bytes], end: Callable[[subprocess.Popen[bytes]], object], ending: str
+) -> None:
+    (found,) = stub_processes(os.getpid())
+    assert (found.model, found.pid, found.ending()) == ("denoise", stub.pid, None)
+    end(stub)
+    os.waitid(os.P_PID, stub.pid, os.WEXITED | os.WNOWAIT)
+    assert found.ending() == ending
+    stub.wait()
+    assert found.ending() == "ended"
+
+
+def test_a_process_that_got_the_number_later_is_another_one() -> None:
+    assert StubProcess("denoise", os.getpid(), started="1").ending() == "ended"
