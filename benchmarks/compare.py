@@ -16,7 +16,7 @@ import math
 import re
 import tempfile
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,11 @@ from icportrait.server import Ports, TritonServer
 
 BASELINE = "whole"
 """The mode whose capacity the loads are shares of."""
+OVERLOAD = 1.5
+"""What saturates, in capacities as the latency table alone has them. No server has more than that, and refusing more
+takes CPU: with 3.0 on 2 cores no more was answered."""
+SATURATED_RUNS = 2
+"""How long that is, in durations: answers come a batch at a time, so a short look counts one too many or too few."""
 _METRICS_TIMEOUT_S = 5.0
 
 Say = Callable[[str], None]

@@ -10,11 +10,6 @@ SERVER = ("preset", "precision", "model_version", "engine")
 """What answers say of their server."""
 REFERENCE = "in-flight"
 """The mode that ratios are to."""
-OVERLOAD = 1.5
-"""What saturates, in capacities as the latency table alone has them. No server has more than that, and what is refused
-takes CPU from what is served: with 3.0 on 2 cores they were nearly all busy, and no more was answered."""
-SATURATED_RUNS = 2
-"""How long that is, in durations: answers come a batch at a time, so a short look counts one too many or too few."""
 RATIOS = ("p50_ms", "p99_ms", "throughput_per_s", "outside_engine_ms", "occupancy")
 _COLUMNS = {
     "p50_ms": ("p50, ms", 1),
@@ -35,7 +30,7 @@ def run_line(run: Mapping[str, Any], rounds: int) -> str:
 
 
 def medians(modes: Sequence[str], runs: Sequence[Mapping[str, Any]], share: float) -> dict[str, Any]:
-    """Each mode\'s figures under one load, and their ratios; None where a round has none."""
+    """Each mode's figures under one load, and their ratios; None where a round has none."""
     of_mode = {mode: [run for run in runs if (run["mode"], run["load"]) == (mode, share)] for mode in modes}
     figures = {
         mode: {

@@ -2,7 +2,7 @@
 
 It keeps a number of unary calls under way over gRPC, each sent as soon as the one before is answered (a closed loop;
 ``benchmarks.load`` is an open one), and measures in windows until three in a row agree. At the first call that fails it
-gives up. Every call has the same two pictures, so that the server's encoder knows the profile from the second one on.
+gives up. Every call has the same two pictures, so that what the server caches of them is there from the second one on.
 """
 
 from __future__ import annotations

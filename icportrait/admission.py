@@ -18,6 +18,8 @@ from icportrait.loop_times import Pace
 from icportrait.metrics import Metrics
 from icportrait.scheduling import rank
 
+MARGIN = 1.15
+"""What a forecast is multiplied by before a deadline is promised: few that were let in shall be dropped."""
 UNKNOWN_RETRY_MS = 1000
 """What a refusal advises before any step was measured."""
 
@@ -197,7 +199,8 @@ class Admission:
             arrives_s = now_s if lease.ticket else lease.demand.arrived_s + self._pace.before_s
             begins_s = max(now_s + start * step_s, arrives_s)
             # A step more: it waits for one that runs, and is warped.
-            ends[lease] = begins_s + (lease.demand.steps + 1) * step_s + self._pace.after_s
+            left_s = begins_s - now_s + (lease.demand.steps + 1) * step_s + self._pace.after_s
+            ends[lease] = now_s + MARGIN * left_s
         return ends
 
     def _in_order(self, now_s: float, new: Lease | None = None) -> list[Lease]:

@@ -14,14 +14,14 @@ import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from threading import Event, Thread
+from threading import Event, Thread, Timer
 from typing import Any, TypeVar
 
 import numpy as np
 
 from icportrait.control import ControlServer
-from icportrait.denoise_stage import Answer, DenoiseStage
-from icportrait.errors import IcPortraitError, Unavailable, to_caller, to_wire
+from icportrait.denoise_stage import KEEPS_FAILING, Answer, DenoiseStage
+from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable, to_caller, to_wire
 from icportrait.manifest import Manifest
 from icportrait.metrics import PREFIX, Kind, Labels, Metrics, description
 from icportrait.policy import ServingPolicy
@@ -33,6 +33,7 @@ from icportrait.serving import Tensors
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 PUBLISH_EVERY_S = 0.25
+GIVE_UP_AFTER_S = 0.2
 
 
 class ModelContext:
@@ -98,10 +99,16 @@ class StageModel:
 class EngineModel(StageModel):
     """A Python model around one engine; the requests that Triton batched run as one batch."""
 
+    _failures = 0
+
     def execute(self, requests: list[Any]) -> list[Any]:
         answers = attempt(self.context.name, lambda: self._run(requests))
         if isinstance(answers, IcPortraitError):
+            self._failures += not isinstance(answers, InvalidRequest)
+            if self._failures == KEEPS_FAILING:
+                give_up()
             return [_respond(answers) for _ in requests]
+        self._failures = 0
         return [_respond(answer) for answer in answers]
 
     def _run(self, requests: list[Any]) -> list[Tensors]:
@@ -147,13 +154,12 @@ class DenoiseModel:
 
 
 def give_up() -> None:
-    """End this process: its engines keep failing, as after an error that CUDA doesn't recover from.
+    """End this process, once its last answers have left: its engines keep failing, as CUDA's do after some errors.
 
     The fronts see their line break and refuse; what runs the server sees a model's process end.
     """
     logger.critical("the engines keep failing; this process ends, so that the server is restarted")
-    logging.shutdown()
-    os._exit(70)  # EX_SOFTWARE of sysexits.h
+    Timer(GIVE_UP_AFTER_S, os._exit, [os.EX_SOFTWARE]).start()
 
 
 class MetricsPublisher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import re
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from icportrait.admission import UNKNOWN_RETRY_MS, Admission, Demand, Lease, Limits, forecast
+import icportrait.admission
+from icportrait.admission import MARGIN, UNKNOWN_RETRY_MS, Admission, Demand, Lease, Limits, forecast
 from icportrait.batching import Ticket
 from icportrait.errors import Unavailable
 from icportrait.loop_times import Pace
@@ -213,6 +215,25 @@ def test_before_any_step_was_measured_a_refusal_says_what_it_always_says() -> No
 # Deadlines
 
 
+@pytest.fixture
+def no_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(icportrait.admission, "MARGIN", 1.0)
+
+
+def test_a_promise_leaves_a_margin_of_what_lies_ahead() -> None:
+    """Not of what has gone by since the request arrived."""
+    assert MARGIN > 1
+    server = Server(slots=4)
+    server.pace.answered(0.2)
+    server.run("running", rows=4, steps=10)
+    needed_ms = 300 + MARGIN * (1000 + 600 + 200)
+    arrived_s = server.now_s - 0.3
+    text = server.refused(steps=5, deadline_ms=math.floor(needed_ms) - 1, arrived_s=arrived_s)
+    assert f"would take about {needed_ms:.0f} ms" in text
+    server.lease("kept", steps=5, deadline_ms=math.ceil(needed_ms) + 1, arrived_s=arrived_s)
+
+
+@pytest.mark.usefixtures("no_margin")
 def test_a_deadline_that_cannot_be_kept_is_refused_with_what_it_would_take() -> None:
     """10 steps of others, then one that waits for a running one, 5 of its own and what comes after."""
     server = Server(slots=4)
@@ -225,6 +246,7 @@ def test_a_deadline_that_cannot_be_kept_is_refused_with_what_it_would_take() -> 
     server.lease("kept", rows=2, steps=5, deadline_ms=1801)
 
 
+@pytest.mark.usefixtures("no_margin")
 def test_a_deadline_counts_from_the_requests_arrival() -> None:
     server = Server()
     text = server.refused(steps=5, deadline_ms=1000, arrived_s=server.now_s - 0.5)
@@ -232,6 +254,7 @@ def test_a_deadline_counts_from_the_requests_arrival() -> None:
     server.lease("kept", steps=5, deadline_ms=1000)
 
 
+@pytest.mark.usefixtures("no_margin")
 def test_what_is_still_on_its_way_begins_no_sooner_than_it_arrives() -> None:
     server = Server()
     server.pace.arrived(0.4)
@@ -239,12 +262,14 @@ def test_what_is_still_on_its_way_begins_no_sooner_than_it_arrives() -> None:
     server.lease("kept", steps=5, deadline_ms=1001)
 
 
+@pytest.mark.usefixtures("no_margin")
 def test_before_any_step_was_measured_every_deadline_is_let_in() -> None:
     server = Server(is_known=False)
     server.run("running", rows=4, steps=150)
     server.lease("a", steps=150, deadline_ms=1)
 
 
+@pytest.mark.usefixtures("no_margin")
 def test_a_deadline_that_was_promised_is_not_broken_for_a_nearer_one() -> None:
     """Of one class the nearer deadline goes first; were it let in, the other would be late."""
     server = Server(slots=4)
@@ -257,6 +282,7 @@ def test_a_deadline_that_was_promised_is_not_broken_for_a_nearer_one() -> None:
     server.lease("shorter", rows=4, steps=1, deadline_ms=1500)
 
 
+@pytest.mark.usefixtures("no_margin")
 def test_a_promise_is_kept_against_a_class_that_goes_first() -> None:
     server = Server(slots=4)
     server.run("running", rows=4, steps=10)
@@ -265,6 +291,7 @@ def test_a_promise_is_kept_against_a_class_that_goes_first() -> None:
     server.lease("behind", rows=4, steps=3, deadline_ms=9000, priority=2)
 
 
+@pytest.mark.usefixtures("no_margin")
 def test_what_nothing_was_promised_to_or_is_late_anyway_is_no_reason_to_refuse() -> None:
     server = Server(slots=4, limit=12)
     server.run("running", rows=4, steps=10)
@@ -275,6 +302,7 @@ def test_what_nothing_was_promised_to_or_is_late_anyway_is_no_reason_to_refuse()
     server.lease("new", rows=4, steps=3, deadline_ms=2000, priority=0)
 
 
+@pytest.mark.usefixtures("no_margin")
 def test_a_request_that_is_gone_leaves_its_time_to_others() -> None:
     server = Server(slots=4)
     server.run("running", rows=4, steps=100)
