@@ -125,7 +125,8 @@ class SlotTable(Generic[Ticket]):
         now, joined = time.monotonic_ns(), []
         for ticket, own, confidence in zip(tickets, rows, confidences, strict=True):
             portraits, side = ticket.job.request.num_portraits, self._half[-1]
-            self._slots.clear(own[portraits:])
+            if own[portraits:]:
+                self._slots.clear(own[portraits:])
             self._profile[own] = self._slots.to_host(ticket.job.profile_latent).reshape(1, -1)
             self._clean[own] = 0
             left, right = ticket.noise[..., :side], ticket.noise[..., side:] * np.float32(ticket.plan.initial_scale)
