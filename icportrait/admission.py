@@ -1,7 +1,7 @@
 """Who is let in: leases that fronts take before they decode a picture, so that a refusal costs no engine anything.
 
-A request is refused where the queue is full, in slots or in bytes of pictures, or where its deadline can't be kept, its
-own or one that was promised before. When it would end is forecast from measured step times; see ``forecast``.
+A request is refused where the queue is full, in slots or in bytes of pictures, or where it has a deadline and that, or
+one that was promised before, couldn't be kept. When it would end is forecast from measured step times (``forecast``).
 """
 
 from __future__ import annotations

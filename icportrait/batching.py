@@ -164,6 +164,7 @@ class Batcher:
         self._scheduler: Scheduler[Ticket] = Scheduler(self._mode, slots.rows, slots.max_jobs)
         self._max_jobs = slots.max_jobs
         self._failures = 0
+        self._has_joined = False
         # None only wakes the loop.
         self._arrivals: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._closed = False
@@ -230,10 +231,13 @@ class Batcher:
                 break
             with self._times.turn():
                 self._drop_unwanted()
-                if tickets := self._scheduler.next_to_warp(self._clock(), self._table.used_rows):
+                tickets = self._scheduler.next_to_warp(self._clock(), self._table.used_rows)
+                self._has_joined = bool(tickets)
+                if tickets:
                     self._join(tickets)
                 elif self._stepping():
                     self._step()
+                self._answer_ended()
         for ticket in self._scheduler.remove(lambda _: True):
             ticket.answer(Unavailable(SHUTTING_DOWN))
         self._fail(self._table.running, Unavailable(SHUTTING_DOWN))
@@ -243,7 +247,9 @@ class Batcher:
 
     def _take_arrivals(self) -> None:
         """Queue what has come, and wait for it where there is nothing else to do."""
-        if not self._stepping() and not len(self._scheduler) and self._arrivals.empty():
+        # What waits while held jobs have the slots waits on.
+        nobody_joins = not len(self._scheduler) or (self._table.running and not self._has_joined)
+        if not self._stepping() and nobody_joins and self._arrivals.empty():
             self._times.pause()
             try:
                 self._push(self._arrivals.get(timeout=HELD_POLL_S if self._table.running else None))
@@ -303,6 +309,8 @@ class Batcher:
         for running in stepping:
             if running not in broken:
                 running.ticket.report(lambda: _result(running, self._table.clean_latent(running)))  # noqa: B023
+
+    def _answer_ended(self) -> None:
         ended = [running for running in self._table.running if running.ended]
         if ended and (self._mode.leaves_early or len(ended) == len(self._table.running)):
             results = [_result(running, self._table.portrait_latent(running)) for running in ended]

@@ -224,7 +224,7 @@ class LoopLine:
             self._on_step(message["key"], message["step"], message["total_steps"])
         else:
             refusal = message["refusal"]
-            self._reply(message["key"], from_wire(refusal) if refusal else None)
+            self._reply(message["key"], (from_wire(refusal) or Unavailable(refusal)) if refusal else None)
 
     def _reply(self, key: str, refusal: IcPortraitError | None) -> bool:
         """Whether this was the lease's reply: there is one."""

@@ -141,6 +141,8 @@ class DenoiseStage:
                 self.metrics.count("deadline_misses_total")
             if entry:
                 entry.denoised_s, entry.lease.is_denoised = time.monotonic(), True
+                with entry.lock:
+                    entry.waiting_preview = None  # nothing may follow the last answer
             deliver(result, request.num_inference_steps)
 
         def on_step(step: int, result: Callable[[], DenoiseResult]) -> None:

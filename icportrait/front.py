@@ -7,6 +7,7 @@ doesn't carry, cancels and progress, goes over the line to the denoising loop (`
 from __future__ import annotations
 
 import json
+import logging
 import secrets
 import time
 from collections import deque
@@ -24,6 +25,7 @@ from icportrait.request import OUTPUTS
 from icportrait.serving import FrontStage, Tensors
 from icportrait.triton_backend import ModelContext, answer_with, attempt
 
+logger = logging.getLogger(__name__)
 STREAM_GRACE_S = 0.1
 """Tritonserver 2.51 crashes where a stream is answered in the moment of its cancel, once in about a thousand times. It
 didn't in six thousand with half of this between the two.
@@ -141,9 +143,11 @@ class FrontModel:
         self._line.release(call.key, stage_ms)
 
     def _end(self, call: _Call, outcome: Tensors | IcPortraitError) -> None:
-        call.send(outcome)
-        del self._calls[call.key]
-        self._places.release()
+        try:
+            call.send(outcome)
+        finally:
+            del self._calls[call.key]
+            self._places.release()
 
     def _run_pipeline(self, call: _Call, inputs: Tensors) -> Tensors:
         import triton_python_backend_utils as pb_utils
@@ -191,8 +195,11 @@ class FrontModel:
             while self._kept and self._kept[0][0] < time.monotonic() - KEPT_S:
                 self._kept.popleft()
             for key, call in list(self._calls.items()):
-                if call.is_newly_cancelled():
-                    self._line.cancel(key)
+                try:
+                    if call.is_newly_cancelled():
+                        self._line.cancel(key)
+                except Exception:
+                    logger.exception("whether a caller has gone could not be asked")
 
 
 def _pipeline_error(message: str) -> Exception:
