@@ -41,7 +41,7 @@ class Panels:
 
     def __init__(self, export: Path) -> None:
         manifest, policy = Manifest.read(export), ServingPolicy()
-        self._front, self._preprocess = FrontStage(manifest, policy), PreprocessStage(manifest.preset)
+        self._front, self._preprocess = FrontStage(manifest, policy, is_stream=False), PreprocessStage(manifest.preset)
         self._encoder, self._warping = (
             load_engine(name, export, manifest, policy) for name in ("vae_encoder", "warping_network")
         )
@@ -54,8 +54,8 @@ class Panels:
             "seed": np.array([seed]),
             **{name: np.array(box, np.float32) for name, box in pair.boxes.items()},
         }
-        hidden = self._preprocess(self._front(request))
-        whole = self._preprocess(self._front({**request, "mask_ratio": np.array([0.0], np.float32)}))
+        unmasked = {**request, "mask_ratio": np.array([0.0], np.float32)}
+        hidden, whole = (self._preprocess(self._front(inputs)[1]) for inputs in (request, unmasked))
         panels = {
             "profile": Image.fromarray(whole["profile_pixels"][0]),
             "reference": Image.fromarray(whole["reference_pixels"][0]),

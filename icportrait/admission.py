@@ -193,7 +193,9 @@ class Admission:
 
     def _ends(self, now_s: float, new: Lease | None = None) -> dict[Lease, float]:
         """When each queued request is forecast to be answered."""
-        queued, step_s = self._in_order(now_s, new), self._pace.step_s(self._slots)
+        queued = self._in_order(now_s, new)
+        asked = self._asked_slots + (new.demand.rows if new else 0)
+        step_s = self._pace.step_s(min(asked, self._slots))
         ends = {}
         for lease, start in zip(queued, self._starts(queued), strict=True):
             arrives_s = now_s if lease.ticket else lease.demand.arrived_s + self._pace.before_s

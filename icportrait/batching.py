@@ -265,14 +265,15 @@ class Batcher:
     def _drop_unwanted(self) -> None:
         """Let those go whose caller has gone or whose deadline has passed, or will have before they could end."""
         now = self._clock()
-        step_s = self.pace.step_s(self._rows)
+        used = self._table.used_rows
 
         def reason(ticket: Ticket) -> IcPortraitError | None:
             if ticket.is_cancelled:
                 return Cancelled(CANCELLED)
             if now >= ticket.deadline_s:
                 return _too_late(f"passed after {ticket.steps_done} of {ticket.steps} steps")
-            if not ticket.is_running and now + ticket.steps * step_s + self.pace.after_s > ticket.deadline_s:
+            needed_s = ticket.steps * self.pace.step_s(min(used + ticket.rows, self._rows)) + self.pace.after_s
+            if not ticket.is_running and now + needed_s > ticket.deadline_s:
                 return _too_late(f"too near for {ticket.steps} steps, which begin only now")
             return None
 

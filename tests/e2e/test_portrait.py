@@ -180,13 +180,14 @@ def test_the_twenty_line_script_gets_a_picture(server: TritonServer, tmp_path: P
         assert picture.size == (128, 128)
 
 
-def test_a_request_past_its_deadline_is_dropped_and_told_so(server: TritonServer, pictures: dict[str, bytes]) -> None:
-    """150 steps take seconds here; the slots are free again at once."""
+def test_a_deadline_that_cannot_be_kept_is_refused_at_once(server: TritonServer, pictures: dict[str, bytes]) -> None:
+    """150 steps take seconds here, as the server knows once it has served a request."""
+    infer(server.grpc_url, num_inference_steps=1, **pictures)
     started = time.monotonic()
-    with pytest.raises(InferenceServerException, match="deadline_ms: passed after") as refused:
+    with pytest.raises(InferenceServerException, match="deadline_ms: 300, and it would take about") as refused:
         infer(server.grpc_url, num_inference_steps=150, deadline_ms=300, **pictures)
     assert refused.value.status() == "StatusCode.UNAVAILABLE"
-    assert 0.3 <= time.monotonic() - started < 3
+    assert time.monotonic() - started < 0.3
     images, _ = infer(server.grpc_url, num_inference_steps=1, deadline_ms=60_000, **pictures)
     assert len(images) == 1
 

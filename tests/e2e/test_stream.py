@@ -8,6 +8,7 @@ import json
 import time
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,15 +27,18 @@ STEP_MS, DECODE_MS = 100, 20
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
-    folder = tmp_path_factory.mktemp("slow")
+    with started(tmp_path_factory.mktemp("slow")) as running:
+        yield running
+
+
+def started(folder: Path) -> TritonServer:
     write_trivial_export(folder / "export", DEMO_128)
     times_ms = {"vae_encoder": 1, "warping_network": 1, "unet": STEP_MS, "vae_decoder": DECODE_MS}
     table = {"device": "slow", "engines": {name: {"1": ms} for name, ms in times_ms.items()}}
     (folder / "table.json").write_text(json.dumps(table))
     policy = ServingPolicy(runtime="simulated", latency_table=str(folder / "table.json"), slots=1, max_queued_slots=2)
     assemble(folder / "export", folder / "repository", policy)
-    with TritonServer(folder / "repository", Ports.free(), folder / "server.log") as running:
-        yield running
+    return TritonServer(folder / "repository", Ports.free(), folder / "server.log")
 
 
 def call(server: TritonServer, pictures: dict[str, bytes], **values: Any) -> StreamCall:
@@ -158,3 +162,17 @@ def test_http_generate_stream_tells_of_every_step_and_gives_the_portrait(
     assert [event["step"] for event in events] == [1, 2, 3, 4] or [event["step"] for event in events] == [1, 2, 4]
     assert ["image" in event for event in events if event["step"] in (1, 2, 4)] == [False, True, True]
     assert size(base64.b64decode(events[-1]["image"])) == (128, 128)
+
+
+def test_a_request_whose_deadline_passes_while_it_runs_is_dropped_and_told_so(
+    tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    """A server that has measured nothing yet lets it in: 150 steps take 15 s. Its slot is free again at once."""
+    with started(tmp_path) as server:
+        begun = time.monotonic()
+        with pytest.raises(InferenceServerException, match=r"deadline_ms: passed after \d+ of 150 steps") as dropped:
+            infer(server.grpc_url, num_inference_steps=150, guidance_scale=1.0, deadline_ms=800, **pictures)
+        assert dropped.value.status() == "StatusCode.UNAVAILABLE"
+        assert 0.8 <= time.monotonic() - begun < 3
+        infer(server.grpc_url, num_inference_steps=1, guidance_scale=1.0, **pictures)
+        assert settled(server)["icportrait_deadline_misses_total"] == 1

@@ -110,7 +110,7 @@ def stub(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
 def test_a_models_process_is_found_and_its_end_told(
     stub: subprocess.Popen[bytes], end: Callable[[subprocess.Popen[bytes]], object], ending: str
 ) -> None:
-    (found,) = stub_processes(os.getpid())
+    (found,) = (process for process in stub_processes(os.getpid()) if process.pid == stub.pid)
     assert (found.model, found.pid, found.ending()) == ("denoise", stub.pid, None)
     end(stub)
     os.waitid(os.P_PID, stub.pid, os.WEXITED | os.WNOWAIT)
