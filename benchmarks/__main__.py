@@ -60,15 +60,16 @@ def _add_load_arguments(load: argparse.ArgumentParser) -> None:
     shown = "(default: %(default)s)"
     load.add_argument("--url", default=LoadSettings.url, help=f"the server's gRPC address {shown}")
     load.add_argument("--model", default=LoadSettings.model, help=shown)
-    for flag, name, meaning in (
-        ("--rate", "rate_per_s", "requests a second, on average"),
-        ("--duration", "duration_s", "seconds in which requests are sent"),
-        ("--guidance", "guidance_scale", "guidance_scale of every request"),
-        ("--warm-up", "warm_up_s", "seconds that the steady figures leave out"),
-        ("--timeout", "timeout_s", "seconds that one call may take"),
-    ):
-        default = getattr(LoadSettings, name)
-        load.add_argument(flag, dest=name, type=float, default=default, metavar="N", help=f"{meaning} {shown}")
+    _add_numbers(
+        load,
+        LoadSettings,
+        ("--rate", "rate_per_s", float, "requests a second, on average"),
+        ("--duration", "duration_s", float, "seconds in which requests are sent"),
+        ("--guidance", "guidance_scale", float, "guidance_scale of every request"),
+        ("--warm-up", "warm_up_s", float, "seconds that the steady figures leave out"),
+        ("--timeout", "timeout_s", float, "seconds that one call may take"),
+        ("--seed", "seed", int, "the same seed, the same requests"),
+    )
     load.add_argument(
         "--steps",
         nargs=2,
@@ -77,7 +78,6 @@ def _add_load_arguments(load: argparse.ArgumentParser) -> None:
         metavar=("LOW", "HIGH"),
         help="num_inference_steps is drawn from LOW..HIGH (default: {} {})".format(*LoadSettings.steps),
     )
-    load.add_argument("--seed", type=int, default=LoadSettings.seed, help=f"the same seed, the same requests {shown}")
     for flag, name, meaning in (
         ("--deadline-ms", "deadline_ms", "of every request, and what goodput counts"),
         ("--priority", "priority", "class of every request, 0 first"),
@@ -105,12 +105,12 @@ def _add_perf_analyzer_arguments(command: argparse.ArgumentParser) -> None:
         ("--seed", "seed", int),
     ):
         command.add_argument(flag, dest=name, type=kind, metavar="N", help=f"{name} of every call; default: not sent")
-    for flag, name, meaning in (
-        ("--window", "window_s", "seconds of one measurement"),
-        ("--stability", "stability_percent", "percent by which three measurements in a row may differ"),
-    ):
-        help_text = f"{meaning} (default: {getattr(default, name):g})"
-        command.add_argument(flag, dest=name, type=float, default=getattr(default, name), metavar="N", help=help_text)
+    _add_numbers(
+        command,
+        PerfAnalyzerSettings,
+        ("--window", "window_s", float, "seconds of one measurement"),
+        ("--stability", "stability_percent", float, "percent by which three measurements in a row may differ"),
+    )
     for name in ("profile", "reference"):
         head = getattr(default, name)
         command.add_argument(f"--{name}", type=Path, default=head, metavar="FILE", help="default: a rendered head")
@@ -135,27 +135,25 @@ def _add_compare_arguments(command: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="shares of what whole batches can serve (default: {:g} {:g})".format(*CompareSettings.loads),
     )
-    for flag, name, kind, meaning in (
+    _add_numbers(
+        command,
+        CompareSettings,
         ("--duration", "duration_s", float, "seconds of one mode under one load"),
         ("--rounds", "rounds", int, "each has every mode under every load; medians are over them"),
         ("--seed", "seed", int, "the same seed, the same requests"),
-    ):
-        default = getattr(CompareSettings, name)
-        help_text = f"{meaning} (default: {default:g})"
-        command.add_argument(flag, dest=name, type=kind, default=default, metavar="N", help=help_text)
+    )
     _add_json_argument(command)
 
 
 def _add_loop_arguments(command: argparse.ArgumentParser) -> None:
     _add_simulation_arguments(command, LoopSettings)
-    for flag, name, kind, meaning in (
+    _add_numbers(
+        command,
+        LoopSettings,
         ("--slots", "slots", int, "rows of the batch"),
         ("--guidance", "guidance_scale", float, "guidance_scale of every request; more than 1 takes two slots"),
         ("--seconds", "seconds", float, "how long it is measured"),
-    ):
-        default = getattr(LoopSettings, name)
-        help_text = f"{meaning} (default: {default:g})"
-        command.add_argument(flag, dest=name, type=kind, default=default, metavar="N", help=help_text)
+    )
     _add_json_argument(command)
 
 
@@ -165,6 +163,16 @@ def _add_simulation_arguments(
     command.add_argument("--export", type=Path, required=True, metavar="DIR", help="written by python -m export")
     help_text = f"what engines take (default: {settings.latency_table.name})"
     command.add_argument("--latency-table", type=Path, default=settings.latency_table, metavar="FILE", help=help_text)
+
+
+def _add_numbers(
+    command: argparse.ArgumentParser, settings: type[object], *numbers: tuple[str, str, type[int] | type[float], str]
+) -> None:
+    """Options of a number each: the flag, its name in the settings, which have the default, its type and meaning."""
+    for flag, name, kind, meaning in numbers:
+        default = getattr(settings, name)
+        help_text = f"{meaning} (default: {default:g})"
+        command.add_argument(flag, dest=name, type=kind, default=default, metavar="N", help=help_text)
 
 
 def _add_json_argument(command: argparse.ArgumentParser) -> None:

@@ -272,13 +272,16 @@ class Batcher:
                 return Cancelled(CANCELLED)
             if now >= ticket.deadline_s:
                 return _too_late(f"passed after {ticket.steps_done} of {ticket.steps} steps")
-            needed_s = ticket.steps * self.pace.step_s(min(used + ticket.rows, self._rows)) + self.pace.after_s
-            if not ticket.is_running and now + needed_s > ticket.deadline_s:
-                return _too_late(f"too near for {ticket.steps} steps, which begin only now")
+            if not ticket.is_running and ticket.deadline_s < math.inf:
+                step_s = self.pace.step_s(min(used + ticket.rows, self._rows))
+                if now + ticket.steps * step_s + self.pace.after_s > ticket.deadline_s:
+                    return _too_late(f"too near for {ticket.steps} steps, which begin only now")
             return None
 
-        for ticket in self._scheduler.remove(lambda ticket: reason(ticket) is not None):
-            ticket.answer(reason(ticket) or Cancelled(CANCELLED))
+        unwanted = {ticket: error for ticket in self._scheduler.waiting if (error := reason(ticket))}
+        self._scheduler.remove(unwanted.__contains__)
+        for ticket, error in unwanted.items():
+            ticket.answer(error)
         for running in list(self._table.running):
             if error := reason(running.ticket):
                 self._fail([running], error)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from icportrait.admission import Admission, Demand, Lease, Limits
-from icportrait.batching import CANCELLED, Batcher, DenoiseResult
+from icportrait.batching import CANCELLED, Batcher, DenoiseResult, Ticket
 from icportrait.contract import Array
 from icportrait.control import Message, Peer
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, Unavailable, to_wire
@@ -158,16 +158,17 @@ class DenoiseStage:
                 message = {"op": "step", "key": request.key, "step": step, "total_steps": total}
                 self._deliveries.put(lambda: entry.peer.send(message))
 
+        def queue_job() -> Ticket:
+            return self._batcher.submit(job, on_done, on_step, priority=request.priority, deadline_s=request.deadline_s)
+
         if entry is None:
-            self._batcher.submit(job, on_done, on_step, priority=request.priority, deadline_s=request.deadline_s)
+            queue_job()
             return
         self._batcher.pace.arrived(time.monotonic() - entry.lease.demand.arrived_s)
         with entry.lock:
             if entry.is_cancelled:
                 raise Cancelled(CANCELLED)
-            entry.lease.ticket = self._batcher.submit(
-                job, on_done, on_step, priority=request.priority, deadline_s=request.deadline_s
-            )
+            entry.lease.ticket = queue_job()
 
     def _deliver(self) -> None:
         while deliver := self._deliveries.get():

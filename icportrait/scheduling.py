@@ -7,7 +7,7 @@ the server and a simulation in virtual time decide alike.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -95,14 +95,22 @@ class Scheduler(Generic[Item]):
     def __len__(self) -> int:
         return len(self._waiting)
 
+    @property
+    def waiting(self) -> Sequence[Item]:
+        """In no order."""
+        return self._waiting
+
     def push(self, item: Item) -> None:
         """Let a request wait."""
         self._waiting.append(item)
 
     def remove(self, unwanted: Callable[[Item], bool]) -> list[Item]:
         """Take requests out that shall not run."""
-        removed = [item for item in self._waiting if unwanted(item)]
-        self._waiting = [item for item in self._waiting if not unwanted(item)]
+        kept: list[Item] = []
+        removed: list[Item] = []
+        for item in self._waiting:
+            (removed if unwanted(item) else kept).append(item)
+        self._waiting = kept
         return removed
 
     def next_to_warp(self, now_s: float, used_rows: int) -> list[Item]:

@@ -110,7 +110,7 @@ class SlotTable(Generic[Ticket]):
     def used_rows(self) -> int:
         return sum(len(running.rows) for running in self.running)
 
-    def join(self, tickets: Sequence[Ticket]) -> list[RunningJob[Ticket]]:
+    def join(self, tickets: Sequence[Ticket]) -> None:
         """Give jobs the next rows and run the warping network over them.
 
         Args:
@@ -122,7 +122,7 @@ class SlotTable(Generic[Ticket]):
             first += ticket.job.request.rows
         shared = [own[: ticket.job.request.num_portraits] for ticket, own in zip(tickets, rows, strict=True)]
         confidences = self._slots.condition([ticket.job.inputs for ticket in tickets], shared)
-        now, joined = time.monotonic_ns(), []
+        now = time.monotonic_ns()
         for ticket, own, confidence in zip(tickets, rows, confidences, strict=True):
             portraits, side = ticket.job.request.num_portraits, self._half[-1]
             if own[portraits:]:
@@ -138,9 +138,7 @@ class SlotTable(Generic[Ticket]):
             )
             self._canvas[own, ..., :side] = held.reshape(-1, *self._half)
             self._canvas[own, ..., side:] = self._latent[own].reshape(-1, *self._half)
-            joined.append(RunningJob(ticket, own, float(confidence), now))
-        self.running += joined
-        return joined
+            self.running.append(RunningJob(ticket, own, float(confidence), now))
 
     def step(self, stepping: Sequence[RunningJob[Ticket]]) -> list[RunningJob[Ticket]]:
         """One UNet forward over every row in use, then one sampler step for each of ``stepping``.

@@ -11,18 +11,9 @@ from engines.acceptance_report import write_report
 from engines.checks import CHECKS
 from icportrait.contract import ENGINES
 from icportrait.errors import RuntimeNotAvailable
-from icportrait.runtime.cuda import find_gpu
 from icportrait.runtime.flavours import FLAVOURS
 
 pytestmark = pytest.mark.timeout(1800)
-
-
-@pytest.fixture(scope="module")
-def gpu() -> None:
-    try:
-        find_gpu()
-    except RuntimeNotAvailable as error:
-        pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module", params=FLAVOURS)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from engines.acceptance import installed_products
 from engines.build_config import BuildConfig
 from engines.building import build_engine
 from icportrait.contract import ENGINES, engine_specs
-from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.runtime import load_engine
@@ -22,14 +19,6 @@ from tests.rows import rows_that_differ
 
 pytestmark = pytest.mark.timeout(1800)
 Differing = dict[str, list[tuple[int, ...]]]
-
-
-@pytest.fixture(scope="module")
-def gpu() -> None:
-    try:
-        find_gpu()
-    except RuntimeNotAvailable as error:
-        pytest.skip(str(error))
 
 
 def differing(runtime: str, directory: Path, manifest: Manifest) -> Differing:
@@ -47,22 +36,11 @@ def of_plans(product: str, export: Path, out: Path) -> Differing:
 
 
 @pytest.mark.parametrize("product", FLAVOURS)
-def test_rows_of_plans_are_what_they_are_alone(
-    gpu: None, product: str, request: pytest.FixtureRequest, tmp_path: Path
-) -> None:
-    try:
-        installed_products(product)
-    except RuntimeNotAvailable as error:
-        pytest.skip(str(error))
-    export = request.getfixturevalue("small_export")  # not made where it isn't used
-    # Two TensorRTs don't share a process.
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as process:
-        assert process.submit(of_plans, product, export, tmp_path).result() == {name: [] for name in ENGINES}
+def test_rows_of_plans_are_what_they_are_alone(on_product: Callable[..., Differing], product: str) -> None:
+    assert on_product(product, of_plans) == {name: [] for name in ENGINES}
 
 
-def test_rows_of_torch_are_what_they_are_alone(gpu: None, request: pytest.FixtureRequest) -> None:
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip(f"torch {torch.__version__} has no CUDA here")
+@pytest.mark.usefixtures("torch_on_gpu")
+def test_rows_of_torch_are_what_they_are_alone(request: pytest.FixtureRequest) -> None:
     export = request.getfixturevalue("demo_export")
     assert differing("torch", export, Manifest.read(export)) == {name: [] for name in ENGINES}

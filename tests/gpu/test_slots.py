@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import multiprocessing
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from engines.acceptance import installed_products
 from engines.build_config import LAYOUTS, BuildConfig
 from engines.building import build_engine
 from icportrait.contract import engine_specs
-from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.runtime.cuda import Stream, find_gpu
 from icportrait.runtime.flavours import FLAVOURS
@@ -58,33 +55,16 @@ def compare(product: str, export: Path, out: Path, layout: str) -> list[int]:
     return [int(np.count_nonzero(a.view(np.uint8) != b.view(np.uint8))) for a, b in zip(found, expected, strict=True)]
 
 
-@pytest.fixture(scope="module")
-def gpu() -> None:
-    try:
-        find_gpu()
-    except RuntimeNotAvailable as error:
-        pytest.skip(str(error))
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("product", FLAVOURS)
 def test_rows_that_stay_equal_rows_that_are_handed_over(
-    gpu: None, product: str, layout: str, request: pytest.FixtureRequest, tmp_path: Path
+    on_product: Callable[..., list[int]], product: str, layout: str
 ) -> None:
-    try:
-        installed_products(product)
-    except RuntimeNotAvailable as error:
-        pytest.skip(str(error))
-    export = request.getfixturevalue("small_export")  # not made where it isn't used
-    # Two TensorRTs don't share a process.
-    with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as process:
-        assert set(process.submit(compare, product, export, tmp_path, layout).result()) == {0}
+    assert set(on_product(product, compare, layout)) == {0}
 
 
-def test_a_tensor_of_another_library_is_copied_on_the_gpu(gpu: None) -> None:
-    torch = pytest.importorskip("torch")
-    if not torch.cuda.is_available():
-        pytest.skip(f"torch {torch.__version__} has no CUDA here")
+def test_a_tensor_of_another_library_is_copied_on_the_gpu(torch_on_gpu: Any) -> None:
+    torch = torch_on_gpu
     stream, tensor = Stream(), torch.arange(24, dtype=torch.float32, device="cuda").reshape(2, 3, 4)
     copied = private_copy(tensor, stream)
     tensor.zero_()
