@@ -19,7 +19,7 @@ import numpy as np
 
 from benchmarks.report import conditions_here
 from benchmarks.settings import LoopSettings
-from icportrait.batching import Batcher, DenoiseResult
+from icportrait.batching import Batcher
 from icportrait.contract import engine_specs
 from icportrait.errors import IcPortraitError, InvalidRequest
 from icportrait.manifest import Manifest
@@ -31,6 +31,7 @@ from icportrait.runtime.shared_device import DEVICE_FOLDER
 from icportrait.runtime.simulated import LatencyTable
 from icportrait.sampling import NoiseSchedule
 from icportrait.slot_table import DenoiseJob
+from icportrait.ticket import DenoiseResult
 
 WARM_UP_S = 0.5
 _SERIES = ("step_outside_engine_ms", "step_ms", "step_slots")

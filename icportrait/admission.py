@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from heapq import heapreplace, nsmallest
 
-from icportrait.batching import Ticket
 from icportrait.errors import Unavailable
 from icportrait.loop_times import Pace
 from icportrait.metrics import Metrics
 from icportrait.scheduling import rank
+from icportrait.ticket import Ticket
 
 MARGIN = 1.15
 """What a forecast is multiplied by before a deadline is promised: few that were let in shall be dropped."""

@@ -5,6 +5,10 @@ portraits a row (two with guidance), warps its profile into the reference's view
 every row with its own timestep and schedule; it leaves when its own steps are done. What shares a batch changes no bit
 of a row's result.
 
+An engine that waits for the loop does nothing, so the loop decides ahead: while the UNet runs a step, it answers who
+ended with the one before, and settles who leaves after this one and who takes their rows. What comes later than that
+changes the decision where it could: a caller who cancels, a deadline that passes, an arrival for a slot that is free.
+
 The same loop batches whole requests, as the baseline to compare with: see ``scheduling.BATCHING_MODES``.
 """
 
@@ -15,48 +19,30 @@ import math
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 
+from icportrait.backlog import Backlog
 from icportrait.contract import Array
-from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, InvalidRequest, Unavailable
+from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable
 from icportrait.loop_times import LoopTimes, Pace
 from icportrait.metrics import Metrics
 from icportrait.presets import Preset
 from icportrait.randomness import canvas_noise
 from icportrait.request import PortraitRequest
 from icportrait.runtime import Slots
-from icportrait.sampling import NoiseSchedule, StepPlan
+from icportrait.sampling import NoiseSchedule
 from icportrait.scheduling import BATCHING_MODES, Scheduler
-from icportrait.slot_table import DenoiseJob, RunningJob, SlotTable
+from icportrait.slot_table import Change, DenoiseJob, RunningJob, SlotTable
+from icportrait.ticket import DenoiseResult, OnDone, OnStep, Ticket
 
 logger = logging.getLogger(__name__)
-CANCELLED = "the caller cancelled"
 SHUTTING_DOWN = "the server is shutting down; try again"
 HELD_POLL_S = 0.1
 """How often deadlines are looked at while every job that runs is held."""
-
-
-@dataclass(frozen=True)
-class DenoiseResult:
-    """What the loop made of a job.
-
-    ``portrait_latent`` is [num_portraits, 4, s, s] float32; the times are ``time.monotonic_ns`` readings.
-    """
-
-    portrait_latent: Array
-    match_confidence: float
-    conditioned_ns: int
-    denoised_ns: int
-
-
-OnDone = Callable[[DenoiseResult | IcPortraitError], None]
-OnStep = Callable[[int, Callable[[], DenoiseResult]], None]
-"""Is told how many steps are done, and may ask for the result that they amount to: the portraits as the last step took
-them to be, without noise.
-"""
 
 
 def check_slots(request: PortraitRequest, slots: int) -> None:
@@ -68,67 +54,22 @@ def check_slots(request: PortraitRequest, slots: int) -> None:
         )
 
 
-@dataclass(eq=False)
-class Ticket:
-    """A job on its way through the loop."""
+Outcomes = dict[RunningJob[Ticket], IcPortraitError | None]
+"""Why jobs leave: an error, or that they have ended."""
 
-    job: DenoiseJob
-    plan: StepPlan
-    noise: Array
-    on_done: OnDone
-    on_step: OnStep | None
-    priority: int
-    deadline_s: float
-    arrived_s: float
-    wake: Callable[[], None]
-    steps_done: int = field(default=0, init=False)
-    is_running: bool = field(default=False, init=False)
-    is_cancelled: bool = field(default=False, init=False)
-    is_held: bool = field(default=False, init=False)
-    """Its rows stay as they are, until ``go_on``; the others' are stepped."""
-    _is_answered: bool = field(default=False, init=False)
 
-    @property
-    def rows(self) -> int:
-        return self.job.request.rows
+@dataclass(frozen=True)
+class _Decision:
+    """What happens before the next step."""
 
-    @property
-    def steps(self) -> int:
-        return len(self.plan.timesteps)
-
-    def cancel(self) -> None:
-        """Drop the job before the next step, from any thread; ``on_done`` is then told ``Cancelled``."""
-        self.is_cancelled = True
-        self.wake()
-
-    def hold(self) -> None:
-        """Step no further for now."""
-        self.is_held = True
-
-    def go_on(self) -> None:
-        """Undo ``hold``, from any thread."""
-        self.is_held = False
-        self.wake()
-
-    def answer(self, outcome: DenoiseResult | IcPortraitError) -> None:
-        """Call ``on_done``, the first time only; what it raises ends here, for the other jobs' sake."""
-        if self._is_answered:
-            return
-        self._is_answered = True
-        try:
-            self.on_done(outcome)
-        except Exception:
-            logger.exception("an answer could not be delivered")
-
-    def report(self, result: Callable[[], DenoiseResult]) -> None:
-        """Call ``on_step``; likewise."""
-        self.steps_done += 1
-        if self.on_step is None:
-            return
-        try:
-            self.on_step(self.steps_done, result)
-        except Exception:
-            logger.exception("a step could not be reported")
+    leaving: Outcomes
+    change: Change[Ticket]
+    is_open: bool
+    """Whether somebody who arrives until then could join too."""
+    until_s: float
+    """When the first deadline of those who run on passes."""
+    steps: bool
+    """Whether anybody is to be stepped."""
 
 
 class Batcher:
@@ -160,11 +101,13 @@ class Batcher:
         self.engine_version = slots.version
         self.pace = Pace()
         self._times = LoopTimes(slots, self._metrics, self.pace)
-        self._table: SlotTable[Ticket] = SlotTable(self._times, preset)
+        self._backlog = Backlog()
+        self._table: SlotTable[Ticket] = SlotTable(self._times, preset, self._backlog)
         self._scheduler: Scheduler[Ticket] = Scheduler(self._mode, slots.rows, slots.max_jobs)
         self._max_jobs = slots.max_jobs
         self._failures = 0
-        self._has_joined = False
+        self._decision: _Decision | None = None
+        self._broken: dict[RunningJob[Ticket], IcPortraitError] = {}
         # None only wakes the loop.
         self._arrivals: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._closed = False
@@ -225,126 +168,185 @@ class Batcher:
         self._arrivals.put(None)
 
     def _loop(self) -> None:
-        while True:
-            self._take_arrivals()
-            if self._closed:
-                break
-            with self._times.turn():
-                self._drop_unwanted()
-                tickets = self._scheduler.next_to_warp(self._clock(), self._table.used_rows)
-                self._has_joined = bool(tickets)
-                if tickets:
-                    self._join(tickets)
-                elif self._stepping():
-                    self._step()
-                self._answer_ended()
+        with np.errstate(over="ignore", invalid="ignore"):  # NaN and Inf are looked for
+            while not self._closed:
+                if not self._turn():
+                    self._wait()
+            self._backlog.work_off()
+        self._take_arrivals()
+        self._revoke()
         for ticket in self._scheduler.remove(lambda _: True):
             ticket.answer(Unavailable(SHUTTING_DOWN))
-        self._fail(self._table.running, Unavailable(SHUTTING_DOWN))
+        for job in self._table.running:
+            job.ticket.answer(Unavailable(SHUTTING_DOWN))
 
-    def _stepping(self) -> list[RunningJob[Ticket]]:
-        return [running for running in self._table.running if not running.ended and not running.ticket.is_held]
+    def _wait(self) -> None:
+        """For what comes; deadlines are looked at now and then, since what waits for a held job's slots has one too."""
+        with suppress(queue.Empty):
+            self._push(self._arrivals.get(timeout=HELD_POLL_S if self._table.running else None))
+        self._times.resume()
 
-    def _take_arrivals(self) -> None:
-        """Queue what has come, and wait for it where there is nothing else to do."""
-        # What waits while held jobs have the slots waits on.
-        nobody_joins = not len(self._scheduler) or (self._table.running and not self._has_joined)
-        if not self._stepping() and nobody_joins and self._arrivals.empty():
-            self._times.pause()
-            try:
-                self._push(self._arrivals.get(timeout=HELD_POLL_S if self._table.running else None))
-            except queue.Empty:
-                return
+    def _turn(self) -> bool:
+        """Who has ended leaves, who waits joins, and all of them step. Says whether there was anything to do."""
+        decision = self._due()
+        self._make(decision)
+        if decision.steps and self._table.running and not self._closed:
+            self._step()
+        else:
+            self._backlog.work_off()
+        return bool(decision.steps or decision.leaving or decision.change.joining)
+
+    def _due(self) -> _Decision:
+        """The decision that was made ahead, unless something has come between."""
+        if not self._times.overlaps:
+            self._backlog.work_off()
+        decision = self._decision
+        has_arrivals, is_woken = self._take_arrivals()
+        if decision and not is_woken and self._clock() < decision.until_s:
+            if not (has_arrivals and decision.is_open):
+                self._decision = None
+                return decision
+        else:
+            self._backlog.work_off()  # whoever is told how far it came is told of the last step too
+        self._revoke()
+        return self._decide()
+
+    def _revoke(self) -> None:
+        """Forget a decision; who should have joined waits on."""
+        if self._decision:
+            for job in self._decision.change.joining:
+                self._scheduler.push(job.ticket)
+            self._decision = None
+
+    def _take_arrivals(self) -> tuple[bool, bool]:
+        """Queue what has come. Says whether jobs have, and whether something else has changed."""
+        has_arrivals = is_woken = False
         while not self._arrivals.empty():
-            self._push(self._arrivals.get())
+            ticket = self._arrivals.get()
+            self._push(ticket)
+            has_arrivals, is_woken = has_arrivals or ticket is not None, is_woken or ticket is None
+        return has_arrivals, is_woken
 
     def _push(self, ticket: Ticket | None) -> None:
         if ticket is not None:
             self._scheduler.push(ticket)
 
-    def _drop_unwanted(self) -> None:
-        """Let those go whose caller has gone or whose deadline has passed, or will have before they could end."""
+    def _decide(self, ahead_s: float = 0.0) -> _Decision:
+        """Who leaves and who joins before the next step.
+
+        Args:
+            ahead_s: how long a step still takes that runs; its jobs are where it will have brought them.
+        """
         now = self._clock()
-        used = self._table.used_rows
+        leaving = self._leaving(now)
+        staying = self._table.used_rows - sum(len(job.rows) for job in leaving)
+        self._drop_waiting(now, ahead_s, staying)
+        joining = self._scheduler.next_to_warp(now, staying)
+        change = self._table.plan(leaving, joining)
+        is_open = self._scheduler.is_open(staying) and change.used_rows < self._rows
+        until_s = min((job.ticket.deadline_s for job in change.running), default=math.inf)
+        return _Decision(leaving, change, is_open, until_s, bool(_stepping(change.running)))
 
-        def reason(ticket: Ticket) -> IcPortraitError | None:
-            if ticket.is_cancelled:
-                return Cancelled(CANCELLED)
-            if now >= ticket.deadline_s:
-                return _too_late(f"passed after {ticket.steps_done} of {ticket.steps} steps")
-            if not ticket.is_running and ticket.deadline_s < math.inf:
-                step_s = self.pace.step_s(min(used + ticket.rows, self._rows))
-                if now + ticket.steps * step_s + self.pace.after_s > ticket.deadline_s:
-                    return _too_late(f"too near for {ticket.steps} steps, which begin only now")
-            return None
+    def _leaving(self, now: float) -> Outcomes:
+        """Those that have ended or broken, whose caller has gone or whose deadline has passed."""
+        leaving: Outcomes = {**self._broken}
+        leaving |= self._ended(leaving)
+        for job in self._table.running:
+            if job not in leaving and (error := job.ticket.refusal(now)):
+                leaving[job] = error
+        return leaving | self._ended(leaving)
 
-        unwanted = {ticket: error for ticket in self._scheduler.waiting if (error := reason(ticket))}
+    def _ended(self, leaving: Outcomes) -> Outcomes:
+        """Those that have, and may leave beside the ones that leave anyway."""
+        staying = [job for job in self._table.running if job not in leaving]
+        if self._mode.leaves_early or all(job.ended for job in staying):
+            return {job: None for job in staying if job.ended}
+        return {}
+
+    def _drop_waiting(self, now: float, ahead_s: float, staying: int) -> None:
+        """Let those go whose caller has gone or whose deadline has passed, or will have before they could end."""
+        unwanted = {}
+        for ticket in self._scheduler.waiting:
+            needed_s = 0.0
+            if ticket.deadline_s < math.inf:
+                step_s = self.pace.step_s(min(staying + ticket.rows, self._rows))
+                needed_s = ahead_s + ticket.steps * step_s + self.pace.after_s
+            if error := ticket.refusal(now, needed_s):
+                unwanted[ticket] = error
         self._scheduler.remove(unwanted.__contains__)
         for ticket, error in unwanted.items():
             ticket.answer(error)
-        for running in list(self._table.running):
-            if error := reason(running.ticket):
-                self._fail([running], error)
 
-    def _join(self, tickets: list[Ticket]) -> None:
-        for start in range(0, len(tickets), self._max_jobs):
-            part = tickets[start : start + self._max_jobs]
+    def _make(self, decision: _Decision) -> None:
+        """Let jobs leave and join."""
+        self._change(decision.change, decision.leaving)
+        joining = decision.change.joining
+        for start in range(0, len(joining), self._max_jobs):
+            part = joining[start : start + self._max_jobs]
             try:
-                self._table.join(part)
+                self._table.join(part, self._backlog.work_off)
             except Exception as error:
-                for ticket in part:
-                    ticket.answer(self._failure(error, "warping"))
-                self._on_failure(self._failures)
+                self._fail(part, error, "warping")
             else:
-                for ticket in part:
-                    ticket.is_running = True
+                for job in part:
+                    job.ticket.is_running = True
+
+    def _change(self, change: Change[Ticket], leaving: Outcomes) -> None:
+        if leaving:
+            self._backlog.add(lambda: self._answer(leaving))
+        self._table.change(change)
+
+    def _answer(self, leaving: Outcomes) -> None:
+        for job, error in leaving.items():
+            error = self._broken.pop(job, error)
+            job.ticket.answer(error or self._result(job, self._table.portrait_latent(job)))
 
     def _step(self) -> None:
-        stepping = self._stepping()
+        stepping: list[RunningJob[Ticket]] = []
+
+        def meanwhile() -> None:
+            self._backlog.work_off()
+            stepping.extend(_stepping(self._table.running))
+            self._table.prepare(stepping)
+            if self._times.overlaps:
+                self._take_arrivals()
+                self._decision = self._decide(self.pace.step_s(self._table.used_rows))
+                self._table.stage(self._decision.change.joining)
+
         try:
-            broken = self._table.step(stepping)
+            self._table.step(meanwhile)
         except Exception as error:
-            self._fail(stepping, self._failure(error, "denoising"))
-            self._on_failure(self._failures)
+            self._revoke()
+            self._fail(stepping or _stepping(self._table.running), error, "denoising")
             return
         self._failures = 0
-        self._times.stepped(self._table.used_rows)
-        self._fail(broken, IcPortraitError("the UNet gave NaN or Inf for this request; no picture was made"))
-        for running in stepping:
-            if running not in broken:
-                running.ticket.report(lambda: _result(running, self._table.clean_latent(running)))  # noqa: B023
+        self._backlog.add(lambda: self._report(stepping))
 
-    def _answer_ended(self) -> None:
-        ended = [running for running in self._table.running if running.ended]
-        if ended and (self._mode.leaves_early or len(ended) == len(self._table.running)):
-            results = [_result(running, self._table.portrait_latent(running)) for running in ended]
-            self._table.leave(ended)
-            for running, result in zip(ended, results, strict=True):
-                is_whole = np.isfinite(result.portrait_latent).all()
-                running.ticket.answer(
-                    result if is_whole else IcPortraitError("the denoised latent has NaN or Inf; no picture was made")
-                )
+    def _report(self, stepped: list[RunningJob[Ticket]]) -> None:
+        for job in stepped:
+            if self._table.is_broken(job):
+                self._broken[job] = IcPortraitError("the UNet gave NaN or Inf for this request; no picture was made")
+            else:
+                job.ticket.report(lambda: self._result(job, self._table.clean_latent(job)))  # noqa: B023
+        self._times.publish()
 
-    def _fail(self, failed: Iterable[RunningJob[Ticket]], error: IcPortraitError) -> None:
-        leaving = list(failed)
-        if leaving:
-            self._table.leave(leaving)
-        for running in leaving:
-            running.ticket.answer(error)
+    def _result(self, job: RunningJob[Ticket], portrait_latent: Array) -> DenoiseResult:
+        return DenoiseResult(portrait_latent, job.match_confidence, job.conditioned_ns, self._table.stepped_ns)
 
-    def _failure(self, error: Exception, what: str) -> IcPortraitError:
-        """The caller's mistake as it is; a failure of ours into the log, and answered without its details."""
+    def _fail(self, failed: list[RunningJob[Ticket]], error: Exception, what: str) -> None:
+        """Answer jobs at once: the caller's mistake as it is, a failure of ours without what the log has."""
         if isinstance(error, InvalidRequest):
-            return error
-        self._failures += 1
-        self._metrics.count("engine_failures_total")
-        logger.error("%s failed", what, exc_info=error)
-        return IcPortraitError(f"{what} failed on this server; its log has the cause")
+            answer: IcPortraitError = error
+        else:
+            self._failures += 1
+            self._metrics.count("engine_failures_total")
+            logger.error("%s failed", what, exc_info=error)
+            answer = IcPortraitError(f"{what} failed on this server; its log has the cause")
+        self._backlog.work_off()
+        self._change(self._table.plan(failed, []), dict.fromkeys(failed, answer))
+        self._backlog.work_off()
+        self._on_failure(self._failures)
 
 
-def _result(running: RunningJob[Ticket], portrait_latent: Array) -> DenoiseResult:
-    return DenoiseResult(portrait_latent, running.match_confidence, running.conditioned_ns, time.monotonic_ns())
-
-
-def _too_late(what: str) -> DeadlineMissed:
-    return DeadlineMissed(f"deadline_ms: {what}; allow more time, or ask for fewer steps")
+def _stepping(running: list[RunningJob[Ticket]]) -> list[RunningJob[Ticket]]:
+    return [job for job in running if not job.ended and not job.ticket.is_held]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from icportrait.admission import Admission, Demand, Lease, Limits
-from icportrait.batching import CANCELLED, Batcher, DenoiseResult, Ticket
+from icportrait.batching import Batcher
 from icportrait.contract import Array
 from icportrait.control import Message, Peer
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, Unavailable, to_wire
@@ -26,6 +26,7 @@ from icportrait.runtime import Slots
 from icportrait.sampling import NoiseSchedule
 from icportrait.serving import Tensors, bytes_tensor
 from icportrait.slot_table import DenoiseJob
+from icportrait.ticket import CANCELLED, DenoiseResult, Ticket
 
 logger = logging.getLogger(__name__)
 Answer = Callable[[Tensors | IcPortraitError, bool], None]

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 from icportrait.contract import Array
 from icportrait.metrics import Metrics
 from icportrait.runtime import Slots
-from icportrait.runtime.placement import Placed
 from icportrait.runtime.slots import Inputs
 
 NEW_SHARE = 0.1
@@ -47,7 +45,7 @@ def _average(before: float, new: float) -> float:
 
 
 class LoopTimes:
-    """``Slots`` that are timed, and the turns of the loop around them.
+    """``Slots`` that are timed, and what lies between their engines' runs.
 
     Engines are timed by the real clock, whichever clock the loop lives by.
     """
@@ -55,65 +53,69 @@ class LoopTimes:
     def __init__(self, slots: Slots, metrics: Metrics, pace: Pace) -> None:
         self._slots, self._metrics, self._pace = slots, metrics, pace
         self.rows, self.max_jobs, self.version = slots.rows, slots.max_jobs, slots.version
-        self.overlaps, self.clear, self.move = slots.overlaps, slots.clear, slots.move
-        self._engine_s = self._last_engine_s = 0.0
-        # Since the last step.
-        self._outside_s = self._turns_s = 0.0
-        # When, and the engines' time by then.
-        self._since = (0.0, 0.0)
+        self.overlaps, self.clear, self.move, self.to_host = slots.overlaps, slots.clear, slots.move, slots.to_host
+        self._engine_s = self._outside_s = 0.0
+        """Of the last run, and since the last step."""
+        # When an engine ended, or the loop found something to do; and the same, of steps alone.
+        self._free_since_s = self._step_since_s = time.perf_counter()
+        # What is still to be counted.
+        self._warpings_s: list[float] = []
+        self._last_step: tuple[int, float, float, float] | None = None
 
-    def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]]) -> Array:
+    def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]], meanwhile: Callable[[], None]) -> Array:
         """See ``Slots.condition``."""
-        with self._engine():
-            confidences = self._slots.condition(jobs, rows)
-        self._metrics.observe("warping_ms", 1000 * self._last_engine_s)
+        meanwhile = self._beside(meanwhile)
+        began_s = self._begin()
+        try:
+            confidences = self._slots.condition(jobs, rows, meanwhile)
+        finally:
+            self._end(began_s)
+        self._warpings_s.append(self._engine_s)
         return confidences
 
     def predict(self, canvas_latent: Array, timestep: Array, meanwhile: Callable[[], None]) -> Array:
-        """See ``Slots.predict``; what can't run beside the engine counts as outside of it."""
-        if not self.overlaps:
-            meanwhile()
-        with self._engine():
-            return self._slots.predict(canvas_latent, timestep, meanwhile if self.overlaps else lambda: None)
-
-    def to_host(self, array: Placed) -> Array:
-        """See ``Slots.to_host``."""
-        return self._slots.to_host(array)
-
-    def pause(self) -> None:
-        """Begin anew: the loop will wait, or a step has ended."""
-        self._outside_s = self._turns_s = 0.0
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """One turn of the loop: a warping or a step, and what belongs to it."""
-        self._since = (time.perf_counter(), self._engine_s)
+        """See ``Slots.predict``."""
+        meanwhile = self._beside(meanwhile)
+        began_s = self._begin()
         try:
-            yield
+            noise_pred = self._slots.predict(canvas_latent, timestep, meanwhile)
         finally:
-            self._add()
+            self._end(began_s)
+        now_s = self._free_since_s
+        self._last_step = (len(timestep), now_s - self._step_since_s, self._outside_s, self._engine_s)
+        self._outside_s, self._step_since_s = 0.0, now_s
+        return noise_pred
 
-    def stepped(self, rows: int) -> None:
-        """A step of so many rows has ended; what this turn still does counts for the next one."""
-        self._add()
-        self._pace.stepped(rows, self._turns_s)
-        self._metrics.observe("step_slots", rows)
-        self._metrics.observe("step_ms", 1000 * self._last_engine_s)
-        self._metrics.observe("step_outside_engine_ms", 1000 * self._outside_s)
-        self.pause()
+    def resume(self) -> None:
+        """Begin anew: the loop has waited for work."""
+        self._free_since_s = self._step_since_s = time.perf_counter()
+        self._outside_s = 0.0
 
-    def _add(self) -> None:
-        began_s, engine_before_s = self._since
-        self._since = (time.perf_counter(), self._engine_s)
-        spent_s = self._since[0] - began_s
-        self._turns_s += spent_s
-        self._outside_s += spent_s - (self._engine_s - engine_before_s)
+    def publish(self) -> None:
+        """Count the last step and the warpings before it, once there is time for it."""
+        while self._warpings_s:
+            self._metrics.observe("warping_ms", 1000 * self._warpings_s.pop())
+        if self._last_step:
+            rows, seconds, outside_s, engine_s = self._last_step
+            self._last_step = None
+            self._pace.stepped(rows, seconds)
+            self._metrics.observe("step_slots", rows)
+            self._metrics.observe("step_ms", 1000 * engine_s)
+            self._metrics.observe("step_outside_engine_ms", 1000 * outside_s)
 
-    @contextmanager
-    def _engine(self) -> Iterator[None]:
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._last_engine_s = time.perf_counter() - began
-            self._engine_s += self._last_engine_s
+    def _beside(self, meanwhile: Callable[[], None]) -> Callable[[], None]:
+        """What can't run beside the engine counts as outside of it."""
+        if self.overlaps:
+            return meanwhile
+        meanwhile()
+        return lambda: None
+
+    def _begin(self) -> float:
+        """An engine begins."""
+        began_s = time.perf_counter()
+        self._outside_s += began_s - self._free_since_s
+        return began_s
+
+    def _end(self, began_s: float) -> None:
+        self._free_since_s = time.perf_counter()
+        self._engine_s = self._free_since_s - began_s

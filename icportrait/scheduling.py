@@ -1,4 +1,4 @@
-"""Who joins the batch, and when: the order of waiting requests, and the turn between warping and stepping.
+"""Who joins the batch, and when: the order of waiting requests.
 
 Nothing here runs an engine or reads a clock: times come in as seconds of whichever clock the caller lives by, so that
 the server and a simulation in virtual time decide alike.
@@ -77,7 +77,7 @@ BATCHING_MODES = {
 
 
 class Scheduler(Generic[Item]):
-    """The queue and the turn. Not thread-safe: the loop owns it."""
+    """The queue. Not thread-safe: the loop owns it."""
 
     def __init__(self, mode: BatchingMode, rows: int, max_jobs: int, aging_s: float = AGING_S) -> None:
         """Make an empty queue.
@@ -90,7 +90,6 @@ class Scheduler(Generic[Item]):
         """
         self.mode, self._rows, self._max_jobs, self._aging_s = mode, rows, max_jobs, aging_s
         self._waiting: list[Item] = []
-        self._step_is_due = False
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -114,7 +113,7 @@ class Scheduler(Generic[Item]):
         return removed
 
     def next_to_warp(self, now_s: float, used_rows: int) -> list[Item]:
-        """The requests to warp now; none where a step comes first, or nothing waits that fits.
+        """The requests to warp before the next step, if any.
 
         In-flight, warping and stepping take turns: what runs waits for at most one warping of ``max_jobs`` requests
         between two steps, and what has arrived and finds slots free for at most one step and one such warping a
@@ -122,14 +121,15 @@ class Scheduler(Generic[Item]):
 
         Args:
             now_s: the clock.
-            used_rows: slots in use.
+            used_rows: slots in use by then.
         """
-        if used_rows and (self._step_is_due or not self.mode.joins_running):
-            self._step_is_due = False
+        if not self.is_open(used_rows):
             return []
-        chosen = self._take(now_s, self._rows - used_rows)
-        self._step_is_due = bool(chosen)
-        return chosen
+        return self._take(now_s, self._rows - used_rows)
+
+    def is_open(self, used_rows: int) -> bool:
+        """Whether a request could join beside so many slots in use."""
+        return used_rows < self._rows if self.mode.joins_running else not used_rows
 
     def _take(self, now_s: float, free_rows: int) -> list[Item]:
         """The first in order that fit. The first that doesn't fit ends it: none is overtaken for being large."""

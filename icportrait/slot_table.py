@@ -1,21 +1,24 @@
-"""The jobs that are being denoised: which rows each has, and a step of all of them."""
+"""The jobs that are being denoised: which rows each has, how that changes, and a step of all of them."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from itertools import count
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
+from icportrait.backlog import Backlog
 from icportrait.contract import Array
 from icportrait.presets import Preset
 from icportrait.request import PortraitRequest
+from icportrait.row_latents import Advance, RowLatents, Start
 from icportrait.runtime.placement import Placed
 from icportrait.runtime.slots import Slots
-from icportrait.sampling import StepPlan, guide
+from icportrait.sampling import StepPlan
 
 
 @dataclass(frozen=True)
@@ -66,10 +69,12 @@ class RunningJob(Generic[Ticket]):
     ticket: Ticket
     rows: list[int]
     """Its slots: one for each portrait, then, with guidance, one more for each with ``F_ref`` = 0."""
-    match_confidence: float
-    conditioned_ns: int
+    match_confidence: float = math.nan
+    conditioned_ns: int = 0
     step: int = 0
-    """How many are done."""
+    """How many are done, or are being done."""
+    start: Start | None = field(default=None, repr=False)
+    """Made ahead of its joining, where it could be."""
 
     @property
     def ended(self) -> bool:
@@ -79,155 +84,135 @@ class RunningJob(Generic[Ticket]):
     def portrait_rows(self) -> list[int]:
         return self.rows[: self.ticket.job.request.num_portraits]
 
+    @property
+    def unconditional_rows(self) -> list[int]:
+        return self.rows[self.ticket.job.request.num_portraits :]
+
+
+@dataclass(frozen=True)
+class Change(Generic[Ticket]):
+    """Who is there from the next step on."""
+
+    running: list[RunningJob[Ticket]]
+    joining: list[RunningJob[Ticket]]
+    """Those of ``running`` that weren't there before."""
+    moves: list[tuple[RunningJob[Ticket], int, int]]
+    """Which of a job's rows goes where: its index in ``rows``, and the row that it shall be in."""
+    used_rows: int
+
 
 class SlotTable(Generic[Ticket]):
     """Running jobs in the first rows of the slots, without gaps.
 
-    What a row is made of lies in arrays of all rows, and a step is a few operations on their first n rows. They are
-    elementwise: a row's bits depend on no other's. With guidance a portrait's second row is the twin of its first.
-
-    The engine waits for what lies between two of its runs, so little does: ``_prepare`` works out, while it runs, all
-    that doesn't need its output. Arrays are there from the start, since fresh memory costs a step as much as its
-    arithmetic, and flat, since NumPy takes several times as long over half a canvas in its place.
+    With guidance a portrait's second row is the twin of its first. What the engine needn't wait for goes into the
+    backlog, and a job's start is staged before it joins.
     """
 
-    def __init__(self, slots: Slots, preset: Preset) -> None:
-        self._slots = slots
+    def __init__(self, slots: Slots, preset: Preset, backlog: Backlog) -> None:
+        """Begin without jobs.
+
+        Args:
+            slots: where ``F_ref`` is, with the engines behind it.
+            preset: the model's geometry.
+            backlog: is worked off while an engine runs, and in any case before ``prepare`` and ``plan``.
+        """
+        self._slots, self._backlog = slots, backlog
+        self._latents = RowLatents(preset, slots.rows)
         self.running: list[RunningJob[Ticket]] = []
-        side = preset.latent_size
-        self._half = (preset.latent_channels, side, side)
-        # What the UNet is given next, and where the step after that is laid out meanwhile.
-        self._canvas, self._next_canvas = np.zeros((2, slots.rows, *self._half[:2], 2 * side), np.float32)
-        self._latent, self._clean, self._profile, self._profile_noise = self._of_row = [
-            self._flat(slots.rows) for _ in range(4)
-        ]
-        self._output, self._kept, self._clean_part, self._scratch = (self._flat(slots.rows) for _ in range(4))
+        self.used_rows = 0
+        self.stepped_ns = 0
+        """When the last step ended, by ``time.monotonic_ns``."""
 
-    def _flat(self, rows: int) -> Array:
-        return np.zeros((rows, math.prod(self._half)), np.float32)
-
-    @property
-    def used_rows(self) -> int:
-        return sum(len(running.rows) for running in self.running)
-
-    def join(self, tickets: Sequence[Ticket]) -> None:
-        """Give jobs the next rows and run the warping network over them.
+    def plan(self, leaving: Collection[RunningJob[Ticket]], joining: Sequence[Ticket]) -> Change[Ticket]:
+        """Find rows for those who join, the lowest that are free, and fill the gaps that are left with the last rows.
 
         Args:
-            tickets: at most ``Slots.max_jobs``, whose rows fit.
+            leaving: running jobs.
+            joining: jobs whose rows fit.
         """
-        first, rows = self.used_rows, []
-        for ticket in tickets:
-            rows.append(list(range(first, first + ticket.job.request.rows)))
-            first += ticket.job.request.rows
-        shared = [own[: ticket.job.request.num_portraits] for ticket, own in zip(tickets, rows, strict=True)]
-        confidences = self._slots.condition([ticket.job.inputs for ticket in tickets], shared)
+        running = [job for job in self.running if job not in leaving]
+        owners = {row: (job, index) for job in running for index, row in enumerate(job.rows)}
+        free = (row for row in count() if row not in owners)
+        joined = [RunningJob(ticket, [next(free) for _ in range(ticket.job.request.rows)]) for ticket in joining]
+        used = len(owners) + sum(len(job.rows) for job in joined)
+        moves = [(*owners[row], next(free)) for row in sorted(owners) if row >= used]
+        return Change(running + joined, joined, moves, used)
+
+    def stage(self, jobs: Sequence[RunningJob[Ticket]]) -> None:
+        """Make the starts of planned jobs while the UNet runs, unless a profile's latent can be had only after it."""
+        for job in jobs:
+            if isinstance(job.ticket.job.profile_latent, np.ndarray):
+                job.start = self._start(job.ticket)
+
+    def change(self, change: Change[Ticket]) -> None:
+        """Let jobs leave, and move rows into the gaps. Those who join have their rows, and ``join`` fills them."""
+        self.running, self.used_rows = change.running, change.used_rows
+        for job, index, target in change.moves:
+            self._slots.move(job.rows[index], target)
+            self._latents.move(job.rows[index], target)
+        if change.moves:
+            self._backlog.add(lambda: self._move(change))
+
+    def _move(self, change: Change[Ticket]) -> None:
+        for job, index, target in change.moves:
+            self._latents.move_rest(job.rows[index], target)
+            job.rows[index] = target
+
+    def join(self, jobs: Sequence[RunningJob[Ticket]], meanwhile: Callable[[], None]) -> None:
+        """Run the warping network over jobs and fill their rows.
+
+        Args:
+            jobs: at most ``Slots.max_jobs`` of a change's ``joining``.
+            meanwhile: see ``Slots.condition``.
+        """
+        inputs, rows = [job.ticket.job.inputs for job in jobs], [job.portrait_rows for job in jobs]
+
+        def fill() -> None:
+            meanwhile()
+            for job in jobs:
+                self._latents.fill(job.rows, job.start or self._start(job.ticket))
+                job.start = None
+
+        confidences = self._slots.condition(inputs, rows, fill)
         now = time.monotonic_ns()
-        for ticket, own, confidence in zip(tickets, rows, confidences, strict=True):
-            portraits, side = ticket.job.request.num_portraits, self._half[-1]
-            if own[portraits:]:
-                self._slots.clear(own[portraits:])
-            self._profile[own] = self._slots.to_host(ticket.job.profile_latent).reshape(1, -1)
-            self._clean[own] = 0
-            left, right = ticket.noise[..., :side], ticket.noise[..., side:] * np.float32(ticket.plan.initial_scale)
-            for twins in filter(None, (own[:portraits], own[portraits:])):
-                self._profile_noise[twins] = left.reshape(portraits, -1)
-                self._latent[twins] = right.reshape(portraits, -1)
-            held = (
-                ticket.plan.signal_level[0] * self._profile[own] + ticket.plan.noise_level[0] * self._profile_noise[own]
-            )
-            self._canvas[own, ..., :side] = held.reshape(-1, *self._half)
-            self._canvas[own, ..., side:] = self._latent[own].reshape(-1, *self._half)
-            self.running.append(RunningJob(ticket, own, float(confidence), now))
+        for job, confidence in zip(jobs, confidences, strict=True):
+            job.match_confidence, job.conditioned_ns = float(confidence), now
+            if unconditional := job.unconditional_rows:
+                self._slots.clear(unconditional)
 
-    def step(self, stepping: Sequence[RunningJob[Ticket]]) -> list[RunningJob[Ticket]]:
-        """One UNet forward over every row in use, then one sampler step for each of ``stepping``.
+    def _start(self, ticket: Ticket) -> Start:
+        request, profile_latent = ticket.job.request, self._slots.to_host(ticket.job.profile_latent)
+        return Start.of(ticket.plan, ticket.noise, profile_latent, request.rows // request.num_portraits)
+
+    def prepare(self, stepping: Sequence[RunningJob[Ticket]]) -> None:
+        """Say whom the step advances that is about to end, and prepare it; the others' rows stay as they are."""
+        advances = []
+        for job in stepping:
+            settings, job.step = job.ticket.plan.settings, job.step + 1
+            following = settings[min(job.step, len(settings) - 1)]
+            scale = job.ticket.job.request.guidance_scale
+            advances.append(Advance(job.rows, following, job.unconditional_rows, scale))
+        self._latents.prepare(self.used_rows, advances)
+
+    def step(self, meanwhile: Callable[[], None]) -> None:
+        """One UNet forward over every row in use, then one sampler step for those that ``prepare`` was told.
 
         Args:
-            stepping: the running jobs that haven't ended; the others' rows are computed and not used.
-
-        Returns:
-            Those whose prediction has NaN or Inf in it; they haven't been advanced.
+            meanwhile: calls ``prepare``; see ``Slots.predict``.
         """
-        used, side = self.used_rows, self._half[-1]
-        now, following = np.zeros((2, used, 8), np.float32)
-        goes_on = set(map(id, stepping))
-        for running in self.running:
-            settings, step = running.ticket.plan.settings, running.step
-            last = len(settings) - 1
-            this, next_one = settings[min(step, last)], settings[min(step + (id(running) in goes_on), last)]
-            for row in running.rows:
-                now[row], following[row] = this, next_one
-        noise_pred = self._slots.predict(
-            self._canvas[:used], now[:, 0].copy(), lambda: self._prepare(used, now, following)
-        )
-        output = self._output[:used]
-        output.reshape(used, *self._half)[...] = noise_pred[..., side:]
-        is_finite, broken = np.isfinite(output).all(axis=1), []
-        if not is_finite.all():
-            broken = [running for running in stepping if not is_finite[running.rows].all()]
-        advancing = [running for running in stepping if running not in broken] if broken else stepping
-        self._guide(advancing, output)
-        self._advance(advancing, output, now)
-        return broken
+        canvas, timestep = self._latents.canvas(self.used_rows), self._latents.timestep(self.used_rows)
+        self._latents.advance(self._slots.predict(canvas, timestep, meanwhile))
+        self.stepped_ns = time.monotonic_ns()
+        self._backlog.add(self._latents.complete)
 
-    def _prepare(self, used: int, now: Array, following: Array) -> None:
-        """What a step can be told before its prediction is there; see ``sampling.advance`` for the formula."""
-        (_, _, _, c0, _, c2, c3, _), (_, signal, noise, *_) = (np.split(each, 8, axis=1) for each in (now, following))
-        scratch, latent = self._scratch[:used], self._latent[:used]
-        np.multiply(c0, latent, out=self._kept[:used])
-        np.multiply(c2, self._clean[:used], out=scratch)
-        self._kept[:used] += scratch
-        np.multiply(c3, latent, out=self._clean_part[:used])
-        np.multiply(noise, self._profile_noise[:used], out=scratch)
-        held = self._output[:used]  # which isn't there yet
-        np.multiply(signal, self._profile[:used], out=held)
-        held += scratch
-        self._next_canvas[:used, ..., : self._half[-1]] = held.reshape(used, *self._half)
+    def is_broken(self, job: RunningJob[Ticket]) -> bool:
+        """Whether the last step gave NaN or Inf for a job."""
+        return not self._latents.are_finite(job.rows)
 
-    def _guide(self, jobs: Sequence[RunningJob[Ticket]], output: Array) -> None:
-        """Put the guided prediction into both of a portrait's rows."""
-        for running in jobs:
-            request = running.ticket.job.request
-            if len(running.rows) > request.num_portraits:
-                conditional, unconditional = running.portrait_rows, running.rows[request.num_portraits :]
-                guided = guide(output[conditional], output[unconditional], request.guidance_scale)
-                output[conditional] = output[unconditional] = guided
-
-    def _advance(self, jobs: Sequence[RunningJob[Ticket]], output: Array, now: Array) -> None:
-        """``sampling.advance``, to the bit, from where ``_prepare`` has left it; the other rows stay as they are."""
-        used, latent, clean = len(output), self._latent[: len(output)], self._clean[: len(output)]
-        advancing = {row for running in jobs for row in running.rows}
-        idle = [row for row in range(used) if row not in advancing]
-        stays = (latent[idle], clean[idle]) if idle else None
-        np.multiply(now[:, 4:5], output, out=latent)
-        latent += self._kept[:used]
-        output *= now[:, 7:8]
-        np.add(self._clean_part[:used], output, out=clean)
-        if stays:
-            latent[idle], clean[idle] = stays
-        self._next_canvas[:used, ..., self._half[-1] :] = latent.reshape(used, *self._half)
-        self._canvas, self._next_canvas = self._next_canvas, self._canvas
-        for running in jobs:
-            running.step += 1
-
-    def portrait_latent(self, running: RunningJob[Ticket]) -> Array:
+    def portrait_latent(self, job: RunningJob[Ticket]) -> Array:
         """A copy of a job's portraits as they are now, noisy until it has ended: [num_portraits, 4, s, s]."""
-        return self._latent[running.portrait_rows].reshape(-1, *self._half)
+        return self._latents.latent(job.portrait_rows)
 
-    def clean_latent(self, running: RunningJob[Ticket]) -> Array:
+    def clean_latent(self, job: RunningJob[Ticket]) -> Array:
         """A copy of what the last step took the job's portraits for, without noise: [num_portraits, 4, s, s]."""
-        return self._clean[running.portrait_rows].reshape(-1, *self._half)
-
-    def leave(self, leaving: Sequence[RunningJob[Ticket]]) -> None:
-        """Free jobs' rows, and move the last rows to where they were."""
-        self.running = [running for running in self.running if running not in leaving]
-        owners = {row: (running, index) for running in self.running for index, row in enumerate(running.rows)}
-        count = len(owners)
-        free = (row for row in range(count) if row not in owners)
-        for source in sorted(row for row in owners if row >= count):
-            running, index = owners[source]
-            target = running.rows[index] = next(free)
-            self._slots.move(source, target)
-            for array in (self._canvas, *self._of_row):
-                array[target] = array[source]
+        return self._latents.clean_latent(job.portrait_rows)

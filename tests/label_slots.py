@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from icportrait.batching import Batcher, DenoiseResult
+from icportrait.batching import Batcher
 from icportrait.errors import IcPortraitError
 from icportrait.presets import DEMO_128
 from icportrait.request import PortraitRequest
 from icportrait.sampling import NoiseSchedule
 from icportrait.slot_table import DenoiseJob
+from icportrait.ticket import DenoiseResult
 from tests.trivial_engines import SD15_SCHEDULER
 
 SCHEDULE = NoiseSchedule.from_config(SD15_SCHEDULER)
@@ -43,6 +44,8 @@ class LabelSlots:
         self.labels = np.zeros(self.rows)
         self.moves: list[tuple[int, int]] = []
         self.steps: list[int] = []
+        self.runs = ""
+        """What ran: w for a warping, s for a step."""
         self.failures_due = 0
         """So many of the next steps fail."""
         self.gate, self.is_warping = threading.Event(), threading.Event()
@@ -53,10 +56,12 @@ class LabelSlots:
         self.gate.set()
         self.step_gate.set()
 
-    def condition(self, jobs, rows):
+    def condition(self, jobs, rows, meanwhile):
+        meanwhile()
         self.is_warping.set()
         self.gate.wait(60)
         assert len(jobs) <= self.max_jobs
+        self.runs += "w"
         for given, targets in zip(jobs, rows, strict=True):
             self.labels[list(targets)] = given["profile_latent"].mean()
         return np.zeros(len(jobs), np.float32)
@@ -76,6 +81,7 @@ class LabelSlots:
             self.failures_due -= 1
             raise RuntimeError("the device is lost")
         self.steps.append(len(timestep))
+        self.runs += "s"
         labels = self.labels[: len(timestep), None, None, None]
         swapped = np.roll(canvas_latent, canvas_latent.shape[-1] // 2, axis=-1)
         times = timestep[:, None, None, None] / 1000

@@ -153,20 +153,22 @@ class SimulatedSlots(HostSlots):
     def __init__(self, warping: SimulatedEngine, unet: SimulatedEngine, rows: int) -> None:
         """See ``HostSlots``; here ``F_ref`` takes no memory."""
         super().__init__(warping, unet, rows)
-        self._simulated = unet
+        self._simulated_warping, self._simulated_unet = warping, unet
         self._f_ref = {name: np.broadcast_to(array[:1, :1, :1, :1], array.shape) for name, array in self._f_ref.items()}
 
-    def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]]) -> Array:
+    def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]], meanwhile: Callable[[], None]) -> Array:
         """See ``Slots.condition``."""
         names = [spec.name for spec in self._warping.spec.inputs]
-        outputs = self._warping.run({name: np.concatenate([job[name] for job in jobs]) for name in names})
+        outputs = self._simulated_warping.run(
+            {name: np.concatenate([job[name] for job in jobs]) for name in names}, meanwhile
+        )
         return outputs["match_confidence"]
 
     def predict(self, canvas_latent: Array, timestep: Array, meanwhile: Callable[[], None]) -> Array:
         """See ``Slots.predict``."""
         f_ref = {name: array[: len(timestep)] for name, array in self._f_ref.items()}
         inputs = {"canvas_latent": canvas_latent, "timestep": timestep, **f_ref}
-        return self._simulated.run(inputs, meanwhile)["noise_pred"]
+        return self._simulated_unet.run(inputs, meanwhile)["noise_pred"]
 
     def clear(self, rows: Sequence[int]) -> None:
         """See ``Slots.clear``."""

@@ -41,14 +41,15 @@ class Slots(Protocol):
     version: str
     """The runtime and its version, for a request's metadata."""
     overlaps: bool
-    """Whether ``predict`` leaves this thread free while the UNet runs."""
+    """Whether ``condition`` and ``predict`` leave this thread free while their engine runs."""
 
-    def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]]) -> Array:
+    def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]], meanwhile: Callable[[], None]) -> Array:
         """Run the warping network over jobs and put each one's ``F_ref`` into its rows.
 
         Args:
             jobs: for each the warping network's inputs by name, [1, ...], in the host's memory or the GPU's.
             rows: for each the rows that share its ``F_ref``, one or more.
+            meanwhile: is called once, while the engine runs where this thread is free then, else before.
 
         Returns:
             Each job's match confidence, [jobs] float32.
@@ -72,10 +73,10 @@ class Slots(Protocol):
         Args:
             canvas_latent: [n, 4, s, 2 s] float32.
             timestep: [n] float32.
-            meanwhile: is called once, while the UNet runs where this thread is free then, else before.
+            meanwhile: see ``condition``.
 
         Returns:
-            ``noise_pred``, [n, 4, s, 2 s] float32.
+            ``noise_pred``, [n, 4, s, 2 s] float32; it stays as it is until the next call's ``meanwhile`` has ended.
 
         Raises:
             ContractError: an input breaks the UNet's specification.
@@ -110,8 +111,9 @@ class HostSlots:
             if spec.name in _f_ref_names(warping.spec)
         }
 
-    def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]]) -> Array:
+    def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]], meanwhile: Callable[[], None]) -> Array:
         """See ``Slots.condition``."""
+        meanwhile()
         names = [spec.name for spec in self._warping.spec.inputs]
         outputs = self._warping.run({name: np.concatenate([job[name] for job in jobs]) for name in names})
         for name, array in self._f_ref.items():
@@ -161,7 +163,7 @@ class DeviceSlots:
         self.version = unet.version
         self._f_ref = {name: unet.inputs[name] for name in _f_ref_names(warping.spec)}
 
-    def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]]) -> Array:
+    def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]], meanwhile: Callable[[], None]) -> Array:
         """See ``Slots.condition``.
 
         The warping network writes straight into the rows where its bucket is full, so that it writes none but theirs,
@@ -182,6 +184,7 @@ class DeviceSlots:
             for target in targets[1:] if direct else targets:
                 for name, array in self._f_ref.items():
                     self._stream.copy(sources[name].rows(index, 1), array.rows(target, 1))
+        meanwhile()
         confidence = self._stream.download(self._warping.outputs["match_confidence"].rows(0, count))
         self._stream.synchronize()
         del placed  # which the uploads have read by now

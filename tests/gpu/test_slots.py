@@ -32,9 +32,9 @@ def rows_of_a_batch(slots: Slots, manifest: Manifest) -> list[np.ndarray]:
     def predict(rows: int) -> np.ndarray:
         return slots.predict(canvas["canvas_latent"][:rows], canvas["timestep"][:rows], lambda: None)
 
-    found = [slots.condition(jobs[:1], [[0]]), predict(1)]
-    found += [slots.condition(jobs, [[0], [1]]), predict(2)]
-    found += [slots.condition(jobs[::-1], [[1, 2], [3]]), predict(4)]
+    found = [slots.condition(jobs[:1], [[0]], lambda: None), predict(1)]
+    found += [slots.condition(jobs, [[0], [1]], lambda: None), predict(2)]
+    found += [slots.condition(jobs[::-1], [[1, 2], [3]], lambda: None), predict(4)]
     slots.clear([2])
     found.append(predict(4))
     slots.move(3, 0)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from icportrait.batching import Batcher, DenoiseResult
+from icportrait.batching import Batcher
 from icportrait.contract import engine_specs
 from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable
 from icportrait.masking import hide, reference_visibility
@@ -23,6 +23,7 @@ from icportrait.runtime.eager import TorchEngine
 from icportrait.runtime.slots import HostSlots
 from icportrait.sampling import NoiseSchedule
 from icportrait.slot_table import DenoiseJob
+from icportrait.ticket import DenoiseResult
 from tests.label_slots import BASE, submit
 
 CHECKPOINT = random_checkpoint(DEMO_128)

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from icportrait.batching import DenoiseResult
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError
+from icportrait.ticket import DenoiseResult
 from tests.label_slots import BASE, alone, label_batcher, labelled, run_together, steps_of, submit
+
+pytestmark = pytest.mark.usefixtures("overlaps")
 
 
 def test_rows_follow_their_jobs_when_others_end() -> None:
@@ -59,6 +61,48 @@ def test_modes_differ_in_who_joins_and_who_leaves(mode: str, steps: list[int], o
         assert np.array_equal(result.portrait_latent, alone(entry))
 
 
+def test_warping_and_stepping_take_turns() -> None:
+    """However many have arrived, and however many may be warped at once: here three."""
+    with label_batcher() as (slots, batcher):
+        slots.gate.clear()
+        futures = [submit(batcher, entry) for entry in steps_of(4)]
+        slots.is_warping.wait(60)
+        futures += [submit(batcher, entry) for entry in steps_of(4, 4, 4, 4, 4, 4, 4, 4)]
+        slots.gate.set()
+        for future in futures:
+            future.result(60)
+    assert slots.runs == "ws" * 4 + "sss"
+    assert slots.steps == [1, 4, 7, 9, 8, 5, 2]
+
+
+def test_who_arrives_waits_for_one_step_at_most_where_slots_are_free() -> None:
+    with label_batcher() as (slots, batcher):
+        slots.step_gate.clear()
+        first = submit(batcher, steps_of(9)[0])
+        slots.is_stepping.wait(60)
+        second = submit(batcher, steps_of(9)[0])
+        slots.step_gate.set()
+        first.result(60), second.result(60)
+    assert slots.runs == "wsw" + 9 * "s"
+
+
+def test_who_waits_takes_the_rows_of_who_leaves_and_nobody_moves() -> None:
+    """All slots are in use until the last one waits no more."""
+    kinds = [(1, 2), (8, 5), (7, 5), (1, 9)]
+    entries = [
+        labelled(replace(BASE, seed=20 * index, num_portraits=portraits, num_inference_steps=steps), index + 1.0)
+        for index, (portraits, steps) in enumerate(kinds)
+    ]
+    with label_batcher() as (slots, batcher):
+        slots.gate.clear()
+        futures = [submit(batcher, entry) for entry in entries]
+        slots.gate.set()
+        results = [future.result(60) for future in futures]
+    assert slots.steps.count(16) >= 3 and not slots.moves
+    for entry, result in zip(entries, results, strict=True):
+        assert np.array_equal(result.portrait_latent, alone(entry))
+
+
 def test_every_step_is_reported_with_its_latent() -> None:
     reported: list[tuple[int, Any]] = []
     with label_batcher() as (_, batcher):
@@ -71,7 +115,8 @@ def test_every_step_is_reported_with_its_latent() -> None:
     assert np.array_equal(reported[-1][1], result.portrait_latent)
 
 
-def test_a_cancelled_job_stops_at_the_next_step_and_its_slot_is_used_again() -> None:
+def test_a_cancelled_job_stops_at_the_next_step_and_its_slot_is_used_again(overlaps: bool) -> None:
+    """Where the loop reports a step while the next one runs, that one is its last."""
     with label_batcher() as (slots, batcher):
         outcomes: dict[str, Any] = {}
         done = threading.Event()
@@ -90,9 +135,10 @@ def test_a_cancelled_job_stops_at_the_next_step_and_its_slot_is_used_again() -> 
         slots.gate.set()
         assert done.wait(60)
         assert isinstance(outcomes["cancelled"], Cancelled)
-        assert slots.steps == [1, 1, 1]
+        run = [1, 1, 1, 1] if overlaps else [1, 1, 1]
+        assert slots.steps == run
         submit(batcher, steps_of(1)[0]).result(60)
-        assert slots.steps == [1, 1, 1, 1]
+        assert slots.steps == [*run, 1]
 
 
 def test_a_job_that_is_cancelled_while_it_waits_runs_no_engine() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,9 +11,10 @@ import numpy as np
 import pytest
 
 import icportrait.loop_times
+from icportrait.batching import Batcher
 from icportrait.loop_times import NEW_SHARE, LoopTimes, Pace
 from icportrait.metrics import Metrics
-from tests.label_slots import BASE, LabelSlots, label_batcher, labelled, steps_of, submit
+from tests.label_slots import LabelSlots, label_batcher, steps_of, submit
 
 
 class Clock:
@@ -42,9 +42,9 @@ class TimedSlots(LabelSlots):
         super().__init__()
         self.clock, self.overlaps = clock, overlaps
 
-    def condition(self, jobs, rows):
+    def condition(self, jobs, rows, meanwhile):
         self.clock.pass_ms(20)
-        return super().condition(jobs, rows)
+        return super().condition(jobs, rows, meanwhile)
 
     def predict(self, canvas_latent, timestep, meanwhile):
         began_s = self.clock()
@@ -59,26 +59,28 @@ def histogram(metrics: Metrics, name: str) -> tuple[float, float]:
     return round(series[f"{name}_sum", ()][1], 1), series[f"{name}_count", ()][1]
 
 
-def two_steps(clock: Clock, overlaps: bool) -> tuple[Metrics, Pace]:
-    """A warping and two steps, with 3 ms of the loop's own between the steps and 1 ms in each."""
+CANVAS = np.zeros((2, 4, 32, 64), np.float32)
+
+
+def warp(times: LoopTimes) -> None:
+    times.condition([{"profile_latent": CANVAS[:1]}], [[0]], lambda: None)
+
+
+def step(times: LoopTimes, meanwhile: Callable[[], None] = lambda: None) -> None:
+    times.predict(CANVAS, np.zeros(2, np.float32), meanwhile)
+
+
+@pytest.mark.parametrize(("overlaps", "outside_ms"), [(True, 1 + 1 + 3), (False, 3 + 3 + 3)])
+def test_what_runs_beside_the_engine_is_not_outside_of_it(clock: Clock, overlaps: bool, outside_ms: float) -> None:
+    """A warping and two steps, with 1 ms of the loop's own before each step and 3 between them."""
     metrics, pace = Metrics(), Pace()
     times = LoopTimes(TimedSlots(clock, overlaps), metrics, pace)
-    canvas = np.zeros((2, 4, 32, 64), np.float32)
-    times.pause()
-    with times.turn():
-        times.condition([{"profile_latent": canvas[:1]}], [[0]])
+    warp(times)
     for _ in range(2):
-        with times.turn():
-            clock.pass_ms(1)
-            times.predict(canvas, np.zeros(2, np.float32), lambda: clock.pass_ms(2))
-            times.stepped(2)
-            clock.pass_ms(3)
-    return metrics, pace
-
-
-@pytest.mark.parametrize(("overlaps", "outside_ms"), [(True, 1 + 3 + 1), (False, 3 + 3 + 3)])
-def test_what_runs_beside_the_engine_is_not_outside_of_it(clock: Clock, overlaps: bool, outside_ms: float) -> None:
-    metrics, pace = two_steps(clock, overlaps)
+        clock.pass_ms(1)
+        step(times, lambda: clock.pass_ms(2))
+        times.publish()
+        clock.pass_ms(3)
     assert histogram(metrics, "step_outside_engine_ms") == (outside_ms, 2)
     assert histogram(metrics, "step_ms") == (10, 2)
     assert histogram(metrics, "warping_ms") == (20, 1)
@@ -91,73 +93,74 @@ def test_what_runs_beside_the_engine_is_not_outside_of_it(clock: Clock, overlaps
 def test_a_warping_between_two_steps_is_no_time_of_the_loops_own_and_a_part_of_the_pace(clock: Clock) -> None:
     metrics, pace = Metrics(), Pace()
     times = LoopTimes(TimedSlots(clock), metrics, pace)
-    canvas = np.zeros((1, 4, 32, 64), np.float32)
     for _ in range(2):
-        with times.turn():
-            times.condition([{"profile_latent": canvas}], [[0]])
-            clock.pass_ms(1)
-        with times.turn():
-            times.predict(canvas, np.zeros(1, np.float32), lambda: None)
-            times.stepped(1)
+        warp(times)
+        clock.pass_ms(1)
+        step(times)
+        times.publish()
     assert histogram(metrics, "step_outside_engine_ms") == (2, 2)
-    assert 1000 * pace.step_s(1) == pytest.approx(26)
+    assert 1000 * pace.step_s(2) == pytest.approx(26)
 
 
-def test_an_engine_that_fails_was_an_engine_too(clock: Clock) -> None:
+def test_an_engine_that_fails_was_an_engine_too_and_no_step(clock: Clock) -> None:
     slots, metrics = TimedSlots(clock), Metrics()
     times = LoopTimes(slots, metrics, Pace())
-    canvas, timestep = np.zeros((1, 4, 32, 64), np.float32), np.zeros(1, np.float32)
 
     def fail(*_: Any) -> None:
         clock.pass_ms(50)
         raise RuntimeError("the device is lost")
 
-    with times.turn(), pytest.MonkeyPatch.context() as patched, pytest.raises(RuntimeError):
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(RuntimeError):
         patched.setattr(slots, "predict", fail)
-        times.predict(canvas, timestep, lambda: None)
-    with times.turn():
-        times.predict(canvas, timestep, lambda: None)
-        times.stepped(1)
+        step(times)
+    times.publish()
+    step(times)
+    times.publish()
     assert histogram(metrics, "step_outside_engine_ms") == (0, 1)
 
 
-@pytest.fixture
-def loop(clock: Clock) -> Callable[..., Any]:
-    def begin(overlaps: bool = True) -> Any:
-        metrics = Metrics()
-        return metrics, label_batcher(slots=TimedSlots(clock, overlaps), metrics=metrics)
+def test_waiting_for_requests_is_no_time_of_the_loops_own(clock: Clock) -> None:
+    metrics, pace = Metrics(), Pace()
+    times = LoopTimes(TimedSlots(clock), metrics, pace)
+    for _ in range(2):
+        clock.pass_ms(10_000)
+        times.resume()
+        clock.pass_ms(1)
+        warp(times)
+        step(times)
+        times.publish()
+    assert histogram(metrics, "step_outside_engine_ms") == (2, 2)
+    assert 1000 * pace.step_s(2) == pytest.approx(26)
 
-    return begin
 
-
-def test_the_loop_counts_what_it_does_between_steps(clock: Clock, loop: Callable[..., Any]) -> None:
-    """Whatever a step's report takes, the next step is later by it; the last one's is nobody's."""
-    metrics, opened = loop()
-    with opened as (_, batcher):
+@pytest.mark.parametrize(("overlaps", "outside_ms"), [(False, 21), (True, 0)])
+def test_the_loop_reports_a_step_while_the_next_one_runs_where_it_can(
+    clock: Clock, overlaps: bool, outside_ms: float
+) -> None:
+    """Elsewhere, whatever a report takes, the next step is later by it; the last one's is nobody's."""
+    metrics = Metrics()
+    with label_batcher(slots=TimedSlots(clock, overlaps), metrics=metrics) as (_, batcher):
         submit(batcher, steps_of(4)[0], lambda *_: clock.pass_ms(7)).result(60)
-    assert histogram(metrics, "step_outside_engine_ms") == (21, 4)
-    assert histogram(metrics, "step_ms") == (20, 4)
+    assert histogram(metrics, "step_outside_engine_ms") == (outside_ms, 4)
     assert histogram(metrics, "warping_ms") == (20, 1)
 
 
-def test_waiting_for_requests_is_no_time_of_the_loops_own(
-    clock: Clock, loop: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pauses: queue.SimpleQueue[None] = queue.SimpleQueue()
-    pause = LoopTimes.pause
+def test_the_loop_does_not_count_what_it_waits_for(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: queue.SimpleQueue[None] = queue.SimpleQueue()
+    wait = Batcher._wait
 
-    def noted(times: LoopTimes) -> None:
-        pause(times)
-        pauses.put(None)
+    def noted(batcher: Batcher) -> None:
+        waits.put(None)
+        wait(batcher)
 
-    monkeypatch.setattr(LoopTimes, "pause", noted)
-    metrics, opened = loop()
-    with opened as (_, batcher):
+    monkeypatch.setattr(Batcher, "_wait", noted)
+    metrics = Metrics()
+    with label_batcher(slots=TimedSlots(clock), metrics=metrics) as (_, batcher):
         for _ in range(3):
-            pauses.get(timeout=10)  # the loop waits
+            waits.get(timeout=10)
             clock.pass_ms(10_000)
-            submit(batcher, labelled(replace(BASE, num_inference_steps=1), 1.0)).result(60)
-            pauses.get(timeout=10)  # the step has ended
+            submit(batcher, steps_of(1)[0]).result(60)
+        waits.get(timeout=10)
     assert histogram(metrics, "step_outside_engine_ms") == (0, 3)
     assert 1000 * batcher.pace.step_s(1) == pytest.approx(25)
 

@@ -66,26 +66,9 @@ def test_no_more_are_warped_at_once_than_the_engine_takes() -> None:
     assert joined(waiting, max_jobs=3, mode="whole") == "abcde"
 
 
-def test_warping_and_stepping_take_turns() -> None:
-    """However many arrive, what runs is stepped after every warping."""
-    queue = scheduler(max_jobs=1)
-    turns = []
-    used = 0
-    for turn in range(8):
-        queue.push(Request("x", arrived_s=turn))
-        found = queue.next_to_warp(float(turn), used)
-        used += len(found)
-        turns.append("warp" if found else "step")
-    assert turns == ["warp", "step"] * 4
-
-
-def test_without_arrivals_every_turn_is_a_step_and_an_arrival_waits_for_one_at_most() -> None:
-    queue = scheduler()
-    queue.push(Request("a"))
-    assert names(queue.next_to_warp(0, 0)) == "a"
-    assert [names(queue.next_to_warp(0, 1)) for _ in range(3)] == ["", "", ""]
-    queue.push(Request("b"))
-    assert names(queue.next_to_warp(0, 1)) == "b"
+@pytest.mark.parametrize(("mode", "beside"), [("in-flight", [True, True, False]), ("whole", [True, False, False])])
+def test_a_batch_is_open_to_who_arrives(mode: str, beside: list[bool]) -> None:
+    assert [scheduler(mode).is_open(used) for used in (0, 15, 16)] == beside
 
 
 @pytest.mark.parametrize("mode", ["whole", "whole-leave-early", "whole-equal-steps"])

@@ -189,7 +189,7 @@ def test_slots_step_without_copying_any_f_ref(table: Path) -> None:
     rows, specs = slots(table), engine_specs(DEMO_128, "fp16")
     assert (rows.rows, rows.max_jobs, rows.version) == (12, 8, "simulated-test device")
     job = specs["warping_network"].dummy_inputs(1)
-    confidence = rows.condition([job, job], [[0, 1], [2]])
+    confidence = rows.condition([job, job], [[0, 1], [2]], lambda: None)
     assert confidence.shape == (2,) and confidence.dtype == np.float32
     rows.clear([3])
     rows.move(2, 0)
@@ -199,4 +199,4 @@ def test_slots_step_without_copying_any_f_ref(table: Path) -> None:
     f_ref = vars(rows)["_f_ref"]
     assert f_ref and all(set(array.strides) == {0} for array in f_ref.values())
     with pytest.raises(ContractError, match="visibility"):
-        rows.condition([job | {"visibility": job["visibility"][:, :, 1:]}], [[0]])
+        rows.condition([job | {"visibility": job["visibility"][:, :, 1:]}], [[0]], lambda: None)

@@ -155,7 +155,7 @@ def test_rows_on_the_device_hold_what_rows_on_the_host_hold(cuda: HostCuda, pinn
             jobs = [job(*generator.integers(0, 50, 2)) for _ in counts]
             ends = used + np.cumsum(counts)
             rows = [list(range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
-            found, expected = (slots.condition(jobs, rows) for slots in (device.slots, reference))
+            found, expected = (slots.condition(jobs, rows, lambda: None) for slots in (device.slots, reference))
             assert np.array_equal(found, expected)
             used = int(ends[-1])
             if generator.random() < 0.5:
@@ -172,8 +172,8 @@ def test_rows_on_the_device_hold_what_rows_on_the_host_hold(cuda: HostCuda, pinn
 
 
 def test_a_full_bucket_is_warped_straight_into_its_rows(device: OnDevice, cuda: HostCuda) -> None:
-    device.slots.condition([job(1.0)], [[0]])
-    device.slots.condition([job(2.0), job(3.0)], [[4], [5]])
+    device.slots.condition([job(1.0)], [[0]], lambda: None)
+    device.slots.condition([job(2.0), job(3.0)], [[4], [5]], lambda: None)
     assert device.warping.bound == [set(F_REF), set(F_REF)]
     assert "copy" not in moved(cuda)
     assert [device.f_ref(row) for row in (0, 4, 5)] == [f_ref_of(value) for value in (1.0, 2.0, 3.0)]
@@ -181,8 +181,8 @@ def test_a_full_bucket_is_warped_straight_into_its_rows(device: OnDevice, cuda: 
 
 @pytest.mark.parametrize("rows", [[[0], [1], [2]], [[2], [0]], [[0, 1], [2]]], ids=["padding", "order", "shared"])
 def test_what_cannot_be_bound_writes_no_row_but_its_own(device: OnDevice, rows: list[list[int]]) -> None:
-    device.slots.condition([job(9.0)], [[3]])
-    device.slots.condition([job(float(index)) for index in range(len(rows))], rows)
+    device.slots.condition([job(9.0)], [[3]], lambda: None)
+    device.slots.condition([job(float(index)) for index in range(len(rows))], rows, lambda: None)
     assert device.warping.bound[-1] == set()
     assert device.f_ref(3) == f_ref_of(9.0)
     for index, targets in enumerate(rows):
@@ -190,25 +190,32 @@ def test_what_cannot_be_bound_writes_no_row_but_its_own(device: OnDevice, rows: 
 
 
 def test_portraits_of_one_request_share_one_conditioning(device: OnDevice, cuda: HostCuda) -> None:
-    device.slots.condition([job(7.0, 2.0)], [[1, 4, 6]])
+    device.slots.condition([job(7.0, 2.0)], [[1, 4, 6]], lambda: None)
     assert [name for name, _ in cuda.log].count("execute") == 1
     assert moved(cuda)["copy"] == 2 * sum(spec.nbytes(1) for spec in WARPING.outputs if spec.name in F_REF)
     assert all(device.f_ref(row) == f_ref_of(7.0, 2.0) for row in (1, 4, 6))
 
 
 def test_a_step_uploads_latents_and_timesteps_and_copies_nothing_else(device: OnDevice, cuda: HostCuda) -> None:
-    device.slots.condition([job(1.0), job(2.0)], [[0], [1]])
+    device.slots.condition([job(1.0), job(2.0)], [[0], [1]], lambda: None)
     moved(cuda)
     latent, timestep = canvas(2)
     device.slots.predict(latent, timestep, lambda: None)
     assert moved(cuda) == {"upload": latent.nbytes + timestep.nbytes, "execute": 0, "download": latent.nbytes}
 
 
+def test_what_is_done_meanwhile_is_done_while_an_engine_runs(device: OnDevice, cuda: HostCuda) -> None:
+    device.slots.condition([job(1.0)], [[0]], lambda: cuda.log.append(("meanwhile", 0)))
+    device.slots.predict(*canvas(1), lambda: cuda.log.append(("meanwhile", 0)))
+    names = [name for name, _ in cuda.log if name in ("execute", "meanwhile", "download")]
+    assert names == 2 * ["execute", "meanwhile", "download"]
+
+
 def test_a_latent_that_is_on_the_device_stays_there(device: OnDevice, cuda: HostCuda) -> None:
     placed = job(5.0, 1.0)
     placed["profile_latent"] = join([placed["profile_latent"]], device.stream)
     moved(cuda)
-    device.slots.condition([placed], [[0]])
+    device.slots.condition([placed], [[0]], lambda: None)
     totals = moved(cuda)
     assert totals["copy"] == placed["profile_latent"].nbytes
     assert totals["upload"] == placed["reference_latent"].nbytes + placed["visibility"].nbytes
@@ -219,7 +226,7 @@ def test_a_latent_that_is_on_the_device_stays_there(device: OnDevice, cuda: Host
 def test_rows_that_tensorrt_could_not_write_to_are_copied(device: OnDevice, monkeypatch: pytest.MonkeyPatch) -> None:
     """A row need not begin where TensorRT wants an output to begin."""
     monkeypatch.setattr("icportrait.runtime.slots.ALIGNMENT_BYTES", 1 << 30)
-    device.slots.condition([job(1.0)], [[1]])
+    device.slots.condition([job(1.0)], [[1]], lambda: None)
     assert device.warping.bound == [set()]
     assert device.f_ref(1) == f_ref_of(1.0)
 
@@ -229,7 +236,7 @@ def test_what_breaks_the_contract_is_refused_before_anything_runs(device: OnDevi
     moved(cuda)
     for slots in (device.slots, HostSlots(HostEngine(WARPING, warp), HostEngine(UNET, denoise), 16)):
         with pytest.raises(ContractError, match="visibility"):
-            slots.condition([wrong], [[0]])
+            slots.condition([wrong], [[0]], lambda: None)
         with pytest.raises(ContractError, match="timestep is float64"):
             slots.predict(canvas(1)[0], np.zeros(1), lambda: None)
     assert "execute" not in moved(cuda)

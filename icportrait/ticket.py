@@ -1,0 +1,117 @@
+"""A job on its way through the denoising loop, and what comes out of it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from icportrait.contract import Array
+from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError
+from icportrait.sampling import StepPlan
+from icportrait.slot_table import DenoiseJob
+
+logger = logging.getLogger(__name__)
+CANCELLED = "the caller cancelled"
+
+
+@dataclass(frozen=True)
+class DenoiseResult:
+    """What the loop made of a job.
+
+    ``portrait_latent`` is [num_portraits, 4, s, s] float32; the times are ``time.monotonic_ns`` readings.
+    """
+
+    portrait_latent: Array
+    match_confidence: float
+    conditioned_ns: int
+    denoised_ns: int
+
+
+OnDone = Callable[[DenoiseResult | IcPortraitError], None]
+OnStep = Callable[[int, Callable[[], DenoiseResult]], None]
+"""Is told how many steps are done, and may ask for the result that they amount to: the portraits as the last step took
+them to be, without noise.
+"""
+
+
+@dataclass(eq=False)
+class Ticket:
+    """A job on its way through the loop."""
+
+    job: DenoiseJob
+    plan: StepPlan
+    noise: Array
+    on_done: OnDone
+    on_step: OnStep | None
+    priority: int
+    deadline_s: float
+    arrived_s: float
+    wake: Callable[[], None]
+    steps_done: int = field(default=0, init=False)
+    is_running: bool = field(default=False, init=False)
+    is_cancelled: bool = field(default=False, init=False)
+    is_held: bool = field(default=False, init=False)
+    """Its rows stay as they are, until ``go_on``; the others' are stepped."""
+    _is_answered: bool = field(default=False, init=False)
+
+    @property
+    def rows(self) -> int:
+        return self.job.request.rows
+
+    @property
+    def steps(self) -> int:
+        return len(self.plan.timesteps)
+
+    def cancel(self) -> None:
+        """Drop the job before the next step, from any thread; ``on_done`` is then told ``Cancelled``."""
+        self.is_cancelled = True
+        self.wake()
+
+    def hold(self) -> None:
+        """Step no further for now."""
+        self.is_held = True
+
+    def go_on(self) -> None:
+        """Undo ``hold``, from any thread."""
+        self.is_held = False
+        self.wake()
+
+    def refusal(self, now_s: float, needed_s: float = 0.0) -> IcPortraitError | None:
+        """Why the job is to go no further, if it isn't.
+
+        Args:
+            now_s: the loop's clock.
+            needed_s: what it would take to begin and end, for one that waits.
+        """
+        if self.is_cancelled:
+            return Cancelled(CANCELLED)
+        if now_s >= self.deadline_s:
+            return _too_late(f"passed after {self.steps_done} of {self.steps} steps")
+        if now_s + needed_s > self.deadline_s:
+            return _too_late(f"too near for {self.steps} steps, which begin only now")
+        return None
+
+    def answer(self, outcome: DenoiseResult | IcPortraitError) -> None:
+        """Call ``on_done``, the first time only; what it raises ends here, for the other jobs' sake."""
+        if self._is_answered:
+            return
+        self._is_answered = True
+        try:
+            self.on_done(outcome)
+        except Exception:
+            logger.exception("an answer could not be delivered")
+
+    def report(self, result: Callable[[], DenoiseResult]) -> None:
+        """Call ``on_step``; likewise."""
+        self.steps_done += 1
+        if self.on_step is None:
+            return
+        try:
+            self.on_step(self.steps_done, result)
+        except Exception:
+            logger.exception("a step could not be reported")
+
+
+def _too_late(what: str) -> DeadlineMissed:
+    return DeadlineMissed(f"deadline_ms: {what}; allow more time, or ask for fewer steps")
