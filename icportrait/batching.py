@@ -21,12 +21,12 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 
 import numpy as np
 
 from icportrait.backlog import Backlog
 from icportrait.contract import Array
+from icportrait.decision import Decider, Decision, Outcomes, stepping_jobs
 from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable
 from icportrait.loop_times import LoopTimes, Pace
 from icportrait.metrics import Metrics
@@ -35,7 +35,7 @@ from icportrait.randomness import canvas_noise
 from icportrait.request import PortraitRequest
 from icportrait.runtime import Slots
 from icportrait.sampling import NoiseSchedule
-from icportrait.scheduling import BATCHING_MODES, Scheduler
+from icportrait.scheduling import BATCHING_MODES
 from icportrait.slot_table import Change, DenoiseJob, RunningJob, SlotTable
 from icportrait.ticket import DenoiseResult, OnDone, OnStep, Ticket
 
@@ -52,24 +52,6 @@ def check_slots(request: PortraitRequest, slots: int) -> None:
             f"num_portraits: {request.num_portraits} portraits at guidance_scale {request.guidance_scale:g} need "
             f"{request.rows} slots, this server has {slots}; ask for fewer, or for guidance_scale 1"
         )
-
-
-Outcomes = dict[RunningJob[Ticket], IcPortraitError | None]
-"""Why jobs leave: an error, or that they have ended."""
-
-
-@dataclass(frozen=True)
-class _Decision:
-    """What happens before the next step."""
-
-    leaving: Outcomes
-    change: Change[Ticket]
-    is_open: bool
-    """Whether somebody who arrives until then could join too."""
-    until_s: float
-    """When the first deadline of those who run on passes."""
-    steps: bool
-    """Whether anybody is to be stepped."""
 
 
 class Batcher:
@@ -97,16 +79,16 @@ class Batcher:
             on_failure: is told, after all concerned were answered, how often in a row the engines have failed.
         """
         self._rows, self._schedule, self._clock, self._preset = slots.rows, schedule, clock, preset
-        self._mode, self._metrics, self._on_failure = BATCHING_MODES[mode], metrics or Metrics(), on_failure
+        self._metrics, self._on_failure = metrics or Metrics(), on_failure
         self.engine_version = slots.version
         self.pace = Pace()
         self._times = LoopTimes(slots, self._metrics, self.pace)
         self._backlog = Backlog()
         self._table: SlotTable[Ticket] = SlotTable(self._times, preset, self._backlog)
-        self._scheduler: Scheduler[Ticket] = Scheduler(self._mode, slots.rows, slots.max_jobs)
+        self._decider = Decider(BATCHING_MODES[mode], slots.rows, slots.max_jobs, self.pace)
         self._max_jobs = slots.max_jobs
         self._failures = 0
-        self._decision: _Decision | None = None
+        self._decision: Decision | None = None
         self._broken: dict[RunningJob[Ticket], IcPortraitError] = {}
         # None only wakes the loop.
         self._arrivals: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
@@ -137,9 +119,10 @@ class Batcher:
         Args:
             job: what to denoise.
             on_done: called once, from the loop's thread, with the result or the error.
-            on_step: called after every step, from the loop's thread, which waits for it.
+            on_step: called after every step, from the loop's thread: while the next one runs, where the thread is free
+                then, else before it.
             priority: 0 first.
-            deadline_s: by the clock; a job that hasn't ended by then is dropped before the next step.
+            deadline_s: by the clock; a job that hasn't ended by then is dropped before a step begins.
 
         Raises:
             InvalidRequest: the request needs more slots than there are, or more steps than the schedule has.
@@ -175,7 +158,7 @@ class Batcher:
             self._backlog.work_off()
         self._take_arrivals()
         self._revoke()
-        for ticket in self._scheduler.remove(lambda _: True):
+        for ticket in self._decider.waiting:
             ticket.answer(Unavailable(SHUTTING_DOWN))
         for job in self._table.running:
             job.ticket.answer(Unavailable(SHUTTING_DOWN))
@@ -196,7 +179,7 @@ class Batcher:
             self._backlog.work_off()
         return bool(decision.steps or decision.leaving or decision.change.joining)
 
-    def _due(self) -> _Decision:
+    def _due(self) -> Decision:
         """The decision that was made ahead, unless something has come between."""
         if not self._times.overlaps:
             self._backlog.work_off()
@@ -212,10 +195,8 @@ class Batcher:
         return self._decide()
 
     def _revoke(self) -> None:
-        """Forget a decision; who should have joined waits on."""
         if self._decision:
-            for job in self._decision.change.joining:
-                self._scheduler.push(job.ticket)
+            self._decider.revoke(self._decision)
             self._decision = None
 
     def _take_arrivals(self) -> tuple[bool, bool]:
@@ -229,55 +210,12 @@ class Batcher:
 
     def _push(self, ticket: Ticket | None) -> None:
         if ticket is not None:
-            self._scheduler.push(ticket)
+            self._decider.push(ticket)
 
-    def _decide(self, ahead_s: float = 0.0) -> _Decision:
-        """Who leaves and who joins before the next step.
+    def _decide(self, ahead_s: float = 0.0) -> Decision:
+        return self._decider.decide(self._table, self._broken, self._clock(), ahead_s)
 
-        Args:
-            ahead_s: how long a step still takes that runs; its jobs are where it will have brought them.
-        """
-        now = self._clock()
-        leaving = self._leaving(now)
-        staying = self._table.used_rows - sum(len(job.rows) for job in leaving)
-        self._drop_waiting(now, ahead_s, staying)
-        joining = self._scheduler.next_to_warp(now, staying)
-        change = self._table.plan(leaving, joining)
-        is_open = self._scheduler.is_open(staying) and change.used_rows < self._rows
-        until_s = min((job.ticket.deadline_s for job in change.running), default=math.inf)
-        return _Decision(leaving, change, is_open, until_s, bool(_stepping(change.running)))
-
-    def _leaving(self, now: float) -> Outcomes:
-        """Those that have ended or broken, whose caller has gone or whose deadline has passed."""
-        leaving: Outcomes = {**self._broken}
-        leaving |= self._ended(leaving)
-        for job in self._table.running:
-            if job not in leaving and (error := job.ticket.refusal(now)):
-                leaving[job] = error
-        return leaving | self._ended(leaving)
-
-    def _ended(self, leaving: Outcomes) -> Outcomes:
-        """Those that have, and may leave beside the ones that leave anyway."""
-        staying = [job for job in self._table.running if job not in leaving]
-        if self._mode.leaves_early or all(job.ended for job in staying):
-            return {job: None for job in staying if job.ended}
-        return {}
-
-    def _drop_waiting(self, now: float, ahead_s: float, staying: int) -> None:
-        """Let those go whose caller has gone or whose deadline has passed, or will have before they could end."""
-        unwanted = {}
-        for ticket in self._scheduler.waiting:
-            needed_s = 0.0
-            if ticket.deadline_s < math.inf:
-                step_s = self.pace.step_s(min(staying + ticket.rows, self._rows))
-                needed_s = ahead_s + ticket.steps * step_s + self.pace.after_s
-            if error := ticket.refusal(now, needed_s):
-                unwanted[ticket] = error
-        self._scheduler.remove(unwanted.__contains__)
-        for ticket, error in unwanted.items():
-            ticket.answer(error)
-
-    def _make(self, decision: _Decision) -> None:
+    def _make(self, decision: Decision) -> None:
         """Let jobs leave and join."""
         self._change(decision.change, decision.leaving)
         joining = decision.change.joining
@@ -306,7 +244,7 @@ class Batcher:
 
         def meanwhile() -> None:
             self._backlog.work_off()
-            stepping.extend(_stepping(self._table.running))
+            stepping.extend(stepping_jobs(self._table.running))
             self._table.prepare(stepping)
             if self._times.overlaps:
                 self._take_arrivals()
@@ -317,7 +255,7 @@ class Batcher:
             self._table.step(meanwhile)
         except Exception as error:
             self._revoke()
-            self._fail(stepping or _stepping(self._table.running), error, "denoising")
+            self._fail(stepping or stepping_jobs(self._table.running), error, "denoising")
             return
         self._failures = 0
         self._backlog.add(lambda: self._report(stepping))
@@ -346,7 +284,3 @@ class Batcher:
         self._change(self._table.plan(failed, []), dict.fromkeys(failed, answer))
         self._backlog.work_off()
         self._on_failure(self._failures)
-
-
-def _stepping(running: list[RunningJob[Ticket]]) -> list[RunningJob[Ticket]]:
-    return [job for job in running if not job.ended and not job.ticket.is_held]
