@@ -222,7 +222,7 @@ def _eight_bit_grey(picture: Image.Image) -> Image.Image:
 
 def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
     """Convert from an embedded ICC profile; without one, or where it is broken or of another kind, by Pillow's rule."""
-    colours = picture if picture.mode in ("L", "CMYK") else picture.convert("RGB")
+    colours = picture if picture.mode in ("L", "CMYK", "RGB") else picture.convert("RGB")
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -231,7 +231,7 @@ def _to_srgb(picture: Image.Image, profile: bytes | None) -> Image.Image:
                 colours = ImageCms.applyTransform(colours, transform) or colours
         except (ImageCms.PyCMSError, OSError):
             pass
-    return colours.convert("RGB")
+    return colours if colours.mode == "RGB" else colours.convert("RGB")
 
 
 def _changes_colours(transform: ImageCms.ImageCmsTransform) -> bool:

@@ -629,7 +629,7 @@ class TestFaces:
 
         def detector(_):
             barrier.wait(timeout=30)
-            return id(faces._cascade())
+            return id(faces._finder())
 
         with ThreadPoolExecutor(4) as threads:
             assert len(set(threads.map(detector, range(4)))) == 4
