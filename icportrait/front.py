@@ -31,7 +31,7 @@ STREAM_GRACE_S = 0.1
 didn't in six thousand with half of this between the two.
 """
 
-KEPT_S = 5.0
+KEPT_S = 2.0
 """Tritonserver 2.51 forgets a BLS call's responses on a thread of its own. If that is the last to hold them, it frees
 their arrays without Python's lock, and the process crashes: once in some hundred calls, where 32 run at once.
 """
