@@ -17,10 +17,12 @@ from __future__ import annotations
 import logging
 import math
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 import numpy as np
 
@@ -76,7 +78,8 @@ class Batcher:
             mode: one of ``BATCHING_MODES``.
             clock: seconds; deadlines and waiting times are measured by it.
             metrics: where the loop counts.
-            on_failure: is told, after all concerned were answered, how often in a row the engines have failed.
+            on_failure: is told, after all concerned were answered, how often in a row the engines have failed;
+                ``sys.maxsize`` where the loop itself has.
         """
         self._rows, self._schedule, self._clock, self._preset = slots.rows, schedule, clock, preset
         self._metrics, self._on_failure = metrics or Metrics(), on_failure
@@ -151,17 +154,28 @@ class Batcher:
         self._arrivals.put(None)
 
     def _loop(self) -> None:
-        with np.errstate(over="ignore", invalid="ignore"):  # NaN and Inf are looked for
-            while not self._closed:
-                if not self._turn():
-                    self._wait()
-            self._backlog.work_off()
+        can_go_on = True
+        try:
+            with np.errstate(over="ignore", invalid="ignore"):  # NaN and Inf are looked for
+                while not self._closed:
+                    if not self._turn():
+                        self._wait()
+                self._backlog.work_off()
+        except Exception:
+            logger.exception("the denoising loop can't go on")
+            can_go_on = False
+            with self._closing:
+                self._closed = True
         self._take_arrivals()
         self._revoke()
+        for job in self._table.running:
+            if can_go_on and job.ended:
+                self._answer(job, None)
+            job.ticket.answer(Unavailable(SHUTTING_DOWN))
         for ticket in self._decider.waiting:
             ticket.answer(Unavailable(SHUTTING_DOWN))
-        for job in self._table.running:
-            job.ticket.answer(Unavailable(SHUTTING_DOWN))
+        if not can_go_on:
+            self._on_failure(sys.maxsize)
 
     def _wait(self) -> None:
         """For what comes; deadlines are looked at now and then, since what waits for a held job's slots has one too."""
@@ -172,12 +186,16 @@ class Batcher:
     def _turn(self) -> bool:
         """Who has ended leaves, who waits joins, and all of them step. Says whether there was anything to do."""
         decision = self._due()
-        self._make(decision)
-        if decision.steps and self._table.running and not self._closed:
+        if self._closed:
+            self._decision = decision
+            return True
+        all_joined = self._make(decision)
+        steps = decision.steps if all_joined else bool(stepping_jobs(self._table.running))
+        if steps and not self._closed:
             self._step()
         else:
             self._backlog.work_off()
-        return bool(decision.steps or decision.leaving or decision.change.joining)
+        return bool(steps or decision.leaving or decision.change.joining)
 
     def _due(self) -> Decision:
         """The decision that was made ahead, unless something has come between."""
@@ -215,29 +233,30 @@ class Batcher:
     def _decide(self, ahead_s: float = 0.0) -> Decision:
         return self._decider.decide(self._table, self._broken, self._clock(), ahead_s)
 
-    def _make(self, decision: Decision) -> None:
-        """Let jobs leave and join."""
+    def _make(self, decision: Decision) -> bool:
+        """Let jobs leave and join. Says whether all have that should."""
         self._change(decision.change, decision.leaving)
-        joining = decision.change.joining
+        joining, all_joined = decision.change.joining, True
         for start in range(0, len(joining), self._max_jobs):
             part = joining[start : start + self._max_jobs]
             try:
                 self._table.join(part, self._backlog.work_off)
             except Exception as error:
                 self._fail(part, error, "warping")
+                all_joined = False
             else:
                 for job in part:
                     job.ticket.is_running = True
+        return all_joined
 
     def _change(self, change: Change[Ticket], leaving: Outcomes) -> None:
-        if leaving:
-            self._backlog.add(lambda: self._answer(leaving))
+        for job, error in leaving.items():
+            self._backlog.add(partial(self._answer, job, error))
         self._table.change(change)
 
-    def _answer(self, leaving: Outcomes) -> None:
-        for job, error in leaving.items():
-            error = self._broken.pop(job, error)
-            job.ticket.answer(error or self._result(job, self._table.portrait_latent(job)))
+    def _answer(self, job: RunningJob[Ticket], error: IcPortraitError | None) -> None:
+        error = self._broken.pop(job, error)
+        job.ticket.answer(error or self._result(job, self._table.portrait_latent(job)))
 
     def _step(self) -> None:
         stepping: list[RunningJob[Ticket]] = []
@@ -257,7 +276,8 @@ class Batcher:
             self._revoke()
             self._fail(stepping or stepping_jobs(self._table.running), error, "denoising")
             return
-        self._failures = 0
+        if stepping:
+            self._failures = 0
         self._backlog.add(lambda: self._report(stepping))
 
     def _report(self, stepped: list[RunningJob[Ticket]]) -> None:

@@ -229,7 +229,7 @@ class DenoiseStage:
                 entry.lease.ticket.go_on()
 
     def _on_engine_failure(self, failures: int) -> None:
-        if failures == KEEPS_FAILING:
+        if failures >= KEEPS_FAILING:
             # Behind the answers that are on their way.
             self._deliveries.put(self._give_up)
 

@@ -159,7 +159,7 @@ class RowLatents:
 
     def _put_prediction(self, target: Array) -> None:
         """Copy the UNet's output for the denoised half; the guided one into both of a portrait's rows."""
-        target.reshape(-1, *self._half)[...] = _halves(self._noise_pred)[1]
+        target.reshape(-1, *self._half)[...] = self._noise_pred[..., self._half[-1] :]
         if self._guided:
             conditional, unconditional, scales = self._guided
             target[conditional] = target[unconditional] = guide(target[conditional], target[unconditional], scales)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Generic, Protocol, TypeVar
@@ -114,7 +115,7 @@ class SlotTable(Generic[Ticket]):
         Args:
             slots: where ``F_ref`` is, with the engines behind it.
             preset: the model's geometry.
-            backlog: is worked off while an engine runs, and in any case before ``prepare`` and ``plan``.
+            backlog: is worked off while an engine runs, and between a ``change`` and the next ``prepare`` or ``plan``.
         """
         self._slots, self._backlog = slots, backlog
         self._latents = RowLatents(preset, slots.rows)
@@ -139,10 +140,14 @@ class SlotTable(Generic[Ticket]):
         return Change(running + joined, joined, moves, used)
 
     def stage(self, jobs: Sequence[RunningJob[Ticket]]) -> None:
-        """Make the starts of planned jobs while the UNet runs, unless a profile's latent can be had only after it."""
+        """Make the starts of planned jobs while the UNet runs, unless a profile's latent can be had only after it.
+
+        What can't be made fails in ``join``, without those that run now.
+        """
         for job in jobs:
             if isinstance(job.ticket.job.profile_latent, np.ndarray):
-                job.start = self._start(job.ticket)
+                with suppress(Exception):
+                    job.start = self._start(job.ticket)
 
     def change(self, change: Change[Ticket]) -> None:
         """Let jobs leave, and move rows into the gaps. Those who join have their rows, and ``join`` fills them."""

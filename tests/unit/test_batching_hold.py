@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from icportrait.batching import Batcher
-from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError
+from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, Unavailable
 from icportrait.metrics import Metrics
 from icportrait.slot_table import DenoiseJob
 from icportrait.ticket import DenoiseResult, Ticket
@@ -49,6 +49,15 @@ class Held:
         if step == self._after:
             self.ticket.hold()
             self.is_held.set()
+
+
+def settled(slots: LabelSlots) -> int:
+    """How many steps have run once no more do."""
+    count = -1
+    while count != len(slots.steps):
+        count = len(slots.steps)
+        time.sleep(0.1)
+    return count
 
 
 @pytest.mark.parametrize("after", [1, 4])
@@ -97,7 +106,7 @@ def test_while_all_are_held_no_engine_runs_and_deadlines_still_count() -> None:
     with label_batcher(clock=lambda: now[0]) as (slots, batcher):
         held, other = (Held(batcher, steps_of(9)[0], 2, deadline_s=deadline_s) for deadline_s in (10.0, 1000.0))
         assert held.is_held.wait(60) and other.is_held.wait(60)
-        run = len(slots.steps)
+        run = settled(slots)
         now[0] = 11.0
         late = held.future.result(5)
         assert isinstance(late, DeadlineMissed) and "passed after 2 of 9 steps" in str(late)
@@ -271,6 +280,103 @@ def test_guidance_goes_away_from_the_unconditional_prediction() -> None:
 
 
 # Failures
+
+
+def test_engines_that_fail_at_once_fail_those_that_ran_and_no_other() -> None:
+    """Before anything was done meanwhile: the answers of the step before are then still to come."""
+
+    class Failing(LabelSlots):
+        def predict(self, canvas_latent, timestep, meanwhile):
+            if len(self.steps) == 2:
+                self.steps.append(0)
+                raise RuntimeError("the device is lost")
+            return super().predict(canvas_latent, timestep, meanwhile)
+
+    slots = Failing()
+    with label_batcher(slots=slots) as (_, batcher):
+        slots.gate.clear()
+        long = submit(batcher, steps_of(9)[0])
+        slots.is_warping.wait(60)
+        steps: list[int] = []
+        short = submit(batcher, steps_of(1)[0], lambda step, _: steps.append(step))
+        slots.gate.set()
+        assert np.array_equal(short.result(60).portrait_latent, alone(steps_of(1)[0]))
+        assert steps == [1]
+        with pytest.raises(IcPortraitError, match="denoising failed"):
+            long.result(60)
+        again = submit(batcher, steps_of(3)[0])
+        assert np.array_equal(again.result(60).portrait_latent, alone(steps_of(3)[0]))
+
+
+def test_a_job_whose_start_cannot_be_made_fails_alone() -> None:
+    with label_batcher() as (slots, batcher):
+        slots.gate.clear()
+        runs = submit(batcher, labelled(replace(BASE, num_portraits=8, guidance_scale=2.0), 1.0))
+        slots.is_warping.wait(60)
+        bad = steps_of(3)[0]
+        object.__setattr__(bad, "profile_latent", np.zeros((1, 4, 16, 16), np.float32))
+        waiting = submit(batcher, bad)
+        slots.gate.set()
+        with pytest.raises(IcPortraitError, match="warping failed"):
+            waiting.result(60)
+        assert isinstance(runs.result(60), DenoiseResult)
+
+
+def test_failing_beside_jobs_that_are_held_is_counted_in_a_row() -> None:
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    class Failing(LabelSlots):
+        def condition(self, jobs, rows, meanwhile):
+            if self.failures_due:
+                raise RuntimeError("the device is lost")
+            return super().condition(jobs, rows, meanwhile)
+
+    slots = Failing()
+    with label_batcher(slots=slots, on_failure=told.put) as (_, batcher):
+        held = Held(batcher, steps_of(9)[0], 2)
+        assert held.is_held.wait(60)
+        run = settled(slots)
+        slots.failures_due = 3
+        for count in (1, 2, 3):
+            with pytest.raises(IcPortraitError, match="warping failed"):
+                submit(batcher, steps_of(2)[0]).result(60)
+            assert told.get(timeout=10) == count
+        assert len(slots.steps) == run
+
+
+def test_a_loop_that_cannot_go_on_tells_everybody() -> None:
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    class Failing(LabelSlots):
+        def move(self, source, target):
+            raise RuntimeError("the device is lost")
+
+    slots = Failing()
+    with label_batcher(slots=slots, on_failure=told.put) as (_, batcher):
+        slots.gate.clear()
+        futures = [submit(batcher, entry) for entry in steps_of(2, 9, 9)]
+        slots.gate.set()
+        for future in futures[1:]:
+            with pytest.raises(Unavailable):
+                future.result(60)
+        assert told.get(timeout=10) > 1000
+        with pytest.raises(Unavailable):
+            submit(batcher, steps_of(1)[0])
+
+
+def test_who_has_ended_when_the_loop_is_closed_gets_the_portraits() -> None:
+    with label_batcher() as (slots, batcher):
+        slots.step_gate.clear()
+        ended, runs = (submit(batcher, entry) for entry in steps_of(1, 9))
+        slots.is_stepping.wait(60)
+        closer = threading.Thread(target=batcher.close)
+        closer.start()
+        time.sleep(0.05)
+        slots.step_gate.set()
+        closer.join(60)
+        assert np.array_equal(ended.result(1).portrait_latent, alone(steps_of(1)[0]))
+        with pytest.raises(Unavailable):
+            runs.result(1)
 
 
 def test_failures_are_counted_in_a_row_and_told_after_the_answers() -> None:

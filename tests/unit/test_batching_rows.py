@@ -95,8 +95,11 @@ def test_who_waits_takes_the_rows_of_who_leaves_and_nobody_moves() -> None:
     ]
     with label_batcher() as (slots, batcher):
         slots.gate.clear()
+        first = submit(batcher, labelled(replace(BASE, num_inference_steps=1), 9.0))
+        slots.is_warping.wait(60)
         futures = [submit(batcher, entry) for entry in entries]
         slots.gate.set()
+        first.result(60)
         results = [future.result(60) for future in futures]
     assert slots.steps.count(16) >= 3 and not slots.moves
     for entry, result in zip(entries, results, strict=True):

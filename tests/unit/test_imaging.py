@@ -582,6 +582,38 @@ class TestFaces:
         assert found is not None
         np.testing.assert_allclose(np.array(found) / scale, face, atol=0.2 * (face[2] - face[0]))
 
+    @FACES
+    @pytest.mark.parametrize("margin", [0.03, 0.1])
+    def test_a_face_that_fills_the_picture_is_found(self, file, face, margin):
+        """Here a face is what the cascade takes for one: from the brows' upper side to the chin."""
+        picture = self.example(file)
+        x0, y0, x1, y1 = find_face(picture)
+        grown = margin * (x1 - x0)
+        close = picture.crop((round(x0 - grown), round(y0 - grown), round(x1 + grown), round(y1 + grown)))
+        found = find_face(close)
+        assert found is not None
+        assert min(found[:2]) >= 0
+        assert max(found[2:]) <= max(close.size)
+        assert found[2] - found[0] > 0.7 * (x1 - x0)
+
+    def test_a_long_picture_takes_no_longer_than_another(self):
+        """The search's own arithmetic; what turns grey and shrinks goes up with the pixels."""
+        grey = np.random.default_rng(0).integers(0, 256, (40, 8000), dtype=np.uint8)
+        assert find_face(Image.fromarray(grey).convert("RGB")) is None
+        searched = []
+        finder = faces._finder()
+        search = finder._search
+
+        def noted(grey, *arguments):
+            searched.append(grey.size)
+            return search(grey, *arguments)
+
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(finder, "_search", noted)
+            find_face(Image.fromarray(np.repeat(grey, 10, axis=0)).convert("RGB"))
+        assert searched
+        assert max(searched) <= 360 * 640
+
     @pytest.mark.parametrize("scale", [0.5, 0.38])
     def test_small_faces_are_found(self, scale):
         face = self.example("hopper.jpg").resize((round(512 * scale), round(600 * scale)))
