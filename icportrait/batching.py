@@ -93,6 +93,7 @@ class Batcher:
         self._failures = 0
         self._decision: Decision | None = None
         self._broken: dict[RunningJob[Ticket], IcPortraitError] = {}
+        self._reports_first = not slots.overlaps
         # None only wakes the loop.
         self._arrivals: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
         self._closed = False
@@ -116,6 +117,7 @@ class Batcher:
         *,
         priority: int = 1,
         deadline_s: float = math.inf,
+        hold_every: int = 0,
     ) -> Ticket:
         """Queue a job.
 
@@ -126,6 +128,7 @@ class Batcher:
                 then, else before it.
             priority: 0 first.
             deadline_s: by the clock; a job that hasn't ended by then is dropped before a step begins.
+            hold_every: after so many steps each ``on_step`` may hold the job: the next step waits for it then.
 
         Raises:
             InvalidRequest: the request needs more slots than there are, or more steps than the schedule has.
@@ -136,7 +139,7 @@ class Batcher:
         plan = self._schedule.plan(request.scheduler, request.num_inference_steps)
         seeds = range(request.seed, request.seed + request.num_portraits)
         noise = np.stack([canvas_noise(self._preset, seed) for seed in seeds])
-        ticket = Ticket(job, plan, noise, on_done, on_step, priority, deadline_s, self._clock(), self._wake)
+        ticket = Ticket(job, plan, noise, on_done, on_step, priority, deadline_s, self._clock(), self._wake, hold_every)
         with self._closing:
             if self._closed:
                 raise Unavailable(SHUTTING_DOWN)
@@ -199,11 +202,9 @@ class Batcher:
 
     def _due(self) -> Decision:
         """The decision that was made ahead, unless something has come between."""
-        if not self._times.overlaps:
-            self._backlog.work_off()
         decision = self._decision
         has_arrivals, is_woken = self._take_arrivals()
-        if decision and not is_woken and self._clock() < decision.until_s:
+        if decision and not is_woken and not self._reports_first and self._clock() < decision.until_s:
             if not (has_arrivals and decision.is_open):
                 self._decision = None
                 return decision
@@ -266,6 +267,7 @@ class Batcher:
             stepping.extend(stepping_jobs(self._table.running))
             self._table.prepare(stepping)
             if self._times.overlaps:
+                self._reports_first = any(_may_be_held(job) for job in stepping)
                 self._take_arrivals()
                 self._decision = self._decide(self.pace.step_s(self._table.used_rows))
                 self._table.stage(self._decision.change.joining)
@@ -304,3 +306,8 @@ class Batcher:
         self._change(self._table.plan(failed, []), dict.fromkeys(failed, answer))
         self._backlog.work_off()
         self._on_failure(self._failures)
+
+
+def _may_be_held(job: RunningJob[Ticket]) -> bool:
+    """When the step that it is at is reported."""
+    return job.ticket.hold_every > 0 and job.step % job.ticket.hold_every == 0

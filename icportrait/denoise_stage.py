@@ -160,7 +160,14 @@ class DenoiseStage:
                 self._deliveries.put(lambda: entry.peer.send(message))
 
         def queue_job() -> Ticket:
-            return self._batcher.submit(job, on_done, on_step, priority=request.priority, deadline_s=request.deadline_s)
+            return self._batcher.submit(
+                job,
+                on_done,
+                on_step,
+                priority=request.priority,
+                deadline_s=request.deadline_s,
+                hold_every=request.preview_every,
+            )
 
         if entry is None:
             queue_job()

@@ -48,6 +48,8 @@ class Ticket:
     deadline_s: float
     arrived_s: float
     wake: Callable[[], None]
+    hold_every: int
+    """After so many steps each, ``on_step`` may hold the job; 0 for one that is never held."""
     steps_done: int = field(default=0, init=False)
     is_running: bool = field(default=False, init=False)
     is_cancelled: bool = field(default=False, init=False)

@@ -106,7 +106,7 @@ class Server:
 def ticket() -> Ticket:
     """A job's at the loop's door."""
     (job,) = steps_of(1)
-    return Ticket(job, SCHEDULE.plan("ddim", 1), job.profile_latent, print, None, 1, 0.0, 0.0, lambda: None)
+    return Ticket(job, SCHEDULE.plan("ddim", 1), job.profile_latent, print, None, 1, 0.0, 0.0, lambda: None, 0)
 
 
 def retry_after_ms(text: str) -> int:
