@@ -93,14 +93,7 @@ def test_who_waits_takes_the_rows_of_who_leaves_and_nobody_moves() -> None:
         labelled(replace(BASE, seed=20 * index, num_portraits=portraits, num_inference_steps=steps), index + 1.0)
         for index, (portraits, steps) in enumerate(kinds)
     ]
-    with label_batcher() as (slots, batcher):
-        slots.gate.clear()
-        first = submit(batcher, labelled(replace(BASE, num_inference_steps=1), 9.0))
-        slots.is_warping.wait(60)
-        futures = [submit(batcher, entry) for entry in entries]
-        slots.gate.set()
-        first.result(60)
-        results = [future.result(60) for future in futures]
+    slots, results = run_together(entries)
     assert slots.steps.count(16) >= 3 and not slots.moves
     for entry, result in zip(entries, results, strict=True):
         assert np.array_equal(result.portrait_latent, alone(entry))
