@@ -30,8 +30,7 @@ from icportrait.runtime import Slots, load_slots
 from icportrait.runtime.shared_device import DEVICE_FOLDER
 from icportrait.runtime.simulated import LatencyTable
 from icportrait.sampling import NoiseSchedule
-from icportrait.slot_table import DenoiseJob
-from icportrait.ticket import DenoiseResult
+from icportrait.ticket import DenoiseJob, DenoiseResult
 
 WARM_UP_S = 0.5
 _SERIES = ("step_outside_engine_ms", "step_ms", "step_slots")

@@ -38,8 +38,8 @@ from icportrait.request import PortraitRequest
 from icportrait.runtime import Slots
 from icportrait.sampling import NoiseSchedule
 from icportrait.scheduling import BATCHING_MODES
-from icportrait.slot_table import Change, DenoiseJob, RunningJob, SlotTable
-from icportrait.ticket import DenoiseResult, OnDone, OnStep, Ticket
+from icportrait.slot_table import Change, RunningJob, SlotTable
+from icportrait.ticket import DenoiseJob, DenoiseResult, OnDone, OnStep, Ticket
 
 logger = logging.getLogger(__name__)
 SHUTTING_DOWN = "the server is shutting down; try again"
@@ -87,12 +87,12 @@ class Batcher:
         self.pace = Pace()
         self._times = LoopTimes(slots, self._metrics, self.pace)
         self._backlog = Backlog()
-        self._table: SlotTable[Ticket] = SlotTable(self._times, preset, self._backlog)
+        self._table: SlotTable = SlotTable(self._times, preset, self._backlog)
         self._decider = Decider(BATCHING_MODES[mode], slots.rows, slots.max_jobs, self.pace)
         self._max_jobs = slots.max_jobs
         self._failures = 0
         self._decision: Decision | None = None
-        self._broken: dict[RunningJob[Ticket], IcPortraitError] = {}
+        self._broken: dict[RunningJob, IcPortraitError] = {}
         self._reports_first = not slots.overlaps
         # None only wakes the loop.
         self._arrivals: queue.SimpleQueue[Ticket | None] = queue.SimpleQueue()
@@ -250,17 +250,17 @@ class Batcher:
                     job.ticket.is_running = True
         return all_joined
 
-    def _change(self, change: Change[Ticket], leaving: Outcomes) -> None:
+    def _change(self, change: Change, leaving: Outcomes) -> None:
         for job, error in leaving.items():
             self._backlog.add(partial(self._answer, job, error))
         self._table.change(change)
 
-    def _answer(self, job: RunningJob[Ticket], error: IcPortraitError | None) -> None:
+    def _answer(self, job: RunningJob, error: IcPortraitError | None) -> None:
         error = self._broken.pop(job, error)
         job.ticket.answer(error or self._result(job, self._table.portrait_latent(job)))
 
     def _step(self) -> None:
-        stepping: list[RunningJob[Ticket]] = []
+        stepping: list[RunningJob] = []
 
         def meanwhile() -> None:
             self._backlog.work_off()
@@ -282,7 +282,7 @@ class Batcher:
             self._failures = 0
         self._backlog.add(lambda: self._report(stepping))
 
-    def _report(self, stepped: list[RunningJob[Ticket]]) -> None:
+    def _report(self, stepped: list[RunningJob]) -> None:
         for job in stepped:
             if self._table.is_broken(job):
                 self._broken[job] = IcPortraitError("the UNet gave NaN or Inf for this request; no picture was made")
@@ -290,10 +290,10 @@ class Batcher:
                 job.ticket.report(lambda: self._result(job, self._table.clean_latent(job)))  # noqa: B023
         self._times.publish()
 
-    def _result(self, job: RunningJob[Ticket], portrait_latent: Array) -> DenoiseResult:
+    def _result(self, job: RunningJob, portrait_latent: Array) -> DenoiseResult:
         return DenoiseResult(portrait_latent, job.match_confidence, job.conditioned_ns, self._table.stepped_ns)
 
-    def _fail(self, failed: list[RunningJob[Ticket]], error: Exception, what: str) -> None:
+    def _fail(self, failed: list[RunningJob], error: Exception, what: str) -> None:
         """Answer jobs at once: the caller's mistake as it is, a failure of ours without what the log has."""
         if isinstance(error, InvalidRequest):
             answer: IcPortraitError = error
@@ -308,6 +308,6 @@ class Batcher:
         self._on_failure(self._failures)
 
 
-def _may_be_held(job: RunningJob[Ticket]) -> bool:
+def _may_be_held(job: RunningJob) -> bool:
     """When the step that it is at is reported."""
     return job.ticket.hold_every > 0 and job.step % job.ticket.hold_every == 0

@@ -15,7 +15,7 @@ from icportrait.scheduling import BatchingMode, Scheduler
 from icportrait.slot_table import Change, RunningJob, SlotTable
 from icportrait.ticket import Ticket
 
-Outcomes = dict[RunningJob[Ticket], IcPortraitError | None]
+Outcomes = dict[RunningJob, IcPortraitError | None]
 """Why jobs leave: an error, or that they have ended."""
 
 
@@ -24,7 +24,7 @@ class Decision:
     """What happens before the next step."""
 
     leaving: Outcomes
-    change: Change[Ticket]
+    change: Change
     is_open: bool
     """Whether somebody who arrives until then could join too."""
     until_s: float
@@ -33,7 +33,7 @@ class Decision:
     """Whether anybody is to be stepped."""
 
 
-def stepping_jobs(running: Sequence[RunningJob[Ticket]]) -> list[RunningJob[Ticket]]:
+def stepping_jobs(running: Sequence[RunningJob]) -> list[RunningJob]:
     """Those whose rows the next step advances."""
     return [job for job in running if not job.ended and not job.ticket.is_held]
 
@@ -64,8 +64,8 @@ class Decider:
 
     def decide(
         self,
-        table: SlotTable[Ticket],
-        broken: Mapping[RunningJob[Ticket], IcPortraitError],
+        table: SlotTable,
+        broken: Mapping[RunningJob, IcPortraitError],
         now_s: float,
         ahead_s: float = 0.0,
     ) -> Decision:
@@ -92,8 +92,8 @@ class Decider:
 
     def _leaving(
         self,
-        running: Sequence[RunningJob[Ticket]],
-        broken: Mapping[RunningJob[Ticket], IcPortraitError],
+        running: Sequence[RunningJob],
+        broken: Mapping[RunningJob, IcPortraitError],
         now_s: float,
     ) -> Outcomes:
         """Those that have ended or broken, whose caller has gone or whose deadline has passed."""
@@ -104,7 +104,7 @@ class Decider:
                 leaving[job] = error
         return leaving | self._ended(running, leaving)
 
-    def _ended(self, running: Sequence[RunningJob[Ticket]], leaving: Outcomes) -> Outcomes:
+    def _ended(self, running: Sequence[RunningJob], leaving: Outcomes) -> Outcomes:
         """Those that have, and may leave beside the ones that leave anyway."""
         staying = [job for job in running if job not in leaving]
         if self._mode.leaves_early or all(job.ended for job in staying):

@@ -25,8 +25,7 @@ from icportrait.request import PortraitRequest
 from icportrait.runtime import Slots
 from icportrait.sampling import NoiseSchedule
 from icportrait.serving import Tensors, bytes_tensor
-from icportrait.slot_table import DenoiseJob
-from icportrait.ticket import CANCELLED, DenoiseResult, Ticket
+from icportrait.ticket import CANCELLED, DenoiseJob, DenoiseResult, Ticket
 
 logger = logging.getLogger(__name__)
 Answer = Callable[[Tensors | IcPortraitError, bool], None]

@@ -113,8 +113,6 @@ class _Finder:
     """OpenCV's cascade, for one thread."""
 
     def __init__(self, cv2: Any) -> None:
-        # Requests already run side by side; threads inside each search would only take turns, in an order that varies.
-        cv2.setNumThreads(1)
         self._cv2 = cv2
         self._cascade = cv2.CascadeClassifier(str(Path(cv2.data.haarcascades) / "haarcascade_frontalface_alt2.xml"))
 
@@ -131,7 +129,7 @@ class _Finder:
             found = sorted(found, key=lambda face: -face[2])[:CLOSE_UPS]
             seen = [self._close_up(wide, *(value / small_scale for value in face)) for face in found]
             if faces := [face for face in seen if face]:
-                x, y, side = max(faces, key=lambda face: (face[2], *face))
+                x, y, side = max(faces, key=_by_size)
                 return _inside((x - edge_px) / scale, (y - edge_px) / scale, side / scale, picture.size)
         return None
 
@@ -145,7 +143,7 @@ class _Finder:
         found = self._search(part, 1.1, 3, int(0.7 * side * scale), int(1.45 * side * scale))
         if not found:
             return None
-        x, y, side = max(found, key=lambda face: (face[2], *face))
+        x, y, side = max(found, key=_by_size)
         return left + x / scale, top + y / scale, side / scale
 
     def _search(self, grey: Array, step: float, agreeing: int, smallest_px: int, largest_px: int) -> list[Face]:
@@ -164,6 +162,10 @@ class _Finder:
         return self._cv2.resize(grey, size, interpolation=self._cv2.INTER_AREA), scale
 
 
+def _by_size(face: Face) -> tuple[float, ...]:
+    return face[2], *face
+
+
 def _inside(x: float, y: float, side: float, size: tuple[int, int]) -> Box:
     """A face in whole pixels of a picture."""
     width, height = size
@@ -179,6 +181,8 @@ def _opencv() -> Any | None:
     except ImportError as error:
         logger.warning("no face is sought and pictures are cropped to their middle: OpenCV is missing (%s)", error)
         return None
+    # Requests already run side by side; threads inside each search would only take turns, in an order that varies.
+    cv2.setNumThreads(1)
     return cv2
 
 

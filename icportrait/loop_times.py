@@ -64,23 +64,13 @@ class LoopTimes:
 
     def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]], meanwhile: Callable[[], None]) -> Array:
         """See ``Slots.condition``."""
-        meanwhile = self._beside(meanwhile)
-        began_s = self._begin()
-        try:
-            confidences = self._slots.condition(jobs, rows, meanwhile)
-        finally:
-            self._end(began_s)
+        confidences = self._run(lambda beside: self._slots.condition(jobs, rows, beside), meanwhile)
         self._warpings_s.append(self._engine_s)
         return confidences
 
     def predict(self, canvas_latent: Array, timestep: Array, meanwhile: Callable[[], None]) -> Array:
         """See ``Slots.predict``."""
-        meanwhile = self._beside(meanwhile)
-        began_s = self._begin()
-        try:
-            noise_pred = self._slots.predict(canvas_latent, timestep, meanwhile)
-        finally:
-            self._end(began_s)
+        noise_pred = self._run(lambda beside: self._slots.predict(canvas_latent, timestep, beside), meanwhile)
         now_s = self._free_since_s
         self._last_step = (len(timestep), now_s - self._step_since_s, self._outside_s, self._engine_s)
         self._outside_s, self._step_since_s = 0.0, now_s
@@ -103,19 +93,14 @@ class LoopTimes:
             self._metrics.observe("step_ms", 1000 * engine_s)
             self._metrics.observe("step_outside_engine_ms", 1000 * outside_s)
 
-    def _beside(self, meanwhile: Callable[[], None]) -> Callable[[], None]:
-        """What can't run beside the engine counts as outside of it."""
-        if self.overlaps:
-            return meanwhile
-        meanwhile()
-        return lambda: None
-
-    def _begin(self) -> float:
-        """An engine begins."""
+    def _run(self, engine: Callable[[Callable[[], None]], Array], meanwhile: Callable[[], None]) -> Array:
+        """Time an engine; what can't run beside it counts as outside of it."""
+        if not self.overlaps:
+            meanwhile()
         began_s = time.perf_counter()
         self._outside_s += began_s - self._free_since_s
-        return began_s
-
-    def _end(self, began_s: float) -> None:
-        self._free_since_s = time.perf_counter()
-        self._engine_s = self._free_since_s - began_s
+        try:
+            return engine(meanwhile if self.overlaps else lambda: None)
+        finally:
+            self._free_since_s = time.perf_counter()
+            self._engine_s = self._free_since_s - began_s

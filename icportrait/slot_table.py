@@ -8,63 +8,19 @@ from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
 from icportrait.backlog import Backlog
 from icportrait.contract import Array
 from icportrait.presets import Preset
-from icportrait.request import PortraitRequest
 from icportrait.row_latents import Advance, RowLatents, Start
-from icportrait.runtime.placement import Placed
 from icportrait.runtime.slots import Slots
-from icportrait.sampling import StepPlan
-
-
-@dataclass(frozen=True)
-class DenoiseJob:
-    """One request at the loop's door.
-
-    ``profile_latent`` and ``reference_latent`` are [1, 4, s, s], ``visibility`` is [1, 1, s, s], all float32, each in
-    the host's memory or the GPU's.
-    """
-
-    request: PortraitRequest
-    profile_latent: Placed
-    reference_latent: Placed
-    visibility: Placed
-
-    @property
-    def inputs(self) -> dict[str, Placed]:
-        """The warping network's, by name."""
-        return {
-            "profile_latent": self.profile_latent,
-            "reference_latent": self.reference_latent,
-            "visibility": self.visibility,
-        }
-
-
-class Planned(Protocol):
-    """A job with its schedule and its noise."""
-
-    @property
-    def job(self) -> DenoiseJob: ...
-
-    @property
-    def plan(self) -> StepPlan: ...
-
-    @property
-    def noise(self) -> Array:
-        """[num_portraits, 4, s, 2 s] float32; its left half is what the held profile is noised with at every step."""
-        ...
-
-
-Ticket = TypeVar("Ticket", bound=Planned)
+from icportrait.ticket import Ticket
 
 
 @dataclass(eq=False)
-class RunningJob(Generic[Ticket]):
+class RunningJob:
     """A job's rows while they are denoised."""
 
     ticket: Ticket
@@ -91,18 +47,18 @@ class RunningJob(Generic[Ticket]):
 
 
 @dataclass(frozen=True)
-class Change(Generic[Ticket]):
+class Change:
     """Who is there from the next step on."""
 
-    running: list[RunningJob[Ticket]]
-    joining: list[RunningJob[Ticket]]
+    running: list[RunningJob]
+    joining: list[RunningJob]
     """Those of ``running`` that weren't there before."""
-    moves: list[tuple[RunningJob[Ticket], int, int]]
+    moves: list[tuple[RunningJob, int, int]]
     """Which of a job's rows goes where: its index in ``rows``, and the row that it shall be in."""
     used_rows: int
 
 
-class SlotTable(Generic[Ticket]):
+class SlotTable:
     """Running jobs in the first rows of the slots, without gaps.
 
     With guidance a portrait's second row is the twin of its first. What the engine needn't wait for goes into the
@@ -119,12 +75,12 @@ class SlotTable(Generic[Ticket]):
         """
         self._slots, self._backlog = slots, backlog
         self._latents = RowLatents(preset, slots.rows)
-        self.running: list[RunningJob[Ticket]] = []
+        self.running: list[RunningJob] = []
         self.used_rows = 0
         self.stepped_ns = 0
         """When the last step ended, by ``time.monotonic_ns``."""
 
-    def plan(self, leaving: Collection[RunningJob[Ticket]], joining: Sequence[Ticket]) -> Change[Ticket]:
+    def plan(self, leaving: Collection[RunningJob], joining: Sequence[Ticket]) -> Change:
         """Find rows for those who join, the lowest that are free, and fill the gaps that are left with the last rows.
 
         Args:
@@ -139,7 +95,7 @@ class SlotTable(Generic[Ticket]):
         moves = [(*owners[row], next(free)) for row in sorted(owners) if row >= used]
         return Change(running + joined, joined, moves, used)
 
-    def stage(self, jobs: Sequence[RunningJob[Ticket]]) -> None:
+    def stage(self, jobs: Sequence[RunningJob]) -> None:
         """Make the starts of planned jobs while the UNet runs, unless a profile's latent can be had only after it.
 
         What can't be made fails in ``join``, without those that run now.
@@ -149,7 +105,7 @@ class SlotTable(Generic[Ticket]):
                 with suppress(Exception):
                     job.start = self._start(job.ticket)
 
-    def change(self, change: Change[Ticket]) -> None:
+    def change(self, change: Change) -> None:
         """Let jobs leave, and move rows into the gaps. Those who join have their rows, and ``join`` fills them."""
         self.running, self.used_rows = change.running, change.used_rows
         for job, index, target in change.moves:
@@ -158,12 +114,12 @@ class SlotTable(Generic[Ticket]):
         if change.moves:
             self._backlog.add(lambda: self._move(change))
 
-    def _move(self, change: Change[Ticket]) -> None:
+    def _move(self, change: Change) -> None:
         for job, index, target in change.moves:
             self._latents.move_rest(job.rows[index], target)
             job.rows[index] = target
 
-    def join(self, jobs: Sequence[RunningJob[Ticket]], meanwhile: Callable[[], None]) -> None:
+    def join(self, jobs: Sequence[RunningJob], meanwhile: Callable[[], None]) -> None:
         """Run the warping network over jobs and fill their rows.
 
         Args:
@@ -189,7 +145,7 @@ class SlotTable(Generic[Ticket]):
         request, profile_latent = ticket.job.request, self._slots.to_host(ticket.job.profile_latent)
         return Start.of(ticket.plan, ticket.noise, profile_latent, request.rows // request.num_portraits)
 
-    def prepare(self, stepping: Sequence[RunningJob[Ticket]]) -> None:
+    def prepare(self, stepping: Sequence[RunningJob]) -> None:
         """Say whom the step advances that is about to end, and prepare it; the others' rows stay as they are."""
         advances = []
         for job in stepping:
@@ -210,14 +166,14 @@ class SlotTable(Generic[Ticket]):
         self.stepped_ns = time.monotonic_ns()
         self._backlog.add(self._latents.complete)
 
-    def is_broken(self, job: RunningJob[Ticket]) -> bool:
+    def is_broken(self, job: RunningJob) -> bool:
         """Whether the last step gave NaN or Inf for a job."""
         return not self._latents.are_finite(job.rows)
 
-    def portrait_latent(self, job: RunningJob[Ticket]) -> Array:
+    def portrait_latent(self, job: RunningJob) -> Array:
         """A copy of a job's portraits as they are now, noisy until it has ended: [num_portraits, 4, s, s]."""
         return self._latents.latent(job.portrait_rows)
 
-    def clean_latent(self, job: RunningJob[Ticket]) -> Array:
+    def clean_latent(self, job: RunningJob) -> Array:
         """A copy of what the last step took the job's portraits for, without noise: [num_portraits, 4, s, s]."""
         return self._latents.clean_latent(job.portrait_rows)

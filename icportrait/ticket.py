@@ -1,4 +1,4 @@
-"""A job on its way through the denoising loop, and what comes out of it."""
+"""A job, its way through the denoising loop, and what comes out of it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,35 @@ from dataclasses import dataclass, field
 
 from icportrait.contract import Array
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError
+from icportrait.request import PortraitRequest
+from icportrait.runtime.placement import Placed
 from icportrait.sampling import StepPlan
-from icportrait.slot_table import DenoiseJob
 
 logger = logging.getLogger(__name__)
 CANCELLED = "the caller cancelled"
+
+
+@dataclass(frozen=True)
+class DenoiseJob:
+    """One request at the loop's door.
+
+    ``profile_latent`` and ``reference_latent`` are [1, 4, s, s], ``visibility`` is [1, 1, s, s], all float32, each in
+    the host's memory or the GPU's.
+    """
+
+    request: PortraitRequest
+    profile_latent: Placed
+    reference_latent: Placed
+    visibility: Placed
+
+    @property
+    def inputs(self) -> dict[str, Placed]:
+        """The warping network's, by name."""
+        return {
+            "profile_latent": self.profile_latent,
+            "reference_latent": self.reference_latent,
+            "visibility": self.visibility,
+        }
 
 
 @dataclass(frozen=True)
@@ -42,6 +66,7 @@ class Ticket:
     job: DenoiseJob
     plan: StepPlan
     noise: Array
+    """[num_portraits, 4, s, 2 s] float32; its left half is what the held profile is noised with at every step."""
     on_done: OnDone
     on_step: OnStep | None
     priority: int

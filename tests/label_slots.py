@@ -16,8 +16,7 @@ from icportrait.errors import IcPortraitError
 from icportrait.presets import DEMO_128
 from icportrait.request import PortraitRequest
 from icportrait.sampling import NoiseSchedule
-from icportrait.slot_table import DenoiseJob
-from icportrait.ticket import DenoiseResult
+from icportrait.ticket import DenoiseJob, DenoiseResult
 from tests.trivial_engines import SD15_SCHEDULER
 
 SCHEDULE = NoiseSchedule.from_config(SD15_SCHEDULER)

@@ -22,8 +22,7 @@ from icportrait.request import PortraitRequest
 from icportrait.runtime.eager import TorchEngine
 from icportrait.runtime.slots import HostSlots
 from icportrait.sampling import NoiseSchedule
-from icportrait.slot_table import DenoiseJob
-from icportrait.ticket import DenoiseResult
+from icportrait.ticket import DenoiseJob, DenoiseResult
 from tests.label_slots import BASE, submit
 
 CHECKPOINT = random_checkpoint(DEMO_128)

@@ -19,8 +19,7 @@ import pytest
 from icportrait.batching import Batcher
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, Unavailable
 from icportrait.metrics import Metrics
-from icportrait.slot_table import DenoiseJob
-from icportrait.ticket import DenoiseResult, Ticket
+from icportrait.ticket import DenoiseJob, DenoiseResult, Ticket
 from tests.label_slots import BASE, LabelSlots, alone, label_batcher, labelled, steps_of, submit
 
 pytestmark = pytest.mark.usefixtures("overlaps")
