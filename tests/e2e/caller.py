@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import queue
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -87,6 +88,14 @@ def series(url: str) -> dict[str, float]:
     with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as answer:
         lines = [line for line in answer.read().decode().splitlines() if line.startswith("icportrait_")]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def until_metric(url: str, name: str, value: float) -> None:
+    """Waits until a series has a value."""
+    end_s = time.monotonic() + 30
+    while (found := series(url).get(name)) != value:
+        assert time.monotonic() < end_s, f"{name} is {found}, not {value}"
+        time.sleep(0.05)
 
 
 def generate(url: str, model: str = "ic_portrait", **values: Any) -> tuple[int, dict[str, Any]]:

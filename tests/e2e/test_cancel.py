@@ -16,9 +16,10 @@ from tritonclient.utils import InferenceServerException
 from icportrait.policy import ServingPolicy
 from icportrait.repository import assemble
 from icportrait.server import Ports, TritonServer
-from tests.e2e.caller import infer, tensors
+from tests.e2e.caller import infer, tensors, until_metric
 
 STEP_MS = 50
+ACTIVE = "icportrait_active_slots"
 
 
 @pytest.fixture(scope="module")
@@ -37,18 +38,19 @@ def test_without_a_cancel_the_next_one_waits(slow_server: TritonServer, pictures
     """What the test below would see if nothing were cancelled."""
     with grpc_client.InferenceServerClient(slow_server.grpc_url) as client:
         start(client, pictures, steps=60)
-        time.sleep(0.6)
+        until_metric(slow_server.metrics_url, ACTIVE, 1)
         assert seconds_until_answer(slow_server, pictures) > 1.2
 
 
-@pytest.mark.parametrize("after_s", [0.0, 0.6])
+@pytest.mark.parametrize("runs", [False, True])
 def test_a_cancelled_unary_call_frees_its_slot(
-    slow_server: TritonServer, pictures: dict[str, bytes], after_s: float
+    slow_server: TritonServer, pictures: dict[str, bytes], runs: bool
 ) -> None:
     """While it is on its way to the loop, and while it is denoised: it would have taken 7.5 s."""
     with grpc_client.InferenceServerClient(slow_server.grpc_url) as client:
         outcome, done, call = start(client, pictures, steps=150)
-        time.sleep(after_s)
+        if runs:
+            until_metric(slow_server.metrics_url, ACTIVE, 1)
         call.cancel()
         assert done.wait(10)
         assert outcome[0].status() == "StatusCode.CANCELLED"

@@ -19,7 +19,7 @@ from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.repository import assemble
 from icportrait.server import Ports, TritonServer
-from tests.e2e.caller import StreamCall, infer, series
+from tests.e2e.caller import StreamCall, infer, series, until_metric
 from tests.trivial_engines import write_trivial_export
 
 STEP_MS, DECODE_MS = 100, 20
@@ -46,9 +46,14 @@ def call(server: TritonServer, pictures: dict[str, bytes], **values: Any) -> Str
 
 
 def settled(server: TritonServer) -> dict[str, float]:
-    """The server's metrics, with all that has happened so far: they are published four times a second."""
-    time.sleep(0.6)
-    return series(server.metrics_url)
+    """The server's metrics once nothing runs or waits and they have stood still (published four times a second)."""
+    end_s = time.monotonic() + 30
+    before, now = {}, series(server.metrics_url)
+    while now != before or now["icportrait_active_slots"] or now["icportrait_queued_slots"]:
+        assert time.monotonic() < end_s, f"not settled: {now}"
+        time.sleep(0.6)
+        before, now = now, series(server.metrics_url)
+    return now
 
 
 def size(picture: bytes) -> tuple[int, int]:
@@ -130,9 +135,10 @@ def test_refusals_come_with_their_code_and_when_to_try_again(slow: TritonServer,
     assert late.value.status() == "StatusCode.UNAVAILABLE"
     assert "deadline_ms: 1000, and it would take about" in late.value.message()
     assert "; retry_after_ms: " in late.value.message()
-    streams = [call(slow, pictures, num_inference_steps=100) for _ in range(3)]
-    streams[0].next()  # it runs, and the two others fill the queue
-    time.sleep(0.3)
+    streams = [call(slow, pictures, num_inference_steps=100)]
+    streams[0].next()  # it runs, and two others fill the queue
+    streams += [call(slow, pictures, num_inference_steps=100) for _ in range(2)]
+    until_metric(slow.metrics_url, "icportrait_queued_slots", 2)
     with call(slow, pictures, num_inference_steps=1) as stream, pytest.raises(InferenceServerException) as full:
         stream.next()
     assert (

@@ -214,16 +214,13 @@ def test_a_loop_whose_process_is_killed_fails_its_leases_and_a_new_one_takes_ove
 def test_a_lease_that_is_not_answered_is_given_up_after_a_while_and_given_back(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(icportrait.control, "LEASE_TIMEOUT_S", 0.2)
     heard: queue.SimpleQueue[tuple[Peer, Message]] = queue.SimpleQueue()
     with serving(repository, lambda *asked: heard.put(asked)), line(repository) as front:
+        monkeypatch.setattr(icportrait.control, "LEASE_TIMEOUT_S", 0.05)
         late = Asked(front, "late")
-        assert late.asked_s < 0.1
-        front.expire_leases()
-        assert late.replies.empty()
         peer, lease = heard.get(timeout=10)
         assert (lease["op"], lease["key"]) == ("lease", "late")
-        time.sleep(0.15)
+        monkeypatch.setattr(icportrait.control, "LEASE_TIMEOUT_S", 60.0)
         in_time = Asked(front, "in time")
         heard.get(timeout=10)
         time.sleep(0.06)
