@@ -264,12 +264,13 @@ class Batcher:
 
         def meanwhile() -> None:
             self._backlog.work_off()
+            left_s = self._times.sleep_before_end(self._table.used_rows)
             stepping.extend(stepping_jobs(self._table.running))
             self._table.prepare(stepping)
             if self._times.overlaps:
                 self._reports_first = any(_may_be_held(job) for job in stepping)
                 self._take_arrivals()
-                self._decision = self._decide(self.pace.step_s(self._table.used_rows))
+                self._decision = self._decide(left_s)
                 self._table.stage(self._decision.change.joining)
 
         try:
