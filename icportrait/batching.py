@@ -264,7 +264,7 @@ class Batcher:
 
         def meanwhile() -> None:
             self._backlog.work_off()
-            left_s = self._times.sleep_before_end(self._table.used_rows)
+            left_s = self._times.sleep_before_end()
             stepping.extend(stepping_jobs(self._table.running))
             self._table.prepare(stepping)
             if self._times.overlaps:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 
 from icportrait.contract import Array
 from icportrait.metrics import Metrics
 from icportrait.runtime import Slots
 from icportrait.runtime.slots import Inputs
+from icportrait.step_alarm import StepAlarm
 
 NEW_SHARE = 0.1
 """How much of an average its newest value makes."""
-
-RUNS_KNOWN = 8
-"""An engine's end is expected by the shortest of its last runs, so many of them."""
-
-LEAD_S, LEAD_SHARE = 0.002, 0.15
-"""So long before that end the loop is back, or by such a share of the run where that is longer."""
-
-WAITED_S = 0.0001
-"""Who waits less for an engine may have come when it had ended."""
 
 
 class Pace:
@@ -55,7 +46,7 @@ def _average(before: float, new: float) -> float:
 
 
 class LoopTimes:
-    """``Slots`` that are timed, and what lies between their engines' runs; says when a step is about to end.
+    """``Slots`` that are timed, and what lies between their engines' runs.
 
     Engines are timed by the real clock, whichever clock the loop lives by.
     """
@@ -68,11 +59,7 @@ class LoopTimes:
         """Of the last run, and since the last step."""
         # When an engine ended, or the loop found something to do; and the same, of steps alone.
         self._free_since_s = self._step_since_s = time.perf_counter()
-        self._began_s = self._free_since_s
-        self._is_done_s = self._free_since_s
-        """When ``meanwhile`` ended."""
-        self._runs_s: dict[int, deque[float]] = {}
-        """By rows, what the last steps took the engine; less where the loop came too late to know."""
+        self._alarm = StepAlarm()
         # What is still to be counted.
         self._warpings_s: list[float] = []
         self._last_step: tuple[int, float, float, float] | None = None
@@ -85,40 +72,28 @@ class LoopTimes:
 
     def predict(self, canvas_latent: Array, timestep: Array, meanwhile: Callable[[], None]) -> Array:
         """See ``Slots.predict``."""
-        noise_pred = self._run(lambda beside: self._slots.predict(canvas_latent, timestep, beside), meanwhile)
+
+        def alarmed() -> None:
+            self._alarm.begin(len(timestep))
+            meanwhile()
+            self._alarm.back()
+
+        beside_engine = alarmed if self.overlaps else meanwhile
+        noise_pred = self._run(lambda beside: self._slots.predict(canvas_latent, timestep, beside), beside_engine)
         now_s = self._free_since_s
         if self.overlaps:
-            self._learn(len(timestep))
+            self._alarm.end(now_s)
         self._last_step = (len(timestep), now_s - self._step_since_s, self._outside_s, self._engine_s)
         self._outside_s, self._step_since_s = 0.0, now_s
         return noise_pred
 
-    def sleep_before_end(self, rows: int) -> float:
-        """Within a step's ``meanwhile``: let the engine run until shortly before its end.
-
-        What is done then is done with what came until then, and leaves in the caches what the loop needs right after.
-
-        Args:
-            rows: in use.
+    def sleep_before_end(self) -> float:
+        """Within a step's ``meanwhile``: sleep until shortly before the engine's end.
 
         Returns:
-            Seconds until the engine's end; 0 where it isn't known, or the engine keeps this thread.
+            Seconds until that end; 0 where it isn't known, or the engine keeps this thread.
         """
-        lasts_s = self._lasts_s(rows)
-        due_s = self._began_s + lasts_s - max(LEAD_S, LEAD_SHARE * lasts_s)
-        if (early_s := due_s - time.perf_counter()) > 0:
-            time.sleep(early_s)
-        return max(0.0, self._began_s + lasts_s - time.perf_counter())
-
-    def _lasts_s(self, rows: int) -> float:
-        """What a step takes the engine at least; 0 before enough of them are known."""
-        runs_s = self._runs_s.get(rows, ())
-        return min(runs_s) if len(runs_s) == RUNS_KNOWN else 0.0
-
-    def _learn(self, rows: int) -> None:
-        has_waited = self._free_since_s - self._is_done_s > WAITED_S
-        runs_s = self._runs_s.setdefault(rows, deque(maxlen=RUNS_KNOWN))
-        runs_s.append(self._engine_s if has_waited else self._lasts_s(rows) / 2)
+        return self._alarm.sleep() if self.overlaps else 0.0
 
     def resume(self) -> None:
         """Begin anew: the loop has waited for work."""
@@ -141,16 +116,10 @@ class LoopTimes:
         """Time an engine; what can't run beside it counts as outside of it."""
         if not self.overlaps:
             meanwhile()
-
-        def beside() -> None:
-            if self.overlaps:
-                meanwhile()
-            self._is_done_s = time.perf_counter()
-
-        self._began_s = time.perf_counter()
-        self._outside_s += self._began_s - self._free_since_s
+        began_s = time.perf_counter()
+        self._outside_s += began_s - self._free_since_s
         try:
-            return engine(beside)
+            return engine(meanwhile if self.overlaps else lambda: None)
         finally:
             self._free_since_s = time.perf_counter()
-            self._engine_s = self._free_since_s - self._began_s
+            self._engine_s = self._free_since_s - began_s

@@ -12,7 +12,7 @@ import pytest
 
 import icportrait.loop_times
 from icportrait.batching import Batcher
-from icportrait.loop_times import LEAD_SHARE, NEW_SHARE, RUNS_KNOWN, LoopTimes, Pace
+from icportrait.loop_times import NEW_SHARE, LoopTimes, Pace
 from icportrait.metrics import Metrics
 from tests.label_slots import LabelSlots, label_batcher, steps_of, submit
 
@@ -27,15 +27,11 @@ class Clock:
     def pass_ms(self, milliseconds: float) -> None:
         self.now_s += milliseconds / 1000
 
-    def sleep(self, seconds: float) -> None:
-        assert seconds > 0
-        self.now_s += seconds
-
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(icportrait.loop_times, "time", SimpleNamespace(perf_counter=made, sleep=made.sleep))
+    monkeypatch.setattr(icportrait.loop_times, "time", SimpleNamespace(perf_counter=made))
     return made
 
 
@@ -44,7 +40,7 @@ class TimedSlots(LabelSlots):
 
     def __init__(self, clock: Clock, overlaps: bool = False) -> None:
         super().__init__()
-        self.clock, self.overlaps, self.step_ms = clock, overlaps, 5.0
+        self.clock, self.overlaps = clock, overlaps
 
     def condition(self, jobs, rows, meanwhile):
         self.clock.pass_ms(20)
@@ -53,8 +49,7 @@ class TimedSlots(LabelSlots):
     def predict(self, canvas_latent, timestep, meanwhile):
         began_s = self.clock()
         output = super().predict(canvas_latent, timestep, meanwhile)
-        end_s = (began_s if self.overlaps else self.clock()) + self.step_ms / 1000
-        self.clock.now_s = max(self.clock(), end_s)
+        self.clock.now_s = max(self.clock(), began_s + 0.005) if self.overlaps else self.clock() + 0.005
         return output
 
 
@@ -168,55 +163,6 @@ def test_the_loop_does_not_count_what_it_waits_for(clock: Clock, monkeypatch: py
         waits.get(timeout=10)
     assert histogram(metrics, "step_outside_engine_ms") == (0, 3)
     assert 1000 * batcher.pace.step_s(1) == pytest.approx(25)
-
-
-def slept(times: LoopTimes, clock: Clock, work_ms: float = 0.5) -> tuple[float, float]:
-    """How far into a step the loop is back, and how long it is told that it lasts still, in milliseconds."""
-    seen = []
-
-    def meanwhile() -> None:
-        began_s = clock()
-        left_s = times.sleep_before_end(2)
-        seen.extend([1000 * (clock() - began_s), 1000 * left_s])
-        clock.pass_ms(work_ms)
-
-    step(times, meanwhile)
-    return round(seen[0], 6), round(seen[1], 6)
-
-
-def test_the_loop_is_back_shortly_before_a_step_ends_once_it_knows_how_long_steps_take(clock: Clock) -> None:
-    """By the shortest of the last ones: the first is back to 10 ms after the eight between were longer."""
-    slots = TimedSlots(clock, overlaps=True)
-    times = LoopTimes(slots, Metrics(), Pace())
-    for slots.step_ms in (*[11.0] * 3, 10.0, *[14.0] * 4):
-        assert slept(times, clock) == (0, 0)
-    for _ in range(4):
-        assert slept(times, clock) == (8, 2)
-    assert slept(times, clock) == (14 - LEAD_SHARE * 14, LEAD_SHARE * 14)
-    assert slept(LoopTimes(slots, Metrics(), Pace()), clock) == (0, 0)
-
-
-def test_a_loop_that_comes_too_late_comes_earlier_until_it_knows_again(clock: Clock) -> None:
-    """What a late one measures is its own work, which must not make it later still."""
-    slots = TimedSlots(clock, overlaps=True)
-    slots.step_ms = 12.0
-    times = LoopTimes(slots, Metrics(), Pace())
-    for _ in range(RUNS_KNOWN):
-        slept(times, clock)
-    slots.step_ms = 7.0
-    assert slept(times, clock) == (10, 2)
-    for _ in range(RUNS_KNOWN):
-        assert slept(times, clock) == (4, 2)
-    assert slept(times, clock) == (5, 2)
-    for _ in range(4 * RUNS_KNOWN):
-        back_ms, _ = slept(times, clock, work_ms=9)
-    assert back_ms == 0, "no step is so long that this work fits into it"
-
-
-def test_a_loop_whose_engine_keeps_its_thread_never_sleeps(clock: Clock) -> None:
-    times = LoopTimes(TimedSlots(clock), Metrics(), Pace())
-    for _ in range(3 * RUNS_KNOWN):
-        assert slept(times, clock) == (0, 0)
 
 
 def test_the_pace_is_a_moving_average_by_slots_in_use() -> None:
