@@ -8,11 +8,11 @@ from __future__ import annotations
 import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 
 from icportrait.contract import Array
+from icportrait.runtime.engine import Engine
 from icportrait.runtime.placement import Placed
 
 HITS = "icportrait_encoder_cache_hits_total"
@@ -28,45 +28,54 @@ class RowCache:
     are equal within a batch are computed once. Nothing of a run that failed is kept. For one thread.
     """
 
-    def __init__(
-        self, run: Callable[[Mapping[str, Any]], dict[str, Array]], limit_bytes: int, count: Count = lambda *_: None
-    ) -> None:
-        """Keep rows of ``run``.
+    def __init__(self, engine: Engine, limit_bytes: int, count: Count = lambda *_: None) -> None:
+        """Take the memory for all the rows that fit: what is kept later lets no server grow.
 
         Args:
-            run: batches of named inputs to batches of named outputs; a row of these depends on no other row.
-            limit_bytes: of the outputs that are kept; 0 keeps none.
+            engine: a row of its outputs depends on no other row.
+            limit_bytes: of the outputs that are kept; under a row's, none are.
             count: told of every batch.
         """
-        self._run, self._limit_bytes, self._count = run, limit_bytes, count
-        self._kept: OrderedDict[bytes, dict[str, Array]] = OrderedDict()
-        self._kept_bytes = 0
+        self._engine, self._count = engine, count
+        outputs, axis = engine.spec.outputs, engine.spec.batch.name
+        self._capacity = limit_bytes // sum(tensor.nbytes(1) for tensor in outputs)
+        # Zeros that are written take their pages now; np.zeros would when a row comes.
+        self._kept = {
+            tensor.name: np.full(tensor.shape(**{axis: self._capacity}), 0, tensor.dtype.numpy) for tensor in outputs
+        }
+        self._places: OrderedDict[bytes, int] = OrderedDict()
+        """Where each key's row is kept; the one that was used last is the last."""
 
     def __call__(self, inputs: Mapping[str, Placed]) -> dict[str, Array]:
-        """What ``run`` makes of the inputs; where they lie in the GPU's memory, always by running it."""
+        """What the engine makes of the inputs; where they lie in the GPU's memory, always by running it."""
         batches = {name: batch for name, batch in inputs.items() if isinstance(batch, np.ndarray)}
-        if self._limit_bytes <= 0 or len(batches) < len(inputs):
-            return self._run(inputs)
+        if not self._capacity or len(batches) < len(inputs):
+            return self._engine.run(inputs)  # type: ignore[arg-type]
         keys = _keys(batches)
-        rows = {key: self._kept[key] for key in keys if key in self._kept}
-        missing = {key: index for index, key in enumerate(keys) if key not in rows}
-        if missing:
-            indices = list(missing.values())
-            outputs = self._run({name: batch[indices] for name, batch in batches.items()})
-            for position, key in enumerate(missing):
-                rows[key] = {name: batch[position].copy() for name, batch in outputs.items()}
-        self._keep(rows)
+        missing = {key: index for index, key in enumerate(keys) if key not in self._places}
+        computed = self._compute(batches, list(missing.values()))
+        new = {key: position for position, key in enumerate(missing)}
+        outputs = {
+            name: np.stack([computed[name][new[key]] if key in new else kept[self._places[key]] for key in keys])
+            for name, kept in self._kept.items()
+        }
+        for key in keys:
+            if key in self._places:
+                self._places.move_to_end(key)
+        for key, position in new.items():
+            self._places[key] = place = self._free_place()
+            for name, kept in self._kept.items():
+                kept[place] = computed[name][position]
         self._count(len(keys) - len(missing), len(missing))
-        return {name: np.stack([rows[key][name] for key in keys]) for name in rows[keys[0]]}
+        return outputs
 
-    def _keep(self, rows: Mapping[bytes, dict[str, Array]]) -> None:
-        for key, row in rows.items():
-            if key not in self._kept:
-                self._kept_bytes += _nbytes(row)
-            self._kept[key] = row
-            self._kept.move_to_end(key)
-        while self._kept_bytes > self._limit_bytes:
-            self._kept_bytes -= _nbytes(self._kept.popitem(last=False)[1])
+    def _compute(self, batches: Mapping[str, Array], rows: list[int]) -> dict[str, Array]:
+        return self._engine.run({name: batch[rows] for name, batch in batches.items()}) if rows else {}
+
+    def _free_place(self) -> int:
+        """The next that was never used, else that of the row whose last use is longest ago."""
+        used = len(self._places)
+        return used if used < self._capacity else self._places.popitem(last=False)[1]
 
 
 def _keys(batches: Mapping[str, Array]) -> list[bytes]:
@@ -79,10 +88,6 @@ def _keys(batches: Mapping[str, Array]) -> list[bytes]:
             digest.update(array)
         keys.append(digest.digest())
     return keys
-
-
-def _nbytes(row: Mapping[str, Array]) -> int:
-    return sum(array.nbytes for array in row.values())
 
 
 def triton_counters() -> Count:

@@ -8,4 +8,4 @@ class TritonPythonModel(EngineModel):
     """Runs the ``vae_encoder`` engine on the requests that Triton batched."""
 
     def load(self, context: ModelContext):
-        return RowCache(context.engine("vae_encoder").run, context.policy.cache_bytes, triton_counters())
+        return RowCache(context.engine("vae_encoder"), context.policy.cache_bytes, triton_counters())
