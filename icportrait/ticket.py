@@ -67,7 +67,8 @@ class Ticket:
     plan: StepPlan
     noise: Array
     """[num_portraits, 4, s, 2 s] float32; its left half is what the held profile is noised with at every step."""
-    on_done: OnDone
+    on_done: OnDone | None
+    """None once it was called: who waits for a job may well hold its ticket, and the two would keep each other."""
     on_step: OnStep | None
     priority: int
     deadline_s: float
@@ -80,7 +81,6 @@ class Ticket:
     is_cancelled: bool = field(default=False, init=False)
     is_held: bool = field(default=False, init=False)
     """Its rows stay as they are, until ``go_on``; the others' are stepped."""
-    _is_answered: bool = field(default=False, init=False)
 
     @property
     def rows(self) -> int:
@@ -121,11 +121,11 @@ class Ticket:
 
     def answer(self, outcome: DenoiseResult | IcPortraitError) -> None:
         """Call ``on_done``, the first time only; what it raises ends here, for the other jobs' sake."""
-        if self._is_answered:
+        on_done, self.on_done, self.on_step = self.on_done, None, None
+        if on_done is None:
             return
-        self._is_answered = True
         try:
-            self.on_done(outcome)
+            on_done(outcome)
         except Exception:
             logger.exception("an answer could not be delivered")
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, Unavailable
+from icportrait.ticket import Ticket
 from tests.label_slots import BASE, alone, labelled
 from tests.stage_front import Front, metric, open_stage, until
 
@@ -39,6 +42,31 @@ def test_a_request_has_a_lease_is_answered_and_gives_it_back() -> None:
         assert metric(stage, "cancellations_total") == metric(stage, "deadline_misses_total") == 0
         front.release("a", {"decode": 2.0})  # which there is no more
         assert metric(stage, "answers_total") == 1 and answers.empty()
+
+
+@pytest.fixture
+def without_collector() -> Iterator[None]:
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.usefixtures("without_collector")
+@pytest.mark.parametrize("ends", ["answered", "cancelled"])
+def test_nothing_of_a_request_stays_that_only_the_garbage_collector_would_find(ends: str) -> None:
+    """It comes round when thousands of objects are there to look at, each with a request's latents behind it."""
+    with open_stage() as (_, stage), Front(stage) as front:
+        for index in range(6):
+            request = BASE if ends == "answered" else LONG
+            front.lease(f"{index}", request)
+            answers = front.submit(f"{index}", request)
+            if ends == "cancelled":
+                front.say("cancel", f"{index}")
+            answers.get(timeout=10)
+            front.release(f"{index}", {"denoise": 5.0} if ends == "answered" else None)
+        tickets = [found for found in gc.get_objects() if type(found) is Ticket]
+        assert len(tickets) <= 1, "the loop may know the last one still"
 
 
 def test_what_is_refused_runs_no_engine() -> None:
