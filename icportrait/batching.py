@@ -7,8 +7,8 @@ of a row's result.
 
 An engine that waits for the loop does nothing, so the loop decides ahead: while the UNet runs a step, it answers who
 ended with the one before and, shortly before the step ends, settles who leaves after it and who takes their rows. What
-comes later than that changes the decision where it could: a caller who cancels, a deadline that passes, an arrival for a
-slot that is free.
+comes later than that changes the decision where it could: a caller who cancels, a deadline that passes, an arrival for
+a slot that is free.
 
 The same loop batches whole requests, as the baseline to compare with: see ``scheduling.BATCHING_MODES``.
 """
