@@ -14,8 +14,9 @@ RUNS_KNOWN = 8
 LEAD_S, LEAD_SHARE = 0.002, 0.15
 """So long before its end the loop is back, or by such a share of it where that is longer."""
 
-WAITED_S = 0.0001
-"""Who waits less than this for an engine may have come when it had ended."""
+WAITED_SHARE = 0.25
+"""Who waits less than such a share of that for an engine may have come when it had ended: to fetch what a GPU has made
+takes time as well."""
 
 
 class StepAlarm:
@@ -37,11 +38,10 @@ class StepAlarm:
         Returns:
             Seconds that it still lasts; 0 where that isn't known.
         """
-        lasts_s = self._lasts_s()
-        due_s = self._began_s + lasts_s - max(LEAD_S, LEAD_SHARE * lasts_s)
-        if (early_s := due_s - time.perf_counter()) > 0:
+        ends_s = self._began_s + self._lasts_s()
+        if (early_s := ends_s - self._lead_s() - time.perf_counter()) > 0:
             time.sleep(early_s)
-        return max(0.0, self._began_s + lasts_s - time.perf_counter())
+        return max(0.0, ends_s - time.perf_counter())
 
     def back(self) -> None:
         """The loop has done what it had to do, and waits for the engine."""
@@ -49,8 +49,12 @@ class StepAlarm:
 
     def end(self, now_s: float) -> None:
         """The engine has ended, by ``time.perf_counter``."""
-        lasted_s = now_s - self._began_s if now_s - self._back_s > WAITED_S else self._lasts_s() / 2
+        has_waited = now_s - self._back_s > WAITED_SHARE * self._lead_s()
+        lasted_s = now_s - self._began_s if has_waited else self._lasts_s() / 2
         self._lasted_s.setdefault(self._rows, deque(maxlen=RUNS_KNOWN)).append(lasted_s)
+
+    def _lead_s(self) -> float:
+        return max(LEAD_S, LEAD_SHARE * self._lasts_s())
 
     def _lasts_s(self) -> float:
         """What the step takes at least; 0 before enough of its kind are known."""
