@@ -265,7 +265,7 @@ class Batcher:
 
         def meanwhile() -> None:
             self._backlog.work_off()
-            left_s = self._times.sleep_before_end()
+            left_s = self._times.sleep_before_end(self._table.used_rows)
             stepping.extend(stepping_jobs(self._table.running))
             self._table.prepare(stepping)
             if self._times.overlaps:

@@ -87,13 +87,18 @@ class LoopTimes:
         self._outside_s, self._step_since_s = 0.0, now_s
         return noise_pred
 
-    def sleep_before_end(self) -> float:
-        """Within a step's ``meanwhile``: sleep until shortly before the engine's end.
+    def sleep_before_end(self, rows: int) -> float:
+        """Within a step's ``meanwhile``: sleep until shortly before the engine's end, unless it keeps this thread.
+
+        Args:
+            rows: in use.
 
         Returns:
-            Seconds until that end; 0 where it isn't known, or the engine keeps this thread.
+            Seconds that the step still takes, by the pace.
         """
-        return self._alarm.sleep() if self.overlaps else 0.0
+        if self.overlaps:
+            self._alarm.sleep()
+        return max(0.0, self._pace.step_s(rows) - (time.perf_counter() - self._step_since_s))
 
     def resume(self) -> None:
         """Begin anew: the loop has waited for work."""

@@ -55,7 +55,7 @@ FAMILIES = {
     "admitted_bytes": Family(Kind.GAUGE, "Bytes of the pictures of all admitted requests"),
     "active_slots": Family(Kind.GAUGE, "Slots in use"),
     "step_slots": Family(Kind.HISTOGRAM, "Slots in use at a step: the batch's occupancy", (1.0, 2.0, 4.0, 8.0, 16.0)),
-    "step_ms": Family(Kind.HISTOGRAM, "UNet forward of one step", _MS),
+    "step_ms": Family(Kind.HISTOGRAM, "UNet forward of one step, until the loop takes its output", _MS),
     "step_outside_engine_ms": Family(
         Kind.HISTOGRAM, "Between two UNet forwards, warping apart: what the loop itself takes", _SHORT_MS
     ),

@@ -37,11 +37,12 @@ class RowCache:
             count: told of every batch.
         """
         self._engine, self._count = engine, count
-        outputs, axis = engine.spec.outputs, engine.spec.batch.name
-        self._capacity = limit_bytes // sum(tensor.nbytes(1) for tensor in outputs)
+        outputs = engine.spec.outputs
+        self._capacity = max(0, limit_bytes) // sum(tensor.nbytes(1) for tensor in outputs)
         # Zeros that are written take their pages now; np.zeros would when a row comes.
         self._kept = {
-            tensor.name: np.full(tensor.shape(**{axis: self._capacity}), 0, tensor.dtype.numpy) for tensor in outputs
+            tensor.name: np.full((self._capacity, *tensor.shape(batch=1)[1:]), 0, tensor.dtype.numpy)
+            for tensor in outputs
         }
         self._places: OrderedDict[bytes, int] = OrderedDict()
         """Where each key's row is kept; the one that was used last is the last."""

@@ -6,17 +6,15 @@ What the loop does then, it does with all that has come until then, and leaves i
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import Counter, deque
 
 RUNS_KNOWN = 8
-"""A step is expected to take as long as the shortest of so many before it."""
+"""A step is expected to take as long as the shortest of so many before it. A loop that comes too late sees when it came
+and not when the engine ended, so it sleeps in none of the first, and in all but one of every so many that follow: one
+of those that are known is right."""
 
-LEAD_S, LEAD_SHARE = 0.002, 0.15
-"""So long before its end the loop is back, or by such a share of it where that is longer."""
-
-WAITED_SHARE = 0.25
-"""Who waits less than such a share of that for an engine may have come when it had ended: to fetch what a GPU has made
-takes time as well."""
+LEAD_S = 0.0005
+"""So long before the engine's end the loop shall have done what it has to do."""
 
 
 class StepAlarm:
@@ -24,39 +22,32 @@ class StepAlarm:
 
     def __init__(self) -> None:
         """Begin without knowing how long steps take."""
-        self._rows, self._began_s, self._back_s = 0, 0.0, 0.0
+        self._rows, self._began_s, self._due_s = 0, 0.0, 0.0
+        self._runs: Counter[int] = Counter()
         self._lasted_s: dict[int, deque[float]] = {}
-        """By rows; less than that where the loop came too late to see it."""
+        """The last ones, by rows."""
+        self._worked_s: deque[float] = deque([0.0], maxlen=RUNS_KNOWN)
+        """How long after it was due the loop had done what it had to do."""
 
     def begin(self, rows: int) -> None:
         """The engine runs."""
         self._rows, self._began_s = rows, time.perf_counter()
 
-    def sleep(self) -> float:
-        """Sleep until the step is about to end, if that is known.
-
-        Returns:
-            Seconds that it still lasts; 0 where that isn't known.
-        """
-        ends_s = self._began_s + self._lasts_s()
-        if (early_s := ends_s - self._lead_s() - time.perf_counter()) > 0:
-            time.sleep(early_s)
-        return max(0.0, ends_s - time.perf_counter())
+    def sleep(self) -> None:
+        """Sleep until the loop has just time enough for what it has to do, where that is known."""
+        now_s = time.perf_counter()
+        runs = self._runs[self._rows]
+        sleeps = runs > RUNS_KNOWN and runs % RUNS_KNOWN > 0
+        lasts_s = min(self._lasted_s[self._rows]) if sleeps else 0.0
+        self._due_s = max(now_s, self._began_s + lasts_s - LEAD_S - max(self._worked_s))
+        if self._due_s > now_s:
+            time.sleep(self._due_s - now_s)
 
     def back(self) -> None:
-        """The loop has done what it had to do, and waits for the engine."""
-        self._back_s = time.perf_counter()
+        """The loop has done it, and waits for the engine."""
+        self._worked_s.append(time.perf_counter() - self._due_s)
 
     def end(self, now_s: float) -> None:
         """The engine has ended, by ``time.perf_counter``."""
-        has_waited = now_s - self._back_s > WAITED_SHARE * self._lead_s()
-        lasted_s = now_s - self._began_s if has_waited else self._lasts_s() / 2
-        self._lasted_s.setdefault(self._rows, deque(maxlen=RUNS_KNOWN)).append(lasted_s)
-
-    def _lead_s(self) -> float:
-        return max(LEAD_S, LEAD_SHARE * self._lasts_s())
-
-    def _lasts_s(self) -> float:
-        """What the step takes at least; 0 before enough of its kind are known."""
-        lasted_s = self._lasted_s.get(self._rows, ())
-        return min(lasted_s) if len(lasted_s) == RUNS_KNOWN else 0.0
+        self._runs[self._rows] += 1
+        self._lasted_s.setdefault(self._rows, deque(maxlen=RUNS_KNOWN)).append(now_s - self._began_s)

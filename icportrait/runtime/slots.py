@@ -49,7 +49,8 @@ class Slots(Protocol):
         Args:
             jobs: for each the warping network's inputs by name, [1, ...], in the host's memory or the GPU's.
             rows: for each the rows that share its ``F_ref``, one or more.
-            meanwhile: is called once, while the engine runs where this thread is free then, else before.
+            meanwhile: is called once: as soon as the engine runs where this thread is free then, and it may sleep for
+                nearly as long; else before.
 
         Returns:
             Each job's match confidence, [jobs] float32.

@@ -37,6 +37,7 @@ def slow_server(tmp_path_factory: pytest.TempPathFactory, demo_export: Path) -> 
 def test_without_a_cancel_the_next_one_waits(slow_server: TritonServer, pictures: dict[str, bytes]) -> None:
     """What the test below would see if nothing were cancelled."""
     with grpc_client.InferenceServerClient(slow_server.grpc_url) as client:
+        until_metric(slow_server.metrics_url, ACTIVE, 0)
         start(client, pictures, steps=60)
         until_metric(slow_server.metrics_url, ACTIVE, 1)
         assert seconds_until_answer(slow_server, pictures) > 1.2
@@ -48,6 +49,7 @@ def test_a_cancelled_unary_call_frees_its_slot(
 ) -> None:
     """While it is on its way to the loop, and while it is denoised: it would have taken 7.5 s."""
     with grpc_client.InferenceServerClient(slow_server.grpc_url) as client:
+        until_metric(slow_server.metrics_url, ACTIVE, 0)
         outcome, done, call = start(client, pictures, steps=150)
         if runs:
             until_metric(slow_server.metrics_url, ACTIVE, 1)

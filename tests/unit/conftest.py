@@ -2,9 +2,36 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
+import icportrait.loop_times
+import icportrait.step_alarm
 from tests.label_slots import LabelSlots
+
+
+class Clock:
+    """Seconds that only pass when they are said to, or slept."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+    def pass_ms(self, milliseconds: float) -> None:
+        self.now_s += milliseconds / 1000
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """By which the loop times its engines."""
+    made = Clock()
+    module_time = SimpleNamespace(perf_counter=made, sleep=lambda seconds: made.pass_ms(1000 * seconds))
+    for module in (icportrait.loop_times, icportrait.step_alarm):
+        monkeypatch.setattr(module, "time", module_time)
+    return made
 
 
 @pytest.fixture(params=[False, True], ids=["waits", "overlaps"])

@@ -4,35 +4,16 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-import icportrait.loop_times
 from icportrait.batching import Batcher
 from icportrait.loop_times import NEW_SHARE, LoopTimes, Pace
 from icportrait.metrics import Metrics
 from tests.label_slots import LabelSlots, label_batcher, steps_of, submit
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-    def pass_ms(self, milliseconds: float) -> None:
-        self.now_s += milliseconds / 1000
-
-
-@pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    made = Clock()
-    monkeypatch.setattr(icportrait.loop_times, "time", SimpleNamespace(perf_counter=made))
-    return made
+from tests.unit.conftest import Clock
 
 
 class TimedSlots(LabelSlots):

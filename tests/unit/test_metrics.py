@@ -79,7 +79,7 @@ def test_every_series_has_a_description() -> None:
         if family.kind is Kind.HISTOGRAM
     }
     assert set(found) == families
-    assert found["step_ms_bucket"] == "UNet forward of one step (bucket)"
+    assert found["step_ms_bucket"] == "UNet forward of one step, until the loop takes its output (bucket)"
     assert found["queued_slots"] == FAMILIES["queued_slots"].description
 
 

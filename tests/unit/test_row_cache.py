@@ -125,7 +125,7 @@ def test_nothing_of_a_failed_run_is_kept(engine: Doubling) -> None:
     assert engine.runs == [[1], [2], [2]]
 
 
-@pytest.mark.parametrize("limit_bytes", [0, ROW_BYTES - 1])
+@pytest.mark.parametrize("limit_bytes", [-1, 0, ROW_BYTES - 1])
 def test_too_few_bytes_keep_nothing(engine: Doubling, limit_bytes: int) -> None:
     cache = RowCache(engine, limit_bytes)
     encode(cache, 1)
