@@ -148,7 +148,8 @@ class LoopLine:
         self._peer: Peer | None = None
         self._closed = False
         self._connecting = threading.Lock()
-        self._leases: dict[str, tuple[OnReply, float]] = {}
+        self._leases: dict[str, tuple[OnReply, float, Peer | None]] = {}
+        """What waits for a reply, until when, and from whom."""
 
     def lease(self, key: str, demand: Message, on_reply: OnReply) -> None:
         """Ask whether a request may run; returns at once.
@@ -159,14 +160,15 @@ class LoopLine:
             on_reply: called once, from any thread: with None, or with ``Unavailable`` where it may not run, or the loop
                 has ended or doesn't answer.
         """
-        self._leases[key] = on_reply, time.monotonic() + LEASE_TIMEOUT_S
-        if not self._send({"op": "lease", "key": key, **demand}):
+        peer = self._peer or self._connect()
+        self._leases[key] = on_reply, time.monotonic() + LEASE_TIMEOUT_S, peer
+        if peer is None or not peer.send({"op": "lease", "key": key, **demand}):
             self._reply(key, Unavailable(NO_LOOP))
 
     def expire_leases(self) -> None:
         """Give up those that the loop has left unanswered for long; to be called now and then."""
         now = time.monotonic()
-        for key, (_, until_s) in list(self._leases.items()):
+        for key, (_, until_s, _) in list(self._leases.items()):
             if now > until_s and self._reply(key, Unavailable(LOOP_IS_BUSY)):
                 self.release(key)
 
@@ -214,8 +216,9 @@ class LoopLine:
         peer.receive(self._handle)
         self._peer = None
         connection.close()
-        for key in list(self._leases):
-            self._reply(key, Unavailable(NO_LOOP))
+        for key, (*_, asked) in list(self._leases.items()):
+            if asked is peer:  # a loop that was started since may have been asked already
+                self._reply(key, Unavailable(NO_LOOP))
         if not self._closed:
             self._on_gone()
 
@@ -228,7 +231,7 @@ class LoopLine:
 
     def _reply(self, key: str, refusal: IcPortraitError | None) -> bool:
         """Whether this was the lease's reply: there is one."""
-        on_reply, _ = self._leases.pop(key, (None, 0.0))
+        on_reply, *_ = self._leases.pop(key, (None, 0.0, None))
         if on_reply:
             on_reply(refusal)
         return on_reply is not None

@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from multiprocessing.connection import Listener
+from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
@@ -364,3 +364,31 @@ def test_another_users_process_is_sent_away(repository: Path, monkeypatch: pytes
         assert server.heard.empty() and "another user's process" in caplog.text
         until(lambda: front._peer is None)
         assert Asked(front).reply() is None
+
+
+def test_a_lease_that_is_asked_for_anew_while_a_line_breaks_does_not_break_with_it(
+    repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a loop that takes the place of the one that has ended."""
+    own, close = os.getuid(), Connection.close
+    connections: list[Connection] = []
+    anew: list[Asked] = []
+
+    def connect(*arguments: Any) -> Connection:
+        connections.append(Client(*arguments))
+        return connections[-1]
+
+    def close_and_ask(connection: Connection) -> None:
+        if connections[:1] == [connection] and not anew:
+            monkeypatch.setattr(os, "getuid", lambda: own)
+            anew.append(Asked(front, "anew"))
+        close(connection)
+
+    with loop(repository), line(repository) as front:
+        monkeypatch.setattr(icportrait.control, "Client", connect)
+        monkeypatch.setattr(Connection, "close", close_and_ask)
+        monkeypatch.setattr(os, "getuid", lambda: own + 1)
+        assert "has ended" in Asked(front).unavailable_at_once()
+        until(lambda: bool(anew))
+        assert anew[0].reply() is None
+        monkeypatch.undo()
