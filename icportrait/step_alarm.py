@@ -31,7 +31,8 @@ class StepAlarm:
 
     def begin(self, rows: int) -> None:
         """The engine runs."""
-        self._rows, self._began_s = rows, time.perf_counter()
+        self._rows = rows
+        self._began_s = self._due_s = time.perf_counter()
 
     def sleep(self) -> None:
         """Sleep until the loop has just time enough for what it has to do, where that is known."""
