@@ -88,7 +88,7 @@ class Batcher:
         self.pace = Pace()
         self._times = LoopTimes(slots, self._metrics, self.pace)
         self._backlog = Backlog()
-        self._table: SlotTable = SlotTable(self._times, preset, self._backlog)
+        self._table = SlotTable(self._times, preset, self._backlog)
         self._decider = Decider(BATCHING_MODES[mode], slots.rows, slots.max_jobs, self.pace)
         self._max_jobs = slots.max_jobs
         self._failures = 0

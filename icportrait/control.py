@@ -160,7 +160,7 @@ class LoopLine:
             on_reply: called once, from any thread: with None, or with ``Unavailable`` where it may not run, or the loop
                 has ended or doesn't answer.
         """
-        peer = self._peer or self._connect()
+        peer = self._connect()
         self._leases[key] = on_reply, time.monotonic() + LEASE_TIMEOUT_S, peer
         if peer is None or not peer.send({"op": "lease", "key": key, **demand}):
             self._reply(key, Unavailable(NO_LOOP))
@@ -196,7 +196,7 @@ class LoopLine:
             self._peer.close()
 
     def _send(self, message: Message) -> bool:
-        peer = self._peer or self._connect()
+        peer = self._connect()
         return peer is not None and peer.send(message)
 
     def _connect(self) -> Peer | None:

@@ -78,11 +78,9 @@ class LoopTimes:
             meanwhile()
             self._alarm.back()
 
-        beside_engine = alarmed if self.overlaps else meanwhile
-        noise_pred = self._run(lambda beside: self._slots.predict(canvas_latent, timestep, beside), beside_engine)
+        noise_pred = self._run(lambda beside: self._slots.predict(canvas_latent, timestep, beside), alarmed)
         now_s = self._free_since_s
-        if self.overlaps:
-            self._alarm.end(now_s)
+        self._alarm.end(now_s)
         self._last_step = (len(timestep), now_s - self._step_since_s, self._outside_s, self._engine_s)
         self._outside_s, self._step_since_s = 0.0, now_s
         return noise_pred

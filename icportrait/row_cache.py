@@ -54,7 +54,8 @@ class RowCache:
             return self._engine.run(inputs)  # type: ignore[arg-type]
         keys = _keys(batches)
         missing = {key: index for index, key in enumerate(keys) if key not in self._places}
-        computed = self._compute(batches, list(missing.values()))
+        rows = list(missing.values())
+        computed = self._engine.run({name: batch[rows] for name, batch in batches.items()}) if rows else {}
         new = {key: position for position, key in enumerate(missing)}
         outputs = {
             name: np.stack([computed[name][new[key]] if key in new else kept[self._places[key]] for key in keys])
@@ -69,9 +70,6 @@ class RowCache:
                 kept[place] = computed[name][position]
         self._count(len(keys) - len(missing), len(missing))
         return outputs
-
-    def _compute(self, batches: Mapping[str, Array], rows: list[int]) -> dict[str, Array]:
-        return self._engine.run({name: batch[rows] for name, batch in batches.items()}) if rows else {}
 
     def _free_place(self) -> int:
         """The next that was never used, else that of the row whose last use is longest ago."""

@@ -20,6 +20,7 @@ import pytest
 import icportrait.control
 from icportrait.control import ControlServer, LoopLine, Message, Peer, address
 from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable, to_wire
+from tests.stage_front import until
 
 DEMAND = {"rows": 2, "steps": 5, "priority": 1, "deadline_ms": None, "arrived_s": 1.5, "nbytes": 10}
 LOOP = """
@@ -294,13 +295,6 @@ def serving(repository: Path, answer: Callable[[Peer, Message], object]) -> Iter
 
 def granted(key: str) -> Message:
     return {"op": "leased", "key": key, "refusal": ""}
-
-
-def until(holds: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < end_s, "in vain"
-        time.sleep(0.001)
 
 
 # Several of each

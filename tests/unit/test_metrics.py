@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import sys
 import threading
-import time
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 import icportrait.triton_backend
 from icportrait.metrics import FAMILIES, REFUSALS, STAGES, Kind, Metrics, description
 from icportrait.triton_backend import MetricsPublisher
+from tests.stage_front import until
 
 
 def values(metrics: Metrics, name: str) -> dict[tuple[tuple[str, str], ...], float]:
@@ -141,13 +140,6 @@ def family(monkeypatch: pytest.MonkeyPatch) -> type[Family]:
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", SimpleNamespace(MetricFamily=fresh))
     monkeypatch.setattr(icportrait.triton_backend, "PUBLISH_EVERY_S", 0.005)
     return fresh
-
-
-def until(holds: Any) -> None:
-    end_s = time.monotonic() + 10
-    while not holds():
-        assert time.monotonic() < end_s, "in vain"
-        time.sleep(0.001)
 
 
 def test_the_publisher_brings_every_series_and_only_what_is_new(family: type[Family]) -> None:
