@@ -1,59 +1,66 @@
-"""What the tests share: one export of the demo preset and one real server, made once a session."""
+"""What the tests share: exports, made once and kept, one real server, and rendered pairs.
+
+Nothing heavy is imported here: a run of a few tests starts at once.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-import torch
 
-from export.__main__ import export_checkpoint
-from icportrait.nn import Checkpoint, random_checkpoint
 from icportrait.policy import ServingPolicy
-from icportrait.presets import DEMO_128
-from icportrait.repository import assemble
-from icportrait.server import Ports, TritonServer
-from tests.tiny import SMALL, TINY
-from training.data import RenderedPairs
-from training.recipe import Data
+from tests.exports import DEMO_CHECKPOINT, ROOT, shared_export
+
+if TYPE_CHECKING:
+    from icportrait.nn import Checkpoint
+    from icportrait.server import TritonServer
+    from training.data import RenderedPairs
+
+# Read when torch is imported, here and in what tests start: more threads than that stall beside another process.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # torch's exporter writes a record with a stack trace for every operation; pytest would format and keep them all.
 logging.getLogger("torch.__trace").propagate = False
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 
 
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Checkpoint:
-    return random_checkpoint(DEMO_128)
+    """The committed one."""
+    from icportrait.nn import load_checkpoint
+
+    return load_checkpoint(DEMO_CHECKPOINT)
 
 
 @pytest.fixture(scope="session")
-def demo_export(tmp_path_factory: pytest.TempPathFactory, demo_checkpoint: Checkpoint) -> Path:
-    return exported(demo_checkpoint, tmp_path_factory.mktemp("export"))
+def demo_export() -> Path:
+    return shared_export("demo")
 
 
 @pytest.fixture(scope="session")
 def small_checkpoint() -> Checkpoint:
+    from icportrait.nn import random_checkpoint
+    from tests.tiny import SMALL
+
     return random_checkpoint(SMALL)
 
 
 @pytest.fixture(scope="session")
-def small_export(tmp_path_factory: pytest.TempPathFactory, small_checkpoint: Checkpoint) -> Path:
-    return exported(small_checkpoint, tmp_path_factory.mktemp("small"))
-
-
-def exported(checkpoint: Checkpoint, directory: Path) -> Path:
-    """Export what ``random_checkpoint`` drew from seed 0."""
-    export_checkpoint(checkpoint, {"random_weights": 0}, "fp32", directory)
-    return directory
+def small_export() -> Path:
+    return shared_export("small")
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, demo_export: Path) -> Iterator[TritonServer]:
+    from icportrait.repository import assemble
+    from icportrait.server import Ports, TritonServer
+
     folder = tmp_path_factory.mktemp("server")
     assemble(demo_export, folder / "repository", ServingPolicy())
     with TritonServer(folder / "repository", Ports.free(), folder / "server.log") as running:
@@ -77,6 +84,12 @@ def pair_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_pairs(pair_cache: Path) -> RenderedPairs:
+    import torch
+
+    from tests.tiny import TINY
+    from training.data import RenderedPairs
+    from training.recipe import Data
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     pairs = RenderedPairs(Data(pairs=64, cache=str(pair_cache)), TINY)
@@ -86,6 +99,8 @@ def tiny_pairs(pair_cache: Path) -> RenderedPairs:
 
 @pytest.fixture
 def one_thread_and_one_seed() -> Iterator[None]:
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # on tiny networks, threads cost more than they bring
     torch.manual_seed(0)

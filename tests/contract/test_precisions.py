@@ -14,7 +14,6 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from export import magnitudes, quality
-from export.__main__ import export_checkpoint
 from export.magnitudes import LARGEST, MeasuredEngine
 from export.quality import Quality, compare_precisions
 from export.verification import TOLERANCES, check_values
@@ -26,16 +25,14 @@ from icportrait.nn import engine_modules, random_checkpoint
 from icportrait.policy import ServingPolicy
 from icportrait.repository import assemble
 from icportrait.runtime.eager import source_modules
+from tests.exports import shared_export
 from tests.tiny import SMALL
 
 
 @pytest.fixture(scope="module")
-def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def exports() -> dict[str, Path]:
     """The same random weights in three precisions."""
-    directories = {precision: tmp_path_factory.mktemp(precision) for precision in ("fp32", "fp16", "bf16")}
-    for precision, directory in directories.items():
-        export_checkpoint(random_checkpoint(SMALL), {"random_weights": 0}, precision, directory, 23)
-    return directories
+    return {"fp32": shared_export("small"), "fp16": shared_export("small-fp16"), "bf16": shared_export("small-bf16")}
 
 
 def test_a_bf16_graph_is_bf16(exports: dict[str, Path]) -> None:

@@ -14,7 +14,7 @@ import export.quantization
 from engines.__main__ import main as engines_main
 from engines.inspection import inspect
 from engines.network import parse
-from export.__main__ import export_checkpoint, main
+from export.__main__ import main
 from export.calibration import ROWS, folder_pairs, record_inputs, rendered_pairs
 from export.quantization import quantize
 from icportrait.contract import ENGINES, QUANTIZED_PRECISIONS, engine_specs
@@ -27,20 +27,13 @@ from icportrait.runtime import load_engine
 from icportrait.runtime.flavours import TENSORRT_RTX
 from icportrait.runtime.plans import PlanManifest
 from tests.conftest import EXAMPLES
-from tests.tiny import SMALL, TINY
-
-# fp8 leaves convolutions of fewer than 16 channels alone: TensorRT has no kernels for them.
-WIDE = replace(SMALL, unet_channels=(32, 32))
+from tests.exports import WIDE, shared_export
+from tests.tiny import TINY
 
 
 @pytest.fixture(scope="module", params=QUANTIZED_PRECISIONS)
-def quantized(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp(request.param)
-    pairs = rendered_pairs(WIDE, 4)
-    export_checkpoint(
-        random_checkpoint(WIDE), {"random_weights": 0}, request.param, directory, 23, calibration_pairs=pairs
-    )
-    return directory
+def quantized(request: pytest.FixtureRequest) -> Path:
+    return shared_export(f"wide-{request.param}")
 
 
 def test_the_unet_is_quantised_and_nothing_else(quantized: Path) -> None:

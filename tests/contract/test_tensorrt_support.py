@@ -10,6 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+import export.__main__
 import export.graphs
 from export.__main__ import main
 from export.tensorrt_operators import SUPPORTED, UNSUPPORTED, UNTRUSTED
@@ -230,6 +231,7 @@ def test_an_export_with_an_unsupported_operator_fails_and_leaves_no_manifest(
         return files
 
     monkeypatch.setattr(export.graphs, "export_graph", and_a_double)
+    monkeypatch.setattr(export.__main__, "ENGINES", ("vae_encoder",))
     out = tmp_path / "out"
     assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(out), "--opset", "23"]) == 1
     assert "node added (Cast): d is DOUBLE" in capsys.readouterr().err

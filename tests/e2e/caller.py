@@ -98,6 +98,17 @@ def until_metric(url: str, name: str, value: float) -> None:
         time.sleep(0.05)
 
 
+def settled(url: str) -> dict[str, float]:
+    """A server's series once nothing runs or waits and they stand still; they are published four times a second."""
+    end_s = time.monotonic() + 60
+    before, now = {}, series(url)
+    while now != before or now.get("icportrait_active_slots") or now.get("icportrait_queued_slots"):
+        assert time.monotonic() < end_s, f"not settled: {now}"
+        time.sleep(0.6)
+        before, now = now, series(url)
+    return now
+
+
 def generate(url: str, model: str = "ic_portrait", **values: Any) -> tuple[int, dict[str, Any]]:
     """One HTTP ``generate`` call: the status and the JSON answer."""
     request = urllib.request.Request(

@@ -32,7 +32,7 @@ def test_the_demo_shows_the_portraits_and_how_they_came_about(demo_export: Path,
     command = [sys.executable, "-m", "examples.demo", "--export", demo_export, "--repository", tmp_path / "repository"]
     done = subprocess.run([*command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    for stage in ("server start", "preprocess", "conditioning", "denoise", "decode", "postprocess", RANDOM_WEIGHTS):
+    for stage in ("server start", "preprocess", "conditioning", "denoise", "decode", "postprocess", SYNTHETIC_ONLY):
         assert stage in done.stdout
     portrait, profile, reference, truth = (
         read(path) for path in (tmp_path / "portrait.png", HEADS.profile, HEADS.reference, HEADS.ground_truth)

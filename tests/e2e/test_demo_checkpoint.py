@@ -4,56 +4,37 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from export.__main__ import export_checkpoint
-from icportrait.nn import Checkpoint, ReferencePipeline, load_checkpoint
-from icportrait.policy import ServingPolicy
-from icportrait.repository import assemble
-from icportrait.server import Ports, TritonServer
+from icportrait.nn import Checkpoint, ReferencePipeline
+from icportrait.server import TritonServer
 from tests.e2e.caller import infer
-from training.evaluate import DEFAULT_CHECKPOINT
+from tests.exports import DEMO_CHECKPOINT
 from training.evaluation_pairs import EvaluationPairs, evaluation_pairs
 from training.metrics import psnr
 
-PAIRS = 20
+PAIRS = 6
 WHOLE = [0.0, 0.0, 1.0, 1.0]
 
 
 @pytest.fixture(scope="module")
-def trained() -> Checkpoint:
-    return load_checkpoint(DEFAULT_CHECKPOINT)
+def pairs(demo_checkpoint: Checkpoint) -> EvaluationPairs:
+    return evaluation_pairs(demo_checkpoint.preset, seed=0, count=PAIRS)
 
 
-@pytest.fixture(scope="module")
-def trained_server(tmp_path_factory: pytest.TempPathFactory, trained: Checkpoint) -> Iterator[TritonServer]:
-    folder = tmp_path_factory.mktemp("trained")
-    export_checkpoint(trained, {"checkpoint": str(DEFAULT_CHECKPOINT)}, "fp32", folder / "export")
-    assemble(folder / "export", folder / "repository", ServingPolicy())
-    with TritonServer(folder / "repository", Ports.free(), folder / "server.log") as running:
-        yield running
-
-
-@pytest.fixture(scope="module")
-def pairs(trained: Checkpoint) -> EvaluationPairs:
-    return evaluation_pairs(trained.preset, seed=0, count=PAIRS)
-
-
-def test_the_checkpoint_is_small(trained: Checkpoint) -> None:
-    assert sum(file.stat().st_size for file in Path(DEFAULT_CHECKPOINT).rglob("*") if file.is_file()) <= 30e6
+def test_the_checkpoint_is_small() -> None:
+    assert sum(file.stat().st_size for file in DEMO_CHECKPOINT.rglob("*") if file.is_file()) <= 30e6
 
 
 def test_served_portraits_are_as_near_the_truth_as_the_reference_pipelines(
-    trained: Checkpoint, trained_server: TritonServer, pairs: EvaluationPairs
+    demo_checkpoint: Checkpoint, server: TritonServer, pairs: EvaluationPairs
 ) -> None:
-    pipeline = ReferencePipeline.of(trained)
+    pipeline = ReferencePipeline.of(demo_checkpoint)
     served, expected = [], []
     for index in range(PAIRS):
         profile, reference = (
@@ -62,7 +43,7 @@ def test_served_portraits_are_as_near_the_truth_as_the_reference_pipelines(
         )
         expected.append(torch.from_numpy(pipeline(profile, reference, seed=index).portraits[0]).permute(2, 0, 1))
         boxes = {"profile_box": WHOLE, "reference_box": WHOLE}
-        images, _ = infer(trained_server.grpc_url, seed=index, profile=png(profile), reference=png(reference), **boxes)
+        images, _ = infer(server.grpc_url, seed=index, profile=png(profile), reference=png(reference), **boxes)
         with Image.open(io.BytesIO(images[0])) as picture:
             served.append(torch.from_numpy(np.asarray(picture.convert("RGB")).copy()).permute(2, 0, 1))
     for mask in (pairs.target_head, None):
@@ -72,9 +53,7 @@ def test_served_portraits_are_as_near_the_truth_as_the_reference_pipelines(
     assert psnr(torch.stack(served), pairs.target, pairs.target_head).mean() > max(copies) + 2
 
 
-def test_callers_at_once_get_the_bytes_that_each_gets_alone(
-    trained_server: TritonServer, pictures: dict[str, bytes]
-) -> None:
+def test_callers_at_once_get_the_bytes_that_each_gets_alone(server: TritonServer, pictures: dict[str, bytes]) -> None:
     """Of 18 rows on 16 slots, joining and leaving while others run."""
     swapped = {"profile": pictures["reference"], "reference": pictures["profile"]}
     requests = [
@@ -88,14 +67,14 @@ def test_callers_at_once_get_the_bytes_that_each_gets_alone(
         }
         for index in range(8)
     ]
-    alone = [infer(trained_server.grpc_url, **request)[0] for request in requests]
+    alone = [infer(server.grpc_url, **request)[0] for request in requests]
     assert len({image for images in alone for image in images}) == 10
     spans: list[tuple[float, float]] = []
 
     def call(index: int, wait_s: float) -> list[bytes]:
         time.sleep(wait_s)
         started_s = time.monotonic()
-        images, _ = infer(trained_server.grpc_url, **requests[index])
+        images, _ = infer(server.grpc_url, **requests[index])
         spans.append((started_s, time.monotonic()))
         return images
 

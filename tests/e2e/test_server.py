@@ -3,138 +3,105 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
-from onnx import numpy_helper
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from icportrait.errors import CheckpointError, IcPortraitError
+from icportrait.errors import IcPortraitError
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.repository import assemble
-from icportrait.server import HOST, SHM, Ports, TritonServer
-from tests.conftest import EXAMPLES, ROOT
-from tests.e2e.caller import infer
+from icportrait.server import HOST, Ports, TritonServer
+from tests.conftest import EXAMPLES
+from tests.e2e.caller import infer, until_metric
+from tests.e2e.conftest import simulated_repository
+from tests.e2e.supervised import STOP_TIMEOUT_S, descendants, supervised
 from tests.trivial_engines import write_trivial_export
 
 PROC_NET = Path("/proc/net")
 
 
-@pytest.fixture
-def trivial(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def trivial(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository whose engines do next to nothing, in a folder as people name theirs."""
-    write_trivial_export(tmp_path / "export", DEMO_128)
-    repository = tmp_path / "my portraits" / "repository"
-    assemble(tmp_path / "export", repository, ServingPolicy(max_pending_requests=2))
+    folder = tmp_path_factory.mktemp("trivial")
+    write_trivial_export(folder / "export", DEMO_128)
+    repository = folder / "my portraits" / "repository"
+    assemble(folder / "export", repository, ServingPolicy(max_pending_requests=2))
     return repository
 
 
-def descendants(pid: int) -> list[int]:
-    """The process's children and theirs, from /proc."""
-    children = []
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        children += [int(child) for child in task.read_text().split()]
-    return children + [grandchild for child in children for grandchild in descendants(child)]
-
-
-def wait_ready(process: subprocess.Popen[str]) -> str:
-    """Read the server's lines up to the one that says it is ready, and return that."""
-    lines = []
-    for line in process.stdout:
-        if line.startswith("ready"):
-            return line
-        lines.append(line)
-    raise AssertionError(f"the server ended: {lines}")
-
-
-def shm_regions() -> set[str]:
-    return {path.name for path in SHM.glob("icportrait_*")}
-
-
-def make_the_unet_fail(repository: Path) -> None:
-    """Change its graph so that it still loads, and fails when it runs."""
-    path = repository / "denoise" / "1" / "unet.onnx"
-    model = onnx.load(path)
-    for constant in model.graph.initializer:
-        if constant.name == "noise_pred_dims":
-            constant.CopyFrom(numpy_helper.from_array(np.array([4, 32, 63]), constant.name))
-    for dim in model.graph.output[0].type.tensor_type.shape.dim:
-        assert dim.dim_param or dim.dim_value
-    path.unlink()
-    onnx.save(model, path)
-
-
-@pytest.fixture
-def command(trivial: Path, tmp_path: Path) -> Iterator[tuple[subprocess.Popen[str], Ports]]:
-    ports = Ports.free()
-    arguments = [f"--{name}-port={port}" for name, port in vars(ports).items()]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "icportrait.server", f"--repository={trivial}", *arguments],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, "TMPDIR": str(tmp_path)},
-    )
-    yield process, ports
-    process.kill()
-    process.wait()
-    process.stdout.close()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_server_and_leaves_nothing(command, number: signal.Signals) -> None:
-    process, ports = command
-    assert wait_ready(process).startswith(f"ready: gRPC {HOST}:{ports.grpc}")
-    children = descendants(process.pid)
-    assert len(children) >= 8, "tritonserver and a stub for each Python model"
-    regions = {name for name in shm_regions() if f"_{ports.grpc}_" in name}
-    assert regions
-    process.send_signal(number)
-    assert process.wait(30) == 0
-    deadline = time.monotonic() + 10
-    while (alive := [pid for pid in children if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not alive
-    assert not regions & shm_regions()
-
-
-def test_a_signal_while_starting_ends_it_too(command, tmp_path: Path) -> None:
-    process, ports = command
-    while not descendants(process.pid):
-        assert process.poll() is None
+def until_gone(processes: list[int]) -> list[int]:
+    """Those that are still there after a while; they are killed."""
+    end_s = time.monotonic() + 30
+    while (alive := [pid for pid in processes if Path(f"/proc/{pid}").exists()]) and time.monotonic() < end_s:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(30) == 0
-    assert not {name for name in shm_regions() if f"_{ports.grpc}_" in name}
+    for pid in alive:
+        os.kill(pid, signal.SIGKILL)
+    return alive
+
+
+def test_ctrl_c_ends_the_server_and_leaves_nothing(trivial: Path, tmp_path: Path) -> None:
+    with supervised(trivial, tmp_path) as server:
+        assert server.ready.startswith(f"ready: gRPC {HOST}:{server.ports.grpc}")
+        processes, regions = descendants(server.process.pid), server.shm_regions()
+        assert len(processes) >= 8, "tritonserver and a stub for each Python model"
+        assert regions
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(STOP_TIMEOUT_S) == 0
+        assert until_gone(processes) == []
+        assert not regions & server.shm_regions()
     assert not list(tmp_path.glob("icportrait-server-*"))
 
 
-def test_the_server_dies_with_its_parent(command) -> None:
-    process, _ = command
-    wait_ready(process)
-    children = descendants(process.pid)
-    process.kill()
-    process.wait(10)
-    deadline = time.monotonic() + 30
-    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    alive = [pid for pid in children if Path(f"/proc/{pid}").exists()]
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
-    assert not alive
+def test_requests_that_run_when_the_server_is_told_to_end_are_told_so_and_do_not_hold_it(
+    tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    repository = simulated_repository(tmp_path, {"unet": 20})
+    with supervised(repository, tmp_path) as server, ThreadPoolExecutor(2) as threads:
+
+        def call(_: int) -> str:
+            with pytest.raises(InferenceServerException) as refusal:
+                infer(server.url, num_inference_steps=150, num_portraits=8, **pictures)
+            return str(refusal.value.status())
+
+        outcomes = [threads.submit(call, index) for index in range(2)]
+        until_metric(server.metrics_url, "icportrait_active_slots", 16)
+        processes = descendants(server.process.pid)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(STOP_TIMEOUT_S) == 0
+        assert {outcome.result(30) for outcome in outcomes} <= {"StatusCode.UNAVAILABLE", "StatusCode.CANCELLED"}
+        assert until_gone(processes) == []
+        assert not server.shm_regions()
+
+
+def test_a_signal_while_starting_ends_it_too(trivial: Path, tmp_path: Path) -> None:
+    with supervised(trivial, tmp_path, wait=False) as server:
+        while not descendants(server.process.pid):
+            assert server.process.poll() is None
+            time.sleep(0.05)
+        server.process.send_signal(signal.SIGINT)
+        assert server.process.wait(STOP_TIMEOUT_S) == 0
+        assert not server.shm_regions()
+    assert not list(tmp_path.glob("icportrait-server-*"))
+
+
+def test_the_server_dies_with_its_parent(trivial: Path, tmp_path: Path) -> None:
+    with supervised(trivial, tmp_path) as server:
+        processes = descendants(server.process.pid)
+        server.process.kill()
+        server.process.wait()
+        assert until_gone(processes) == []
 
 
 def test_the_server_listens_on_loopback_only(server: TritonServer) -> None:
@@ -150,24 +117,18 @@ def test_the_server_listens_on_loopback_only(server: TritonServer) -> None:
         assert found[port] in loopback
 
 
-def test_a_taken_port_is_named_with_the_way_out(trivial: Path) -> None:
-    ports = Ports.free()
-    with socket.socket() as taken:
-        taken.bind((HOST, ports.http))
-        taken.listen()
-        with pytest.raises(IcPortraitError, match=rf"port {ports.http} is taken; .* HTTP_PORT=NUMBER"):
-            TritonServer(trivial, ports).start()
-
-
 def test_a_model_that_fails_to_load_ends_the_start_with_the_cause(trivial: Path, tmp_path: Path) -> None:
-    (trivial / "denoise" / "1" / "unet.onnx").unlink()
+    shutil.copytree(trivial, tmp_path / "repository")
+    (tmp_path / "repository" / "denoise" / "1" / "unet.onnx").unlink()
     with pytest.raises(IcPortraitError, match=r"tritonserver ended with status 1[\s\S]*unet.onnx is missing"):
-        TritonServer(trivial, Ports.free(), tmp_path / "server.log").start()
+        TritonServer(tmp_path / "repository", Ports.free(), tmp_path / "server.log").start()
 
 
-def test_more_requests_than_the_limit_are_unavailable_and_the_others_served(
+def test_a_server_at_its_limit_serves_on_and_a_refusal_does_not_cost_its_place(
     trivial: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
+    """The limit is two; bad requests of every kind, more of them than that, leave it serving."""
+
     def call(url: str) -> str:
         try:
             infer(url, num_inference_steps=150, **pictures)
@@ -176,53 +137,11 @@ def test_more_requests_than_the_limit_are_unavailable_and_the_others_served(
             return str(refusal.status())
         return "served"
 
+    bad = b'{"profile": "a", "reference": "b", "other": "\xff"}'
     with TritonServer(trivial, Ports.free(), tmp_path / "server.log") as server:
         with ThreadPoolExecutor(12) as threads:
             outcomes = list(threads.map(call, [server.grpc_url] * 12))
         assert set(outcomes) == {"served", "StatusCode.UNAVAILABLE"}
-        assert call(server.grpc_url) == "served"
-
-
-def test_a_failure_of_ours_is_internal_without_a_traceback(
-    tmp_path: Path, trivial: Path, pictures: dict[str, bytes]
-) -> None:
-    make_the_unet_fail(trivial)
-    log = tmp_path / "server.log"
-    with TritonServer(trivial, Ports.free(), log) as server:
-        for _ in range(2):
-            with pytest.raises(InferenceServerException, match="log has the cause") as failure:
-                infer(server.grpc_url, num_inference_steps=2, **pictures)
-            assert failure.value.status() == "StatusCode.INTERNAL"
-            assert "Traceback" not in failure.value.message()
-    assert "Traceback" in log.read_text()
-
-
-def test_requests_that_run_when_the_server_stops_are_told_so_and_do_not_hold_it(
-    command, pictures: dict[str, bytes]
-) -> None:
-    process, ports = command
-    wait_ready(process)
-
-    def call(_: int) -> str:
-        try:
-            infer(f"{HOST}:{ports.grpc}", num_inference_steps=150, num_portraits=8, **pictures)
-        except InferenceServerException as refusal:
-            return str(refusal.status())
-        return "served"
-
-    with ThreadPoolExecutor(2) as threads:
-        outcomes = [threads.submit(call, index) for index in range(2)]
-        time.sleep(1)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(40) == 0
-        found = {outcome.result(10) for outcome in outcomes}
-    assert found <= {"served", "StatusCode.UNAVAILABLE", "StatusCode.CANCELLED"}
-
-
-def test_a_refusal_does_not_cost_its_place(trivial: Path, tmp_path: Path, pictures: dict[str, bytes]) -> None:
-    """Bad requests of every kind, more of them than the server has places, leave it serving."""
-    bad = b'{"profile": "a", "reference": "b", "other": "\xff"}'
-    with TritonServer(trivial, Ports.free(), tmp_path / "server.log") as server:
         for _ in range(4):
             request = urllib.request.Request(f"http://{server.http_url}/v2/models/ic_portrait/generate", bad)
             with pytest.raises(urllib.error.HTTPError) as refusal:
@@ -232,33 +151,7 @@ def test_a_refusal_does_not_cost_its_place(trivial: Path, tmp_path: Path, pictur
             assert refusal.value.code == 400
             with pytest.raises(InferenceServerException, match="seed"):
                 infer(server.grpc_url, **pictures, seed=-1)
-        assert infer(server.grpc_url, **pictures)[0]
-
-
-def test_an_export_of_another_kind_of_folder_is_left_alone(tmp_path: Path) -> None:
-    write_trivial_export(tmp_path / "export", DEMO_128)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.txt").write_text("work of years")
-    with pytest.raises(IcPortraitError, match="isn't empty and no model repository"):
-        assemble(tmp_path / "export", tmp_path / "mine", ServingPolicy())
-    assert (tmp_path / "mine" / "thesis.txt").exists()
-    for _ in range(2):
-        assemble(tmp_path / "export", tmp_path / "repository", ServingPolicy())
-
-
-@pytest.mark.parametrize(("grpc", "http"), [(99999, 8000), (0, 8000), (8000, 8000)])
-def test_ports_that_cannot_be_are_refused_by_name(trivial: Path, grpc: int, http: int) -> None:
-    with pytest.raises(IcPortraitError, match=r"GRPC_PORT is .*, expected 1..65535 and three different ports"):
-        TritonServer(trivial, Ports(grpc=grpc, http=http)).start()
-
-
-def test_a_changed_graph_is_not_assembled(tmp_path: Path) -> None:
-    export = tmp_path / "export"
-    write_trivial_export(export, DEMO_128)
-    with (export / "unet.onnx").open("ab") as file:
-        file.write(b"\0")
-    with pytest.raises(CheckpointError, match=r"unet.onnx: hash is .*, manifest.json says .*; export again"):
-        assemble(export, tmp_path / "repository", ServingPolicy())
+        assert call(server.grpc_url) == "served"
 
 
 def test_the_client_and_its_command_work_on_the_real_server(server: TritonServer, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,8 @@ class Clock:
 
     def __init__(self) -> None:
         self.now_s = 1000.0
+        self.late_ms = 0.0
+        """By which a sleep takes longer than it was asked for."""
 
     def __call__(self) -> float:
         return self.now_s
@@ -23,14 +26,20 @@ class Clock:
     def pass_ms(self, milliseconds: float) -> None:
         self.now_s += milliseconds / 1000
 
+    def sleep(self, seconds: float) -> None:
+        self.pass_ms(1000 * seconds + self.late_ms if seconds else 0.001)
+
+    def as_module(self) -> Any:
+        """What a module that imports ``time`` may be given for it."""
+        return SimpleNamespace(perf_counter=self, sleep=self.sleep)
+
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """By which the loop times its engines."""
     made = Clock()
-    module_time = SimpleNamespace(perf_counter=made, sleep=lambda seconds: made.pass_ms(1000 * seconds))
     for module in (icportrait.loop_times, icportrait.step_alarm):
-        monkeypatch.setattr(module, "time", module_time)
+        monkeypatch.setattr(module, "time", made.as_module())
     return made
 
 

@@ -47,10 +47,17 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("saved")
+    save_checkpoint(random_checkpoint(TINY), directory)
+    return directory
+
+
 @pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    save_checkpoint(random_checkpoint(TINY), tmp_path / "checkpoint")
-    return tmp_path / "checkpoint"
+def saved(saved_once: Path, tmp_path: Path) -> Path:
+    """A checkpoint that the test may change."""
+    return shutil.copytree(saved_once, tmp_path / "checkpoint")
 
 
 def edit_json(path: Path, **changes: Any) -> None:

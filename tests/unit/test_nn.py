@@ -89,26 +89,6 @@ def test_fp16_weights_compute_what_fp32_weights_do(engine: str) -> None:
     assert (got[index].float() - expected[index].float()).abs().max() < 0.02 * largest
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("engine", ENGINES)
-def test_engines_can_be_exported_with_a_dynamic_batch(tiny: Checkpoint, engine: str, precision: str) -> None:
-    module = engine_modules(tiny)[engine]
-    module = module.half() if precision == "fp16" else module
-    arguments = dummy_arguments(TINY, engine, 2, precision)
-    batch = {0: torch.export.Dim("batch", min=1, max=8)}
-    shapes: list[Any] = [batch for _ in arguments]
-    if engine == "unet":
-        shapes = [*shapes[:2], tuple(shapes[2:])]
-    with torch.no_grad():
-        program = torch.export.export(module, tuple(arguments), dynamic_shapes=tuple(shapes))
-    assert_contract(run(program.module(), dummy_arguments(TINY, engine, 3, precision)), TINY, engine, 3, precision)
-    calls = {node: str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    for node, target in calls.items():
-        assert "grid_sampler" not in target and "scatter" not in target
-        if "scaled_dot_product_attention" in target:
-            assert all(tensor.meta["val"].ndim == 4 for tensor in node.args[:3])
-
-
 def test_vae_encoder_scales_pixels_and_the_posterior_mean(tiny: Checkpoint) -> None:
     pixels = torch.randint(0, 256, (2, 32, 32, 3), dtype=torch.uint8)
     images = pixels.permute(0, 3, 1, 2).double() / 255 * 2 - 1

@@ -12,7 +12,7 @@ from tritonclient.grpc import model_config_pb2 as pb
 
 from engines.build_config import BuildConfig
 from icportrait.contract import ENGINES
-from icportrait.errors import IcPortraitError, PlanError
+from icportrait.errors import CheckpointError, IcPortraitError, PlanError
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
@@ -174,3 +174,23 @@ def test_the_command_takes_plans(export: Path, tmp_path: Path, capsys: pytest.Ca
 def test_every_engine_has_a_model_that_runs_it(export: Path, tmp_path: Path) -> None:
     placed = {plan for names in assembled(export, tmp_path, "tensorrt-rtx").values() for plan in names}
     assert {f"{engine}.plan" for engine in ENGINES} <= placed
+
+
+def test_an_export_of_another_kind_of_folder_is_left_alone(tmp_path: Path) -> None:
+    write_trivial_export(tmp_path / "export", DEMO_128)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("work of years")
+    with pytest.raises(IcPortraitError, match="isn't empty and no model repository"):
+        assemble(tmp_path / "export", tmp_path / "mine", ServingPolicy())
+    assert (tmp_path / "mine" / "thesis.txt").exists()
+    for _ in range(2):
+        assemble(tmp_path / "export", tmp_path / "repository", ServingPolicy())
+
+
+def test_a_changed_graph_is_not_assembled(tmp_path: Path) -> None:
+    export = tmp_path / "export"
+    write_trivial_export(export, DEMO_128)
+    with (export / "unet.onnx").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(CheckpointError, match=r"unet.onnx: hash is .*, manifest.json says .*; export again"):
+        assemble(export, tmp_path / "repository", ServingPolicy())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import subprocess
 import sys
@@ -32,11 +33,12 @@ spec = engine_specs(TINY)["vae_encoder"]
 engine, inputs = SimulatedEngine(spec, LatencyTable.read(table), SharedDevice(folder)), spec.dummy_inputs(1)
 print("ready", flush=True)
 sys.stdin.readline()
-started = time.monotonic()
+had_it_s = []
 for _ in range(runs):
-    engine.run(inputs)
-print(started, time.monotonic(), flush=True)
+    engine.run(inputs, lambda: had_it_s.append(time.monotonic()))
+print(*had_it_s, flush=True)
 """
+"""Runs when it is told to, and says when it had the device."""
 
 
 def write_table(path: Path, latency_ms: float) -> Path:
@@ -69,17 +71,17 @@ def go(process: subprocess.Popen[str]) -> None:
 
 @pytest.mark.parametrize("devices", [("one", "one"), ("one", "two")], ids=["one device", "two devices"])
 def test_processes_take_turns_on_one_device_and_not_on_two(tmp_path: Path, devices: tuple[str, str]) -> None:
-    table = write_table(tmp_path / "table.json", 20.0)
+    latency_ms = 20.0
+    table = write_table(tmp_path / "table.json", latency_ms)
     for name in devices:
         (tmp_path / name).mkdir(exist_ok=True)
     with child(table, tmp_path / devices[0], 20) as first, child(table, tmp_path / devices[1], 20) as second:
         for process in (first, second):
             go(process)
-        spans = [[float(text) for text in process.stdout.readline().split()] for process in (first, second)]
-    (first_start, first_end), (second_start, second_end) = spans
-    assert max(first_start, second_start) < min(first_end, second_end), "they ran at the same time"
-    took_s = max(first_end, second_end) - min(first_start, second_start)
-    assert (took_s >= 2 * 20 * 0.020) is (len(set(devices)) == 1)
+        times = [[float(text) for text in process.stdout.readline().split()] for process in (first, second)]
+    # From when it was said to when the device was given back it was a little less than the latency.
+    at_once = [(a, b) for a, b in itertools.product(*times) if abs(a - b) < 0.75 * latency_ms / 1000]
+    assert bool(at_once) is (len(set(devices)) == 2)
 
 
 def test_a_process_that_dies_gives_the_device_back(tmp_path: Path) -> None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +17,12 @@ from icportrait.imaging import encode_picture
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
-from icportrait.runtime import Slots, load_engine, load_slots
+from icportrait.runtime import Slots, load_engine, load_slots, simulated
 from icportrait.runtime.simulated import LatencyTable
 from tests.conftest import ROOT
 from tests.tiny import TINY
 from tests.trivial_engines import write_trivial_export
+from tests.unit.conftest import Clock
 
 EXAMPLE = ROOT / "benchmarks" / "latency" / "h200-like.json"
 FIVE_MS = {"device": "test device", "engines": {name: {"1": 5.0} for name in ENGINES}}
@@ -131,10 +130,10 @@ def write_manifest(directory: Path, preset: Any, precision: str) -> Manifest:
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_outputs_are_what_the_contract_says_and_nobody_can_change_them(name: str, precision: str, table: Path) -> None:
-    spec, simulated = engine_specs(TINY, precision)[name], engine(name, table, precision=precision)
-    assert simulated.version == "simulated-test device"
+    spec, simulates = engine_specs(TINY, precision)[name], engine(name, table, precision=precision)
+    assert simulates.version == "simulated-test device"
     for batch in (1, 3):
-        outputs = simulated.run(spec.dummy_inputs(batch))
+        outputs = simulates.run(spec.dummy_inputs(batch))
         assert list(outputs) == [tensor.name for tensor in spec.outputs]
         for tensor in spec.outputs:
             array = outputs[tensor.name]
@@ -143,26 +142,32 @@ def test_outputs_are_what_the_contract_says_and_nobody_can_change_them(name: str
             assert not array.flags.writeable and array.flags.c_contiguous
 
 
-def test_a_run_takes_the_batchs_time_and_no_less(tmp_path: Path) -> None:
-    """By how much more it takes than an engine that takes none: what a run costs beside is this machine's."""
-    table = write(tmp_path / "table.json", with_unet({"1": 3.0, "16": 18.0}))
-    instant = write(tmp_path / "instant.json", with_unet({"1": 0.001}))
-    engines, spec = [engine("unet", path) for path in (table, instant)], engine_specs(TINY)["unet"]
-    for batch, expected_ms in ((1, 3.0), (8, 10.0)):
-        inputs, errors_ms = spec.dummy_inputs(batch), []
-        # A round again where the machine was busy with something else.
-        while len(errors_ms) < 20 and min(errors_ms, default=np.inf) > 0.2:
-            took_ms = [[1000 * seconds_of(each, inputs) for _ in range(9)] for each in engines]
-            assert min(took_ms[0]) >= expected_ms
-            slow_ms, instant_ms = map(statistics.median, took_ms)
-            errors_ms.append(abs(slow_ms - instant_ms - expected_ms))
-        assert min(errors_ms) <= 0.2
+@pytest.mark.parametrize(("batch", "expected_ms"), [(1, 3.0), (8, 10.0)])
+@pytest.mark.parametrize("meanwhile_ms", [0.0, 2.0, 50.0])
+def test_a_run_takes_the_batchs_time_and_no_less(
+    batch: int, expected_ms: float, meanwhile_ms: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The host's own work goes on within that time; more of it than that takes its own."""
+    clock = Clock()
+    monkeypatch.setattr(simulated, "time", clock.as_module())
+    monkeypatch.setattr(simulated, "_WAIT", simulated._Wait())
+    unet = engine("unet", write(tmp_path / "table.json", with_unet({"1": 3.0, "16": 18.0})))
+    inputs, began_s = engine_specs(TINY)["unet"].dummy_inputs(batch), clock.now_s
+    unet.run(inputs, lambda: clock.pass_ms(meanwhile_ms))
+    assert clock.now_s - began_s == pytest.approx(max(expected_ms, meanwhile_ms) / 1000, abs=1e-5)
 
 
-def seconds_of(unet: Any, inputs: dict[str, np.ndarray]) -> float:
-    started = time.perf_counter()
-    unet.run(inputs)
-    return time.perf_counter() - started
+def test_a_sleep_that_ends_late_is_followed_by_shorter_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, wait = Clock(), simulated._Wait()
+    clock.late_ms = 0.5
+    monkeypatch.setattr(simulated, "time", clock.as_module())
+    ends_s = [clock.now_s + second for second in (1, 2, 3)]
+    reached_s = []
+    for end_s in ends_s:
+        wait.until(end_s)
+        reached_s.append(clock.now_s)
+    late_s = [reached - end for reached, end in zip(reached_s, ends_s, strict=True)]
+    assert late_s == pytest.approx([0.0005, 0, 0], abs=1e-5)
 
 
 def test_what_breaks_the_contract_is_refused_without_taking_any_time(tmp_path: Path) -> None:

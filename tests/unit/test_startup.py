@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from icportrait.repository import assemble
 from icportrait.runtime.cuda import Gpu
 from icportrait.runtime.flavours import Flavour
 from icportrait.runtime.plans import PlanManifest
-from icportrait.server import Ports, TritonServer, main
+from icportrait.server import HOST, Ports, TritonServer, main
 from icportrait.startup import backend_version, check_plans, repository_policy
 from tests.fake_plans import VERSIONS, write_fake_plans
 from tests.trivial_engines import write_trivial_export
@@ -250,3 +251,21 @@ def gpu_here() -> bool:
     except RuntimeNotAvailable:
         return False
     return True
+
+
+# Before anything is started
+
+
+def test_a_taken_port_is_named_with_the_way_out(repository: Path) -> None:
+    ports = Ports.free()
+    with socket.socket() as taken:
+        taken.bind((HOST, ports.http))
+        taken.listen()
+        with pytest.raises(IcPortraitError, match=rf"port {ports.http} is taken; .* HTTP_PORT=NUMBER"):
+            TritonServer(repository, ports).start()
+
+
+@pytest.mark.parametrize(("grpc", "http"), [(99999, 8000), (0, 8000), (8000, 8000)])
+def test_ports_that_cannot_be_are_refused_by_name(tmp_path: Path, grpc: int, http: int) -> None:
+    with pytest.raises(IcPortraitError, match=r"GRPC_PORT is .*, expected 1..65535 and three different ports"):
+        TritonServer(tmp_path, Ports(grpc=grpc, http=http)).start()
