@@ -39,6 +39,9 @@ EXPORT_FROM := --checkpoint $(CHECKPOINT)
 WEIGHT_FILES := $(CHECKPOINT)/model_index.json $(wildcard $(CHECKPOINT)/*.safetensors $(CHECKPOINT)/*/*.*)
 endif
 
+# A worker a core; where one has nothing left, it takes from another.
+ON_ALL_CORES := --numprocesses auto --dist worksteal
+
 .DEFAULT_GOAL := help
 .PHONY: FORCE help setup quantizer quality demo serve compare export engines plans gpu-acceptance accept repository configs heads test test-full lint format clean
 
@@ -115,8 +118,12 @@ configs: $(STAMP) ## regenerate the committed config.pbtxt files and the client'
 heads: $(STAMP) ## render the committed heads of the demo and of the client's sweep again
 	@$(PYTHON) -m training.example_heads
 
-test: lint $(QUANTIZER_STAMP) ## lint, types, and the unit, contract and e2e tests
-	@$(PYTHON) -m pytest
+# Each step ends the run where it fails, and what is quickest to fail comes first.
+test: lint $(QUANTIZER_STAMP) ## lint, types, and the unit, contract, training and e2e tests
+	@$(PYTHON) -m pytest $(ON_ALL_CORES) tests/unit
+	@$(PYTHON) -m tests.exports
+	@$(PYTHON) -m pytest $(ON_ALL_CORES) tests/contract tests/training
+	@$(PYTHON) -m pytest $(ON_ALL_CORES) --dist loadfile tests/e2e tests/gpu
 
 test-full: $(STAMP) ## export and compile all of sd15-512: about 10 minutes, 11 GB of memory, 7 GB of disk
 	@$(PYTHON) -m pytest -m full -s

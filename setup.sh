@@ -24,9 +24,19 @@ echo "setting up $venv with Python $version (a few minutes the first time)"
 started=$(date +%s)
 "$python" -m venv --clear "$venv"
 pip="$venv/bin/python -m pip --disable-pip-version-check"
-$pip install --constraint constraints.txt --editable '.[dev]' --editable client
+# uv takes a fifth of the time; where it can't be had, pip does the same. It knows pip's settings by other names.
+if $pip install --quiet --constraint constraints.txt uv; then
+    install="$venv/bin/uv pip install --python $venv/bin/python"
+    export UV_FIND_LINKS="${UV_FIND_LINKS-${PIP_FIND_LINKS-}}"
+    if [ -n "${PIP_INDEX_URL-}" ]; then export UV_DEFAULT_INDEX="${UV_DEFAULT_INDEX-$PIP_INDEX_URL}"; fi
+    if [ -n "${PIP_EXTRA_INDEX_URL-}" ]; then export UV_INDEX="${UV_INDEX-$PIP_EXTRA_INDEX_URL}"; fi
+else
+    echo "uv can't be had: pip installs, which takes longer"
+    install="$pip install"
+fi
+$install --constraint constraints.txt --editable '.[dev]' --editable client
 # The wheel pins numpy<2 and a web framework of its own; only its server binary is used.
-$pip install --constraint constraints.txt --no-deps nvidia-pytriton
+$install --constraint constraints.txt --no-deps nvidia-pytriton
 # For perf_analyzer, the binary, of that server's release; the package beside it must not be the environment's own.
-$pip install --no-deps --target "$venv/perf_analyzer" tritonclient==2.51.0
+$install --no-deps --target "$venv/perf_analyzer" tritonclient==2.51.0
 echo "set-up took $(($(date +%s) - started)) s"

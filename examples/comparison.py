@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from icportrait.contract import Array
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.runtime import load_engine
@@ -22,6 +23,13 @@ NAMES_PX = 24
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 
 
+class Boxes(TypedDict, total=False):
+    """The options that say which square of a picture is used."""
+
+    profile_box: tuple[float, float, float, float]
+    reference_box: tuple[float, float, float, float]
+
+
 @dataclass(frozen=True)
 class Pair:
     """What is sent, and what ought to come back."""
@@ -31,7 +39,7 @@ class Pair:
     ground_truth: Path | None = None
 
     @property
-    def boxes(self) -> dict[str, tuple[float, ...]]:
+    def boxes(self) -> Boxes:
         """A ground truth shows the whole reference, so nothing may be cropped; else the server finds the faces."""
         return {} if self.ground_truth is None else {"profile_box": WHOLE, "reference_box": WHOLE}
 
@@ -52,7 +60,7 @@ class Panels:
             "profile": bytes_tensor(pair.profile.read_bytes()),
             "reference": bytes_tensor(pair.reference.read_bytes()),
             "seed": np.array([seed]),
-            **{name: np.array(box, np.float32) for name, box in pair.boxes.items()},
+            **{name: np.array(box, np.float32) for name, box in dict(pair.boxes).items()},
         }
         unmasked = {**request, "mask_ratio": np.array([0.0], np.float32)}
         hidden, whole = (self._preprocess(self._front(inputs)[1]) for inputs in (request, unmasked))
@@ -68,13 +76,14 @@ class Panels:
                 panels["ground truth"] = picture.convert("RGB").resize(portrait.size, Image.Resampling.LANCZOS)
         return panels
 
-    def _flow(self, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
+    def _flow(self, tensors: Mapping[str, Array]) -> Array:
         """The finest flow [s, s]."""
         latents = {
             f"{name}_latent": self._encoder.run({"pixels": tensors[f"{name}_pixels"]})["latent"]
             for name in ("profile", "reference")
         }
-        return self._warping.run({**latents, "visibility": tensors["visibility"]})["flow_0"][0]
+        flow: Array = self._warping.run({**latents, "visibility": tensors["visibility"]})["flow_0"][0]
+        return flow
 
 
 def sheet(rows: Sequence[tuple[str, Mapping[str, Image.Image]]]) -> Image.Image:

@@ -151,6 +151,8 @@ class TritonServer:
             *(f"--{name}-port={port}" for name, port in vars(self.ports).items()),
             "--exit-on-error=true",
             f"--exit-timeout-secs={STOP_GRACE_S}",
+            # The generated configurations are complete, and completing one starts its model's process twice.
+            "--disable-auto-complete-config",
             "--log-info=false",
             *([] if GPU_DEVICE.exists() else ["--allow-gpu-metrics=false", "--pinned-memory-pool-byte-size=0"]),
         ]

@@ -1,4 +1,4 @@
-"""What the tests share: exports, made once and kept, one real server, and rendered pairs.
+"""What the tests share: exports, made once and kept, and one real server.
 
 Nothing heavy is imported here: a run of a few tests starts at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,7 +20,6 @@ from tests.exports import DEMO_CHECKPOINT, ROOT, shared_export
 if TYPE_CHECKING:
     from icportrait.nn import Checkpoint
     from icportrait.server import TritonServer
-    from training.data import RenderedPairs
 
 # Read when torch is imported, here and in what tests start: more threads than that stall beside another process.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -28,6 +28,20 @@ os.environ["OMP_NUM_THREADS"] = "1"
 logging.getLogger("torch.__trace").propagate = False
 
 EXAMPLES = ROOT / "examples"
+
+
+def pytest_report_header() -> list[str]:
+    """What has to be installed for tests that are skipped otherwise."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return []
+    from benchmarks.perf_analyzer_program import PerfAnalyzerError, find_program
+
+    with tempfile.TemporaryDirectory() as links:
+        try:
+            find_program(Path(links))
+        except PerfAnalyzerError as error:
+            return [f"tests with perf_analyzer are skipped: {error}"]
+    return []
 
 
 @pytest.fixture(scope="session")
@@ -74,27 +88,6 @@ def pictures() -> dict[str, bytes]:
         "profile": (EXAMPLES / "hopper.jpg").read_bytes(),
         "reference": (EXAMPLES / "astronaut.jpg").read_bytes(),
     }
-
-
-@pytest.fixture(scope="session")
-def pair_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where 64 tiny rendered pairs are kept, once something has asked for them."""
-    return tmp_path_factory.mktemp("pairs")
-
-
-@pytest.fixture(scope="session")
-def tiny_pairs(pair_cache: Path) -> RenderedPairs:
-    import torch
-
-    from tests.tiny import TINY
-    from training.data import RenderedPairs
-    from training.recipe import Data
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pairs = RenderedPairs(Data(pairs=64, cache=str(pair_cache)), TINY)
-    torch.set_num_threads(before)
-    return pairs
 
 
 @pytest.fixture

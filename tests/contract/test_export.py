@@ -13,7 +13,7 @@ from onnx import TensorProto, numpy_helper
 import export.__main__
 import export.graphs
 import export.verification
-from export.__main__ import export_checkpoint, main
+from export.__main__ import main
 from export.verification import (
     Tolerance,
     check_axes,
@@ -63,7 +63,8 @@ def test_the_demo_graphs_are_the_contracts(demo_export: Path, name: str) -> None
 @pytest.mark.parametrize("name", ENGINES)
 def test_a_row_depends_neither_on_its_batch_nor_on_its_place(demo_export: Path, name: str, threads: int) -> None:
     engine = load_engine(name, demo_export, Manifest.read(demo_export), ServingPolicy(engine_threads=threads))
-    assert rows_that_differ(engine, range(1, engine.spec.batch.max + 1)) == []
+    batches = [batch for batch in (1, 2, 3, 5, 6, 8, 11, 16) if batch <= engine.spec.batch.max]
+    assert rows_that_differ(engine, batches) == []
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -83,19 +84,6 @@ def test_fp16_weights_and_residuals_are_fp16_and_the_rest_of_the_contract_stays(
     outputs = engine.run(engine.spec.dummy_inputs(2))
     assert outputs["f_ref_00"].dtype == np.float16
     assert outputs["match_confidence"].dtype == np.float32
-
-
-def test_large_weights_lie_in_a_file_of_their_own(
-    tmp_path: Path, small_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(export.graphs, "EXTERNAL_DATA_BYTES", 1000)
-    monkeypatch.setattr(export.__main__, "ENGINES", QUICKEST)
-    manifest = export_checkpoint(small_checkpoint, {"random_weights": 0}, "fp32", tmp_path)
-    (engine,) = manifest.engines.values()
-    data = tmp_path / str(engine.external_data)
-    assert data.stat().st_size > 4 * sum(weight.numel() for weight in small_checkpoint.vae.encoder.parameters()) / 2
-    assert engine.sha256 == file_sha256(tmp_path / engine.file, data)
-    load_engine(*QUICKEST, tmp_path, manifest, ServingPolicy())
 
 
 @pytest.mark.parametrize("name", ENGINES)
@@ -194,20 +182,39 @@ def test_end_point_error_is_a_distance_in_cells() -> None:
     assert end_point_error(found, expected) == pytest.approx(np.hypot(1, 3))
 
 
-def test_a_failed_export_exits_with_the_tensor_and_its_figures_and_leaves_no_manifest(
-    tmp_path: Path, small_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    save_checkpoint(small_checkpoint, tmp_path / "checkpoint")
+@pytest.fixture
+def arguments(tmp_path: Path, small_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Of an export of one engine's graph alone, into ``tmp_path / "out"``."""
     monkeypatch.setattr(export.__main__, "ENGINES", QUICKEST)
-    out = tmp_path / "out"
-    arguments = ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(out)]
+    save_checkpoint(small_checkpoint, tmp_path / "checkpoint")
+    return ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out")]
+
+
+def test_large_weights_lie_in_a_file_of_their_own(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.graphs, "EXTERNAL_DATA_BYTES", 1000)
     assert main(arguments) == 0
-    assert Manifest.read(out).source == {"checkpoint": str(tmp_path / "checkpoint")}
+    out = tmp_path / "out"
+    manifest = Manifest.read(out)
+    assert manifest.source == {"checkpoint": str(tmp_path / "checkpoint")}
+    (engine,) = manifest.engines.values()
+    graph, data = out / engine.file, out / str(engine.external_data)
+    assert data.stat().st_size > 10_000
+    assert engine.sha256 == file_sha256(graph, data)
+    load_engine(*QUICKEST, out, manifest, ServingPolicy())
+
+
+def test_a_failed_export_exits_with_the_tensor_and_its_figures_and_leaves_no_manifest(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "manifest.json").write_text("of an earlier export")
     monkeypatch.setitem(export.verification.TOLERANCES["fp32"], "vae_encoder", Tolerance(relative_rms=0))
     assert main(arguments) == 1
     assert "error: vae_encoder: latent at batch 1: relative RMS error is" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"manifest.json is missing; make it with"):
-        Manifest.read(out)
+        Manifest.read(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from engines.inspection import inspect
 from engines.network import parse
 from export.__main__ import main
 from export.calibration import ROWS, folder_pairs, record_inputs, rendered_pairs
-from export.quantization import quantize
+from export.quantization import engine_precision, quantize
 from icportrait.contract import ENGINES, QUANTIZED_PRECISIONS, engine_specs
 from icportrait.errors import CheckpointError, VerificationError
 from icportrait.manifest import Manifest
@@ -36,15 +36,26 @@ def quantized(request: pytest.FixtureRequest) -> Path:
     return shared_export(f"wide-{request.param}")
 
 
-def test_the_unet_is_quantised_and_nothing_else(quantized: Path) -> None:
-    manifest = Manifest.read(quantized)
-    expected = dict.fromkeys(ENGINES, "fp16") | {"unet": manifest.precision}
-    assert {name: engine.precision for name, engine in manifest.engines.items()} == expected
-    for name in ENGINES:
+@pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
+def test_the_unet_is_quantised_and_nothing_else(precision: str) -> None:
+    expected = dict.fromkeys(ENGINES, "fp16") | {"unet": precision}
+    assert {name: engine_precision(precision, name) for name in ENGINES} == expected
+
+
+def test_a_graph_is_in_its_engines_precision(quantized: Path) -> None:
+    engines = Manifest.read(quantized).engines
+    assert {name: engine.precision for name, engine in engines.items()} == {
+        name: engine_precision(Manifest.read(quantized).precision, name) for name in engines
+    }
+    for name in engines:
         operators = [node.op_type for node in onnx.load(quantized / f"{name}.onnx").graph.node]
         assert ("QuantizeLinear" in operators) == (name == "unet")
-    outputs = {tensor.name: tensor for tensor in onnx.load(quantized / "warping_network.onnx").graph.output}
-    assert outputs["f_ref_00"].type.tensor_type.elem_type == TensorProto.FLOAT16
+    # What the UNet is given, by the warping network where that was exported too.
+    inputs = {tensor.name: tensor for tensor in onnx.load(quantized / "unet.onnx").graph.input}
+    assert inputs["f_ref_00"].type.tensor_type.elem_type == TensorProto.FLOAT16
+    if "warping_network" in engines:
+        outputs = {tensor.name: tensor for tensor in onnx.load(quantized / "warping_network.onnx").graph.output}
+        assert outputs["f_ref_00"].type.tensor_type.elem_type == TensorProto.FLOAT16
 
 
 def test_tensorrt_sees_the_asked_for_type(quantized: Path) -> None:

@@ -13,7 +13,7 @@ from PIL import Image
 from icportrait.masking import hide, reference_visibility
 from icportrait.nn.engine_modules import VaeEncoder
 from tests.tiny import TINY
-from tests.tiny_training import generator, stage, write_views
+from tests.training.tiny import generator, stage, write_views
 from training import stages
 from training.data import PictureFolder, RenderedPairs
 from training.evaluation import warped

@@ -16,7 +16,7 @@ from icportrait.nn.matching import split_canvas
 from icportrait.nn.random_weights import SCHEDULER_CONFIG
 from icportrait.sampling import NoiseSchedule
 from tests.tiny import TINY
-from tests.tiny_training import generator, stage, write_views
+from tests.training.tiny import generator, stage, write_views
 from training import stages
 from training.data import PictureFolder, RenderedPairs
 from training.recipe import Data, RecipeError

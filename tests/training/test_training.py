@@ -16,7 +16,7 @@ from torch import nn
 
 from icportrait.nn import Checkpoint, load_checkpoint, random_checkpoint, save_checkpoint
 from tests.tiny import TINY
-from tests.tiny_training import stage, write_views
+from tests.training.tiny import stage, write_views
 from tests.unit.test_checkpoint import StableDiffusion
 from training.__main__ import RECIPES, main
 from training.data import RenderedPairs
@@ -51,6 +51,7 @@ def resumed(kind: str, source: RenderedPairs, directory: Path, **settings: Any) 
     return trainer
 
 
+@pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
     ("kind", "steps", "optimizer"), [("vae", 6, "adamw"), ("matching", 6, "muon"), ("appearance", 12, "adamw")]
 )
@@ -72,6 +73,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one(
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "halves" / name).read_bytes()
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_a_resumed_run_needs_all_of_its_state(tiny_pairs: RenderedPairs, tmp_path: Path) -> None:
     settings = {"steps": 4, "warmup_steps": 4}
     whole = trainer_of("vae", tiny_pairs, tmp_path / "whole", **settings)
@@ -94,6 +96,7 @@ def test_a_resumed_run_needs_all_of_its_state(tiny_pairs: RenderedPairs, tmp_pat
             assert_same(weights(whole.mean), weights(forgetful.mean))
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_only_a_run_of_the_same_recipe_is_resumed(tiny_pairs: RenderedPairs, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"state.pt: is missing; start the run without --resume"):
         Trainer(stage("vae", tiny_pairs), tmp_path).resume()
@@ -105,6 +108,7 @@ def test_only_a_run_of_the_same_recipe_is_resumed(tiny_pairs: RenderedPairs, tmp
 # The loop
 
 
+@pytest.mark.usefixtures("no_pictures")
 def test_what_is_saved_is_the_running_mean(tiny_pairs: RenderedPairs, tmp_path: Path) -> None:
     for decay, same in ((0.0, True), (0.999, False)):
         settings: dict[str, Any] = {"steps": 4, "ema_decay": decay, "warmup_steps": 0}

@@ -12,14 +12,14 @@ from torch import Tensor
 from icportrait.nn import random_checkpoint
 from icportrait.nn.matching import gather_features
 from tests.tiny import TINY
-from tests.tiny_training import generator, mean, stage, train, write_views
+from tests.training.tiny import generator, mean, stage, train, write_views
 from training.data import PictureFolder, RenderedPairs
 from training.recipe import Data
 
 SIDE = TINY.latent_size
 LEVELS = [TINY.level_size(level) for level in range(TINY.levels)]
 NO = torch.zeros(8, dtype=torch.bool)
-pytestmark = pytest.mark.usefixtures("one_thread_and_one_seed")
+pytestmark = pytest.mark.usefixtures("one_thread_and_one_seed", "no_pictures")
 
 
 # The autoencoder
