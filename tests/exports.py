@@ -86,7 +86,7 @@ SHARED = {
     "small": SharedExport(SMALL),
     "small-fp16": SharedExport(SMALL, "fp16", 23),
     "small-bf16": SharedExport(SMALL, "bf16", 23, engines=("unet",)),
-    "wide-int8": SharedExport(WIDE, "int8", 23, calibration_pairs=4, engines=("warping_network", "unet")),
+    "wide-int8": SharedExport(WIDE, "int8", 23, calibration_pairs=4, engines=("unet",)),
     "wide-fp8": SharedExport(WIDE, "fp8", 23, calibration_pairs=4, engines=("unet",)),
 }
 """By name, the one that takes longest first."""

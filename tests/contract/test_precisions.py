@@ -27,6 +27,7 @@ from icportrait.repository import assemble
 from icportrait.runtime.eager import source_modules
 from tests.exports import shared_export
 from tests.tiny import SMALL
+from tests.trivial_engines import write_trivial_export
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +65,10 @@ def test_a_wrong_weight_in_a_bf16_graph_is_found(exports: dict[str, Path], tmp_p
         check_values(tmp_path / "unet.onnx", *arguments)
 
 
-def test_bf16_isnt_served_on_the_cpu(exports: dict[str, Path], tmp_path: Path) -> None:
+def test_bf16_isnt_served_on_the_cpu(tmp_path: Path) -> None:
+    write_trivial_export(tmp_path / "export", SMALL, "bf16")
     with pytest.raises(CheckpointError, match="is bf16, for which ONNX Runtime has no CPU kernels"):
-        assemble(exports["bf16"], tmp_path / "repository", ServingPolicy())
+        assemble(tmp_path / "export", tmp_path / "repository", ServingPolicy())
 
 
 def test_precisions_are_compared_with_fp32(exports: dict[str, Path]) -> None:

@@ -22,7 +22,7 @@ def test_two_modes_get_the_same_load_and_are_told_apart(tmp_path: Path) -> None:
     (tmp_path / "table.json").write_text(json.dumps(table))
     (tmp_path / "temporary").mkdir()
     command = [sys.executable, "-m", "benchmarks", "compare", "--export", str(tmp_path / "export")]
-    options = "--modes in-flight whole --loads 0.5 --duration 3 --rounds 1 --json"
+    options = "--modes in-flight whole --loads 0.5 --duration 2 --rounds 1 --json"
     answer = subprocess.run(
         [*command, "--latency-table", str(tmp_path / "table.json"), *options.split()],
         cwd=ROOT,
