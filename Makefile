@@ -43,7 +43,7 @@ endif
 ON_ALL_CORES := --numprocesses auto --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup quantizer quality demo serve compare export engines plans gpu-acceptance accept repository configs heads test test-full lint format clean
+.PHONY: FORCE help setup quantizer quality demo serve compare export engines plans gpu-acceptance accept repository configs heads test test-full mutants lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -127,6 +127,9 @@ test: lint $(QUANTIZER_STAMP) ## lint, types, and the unit, contract, training a
 
 test-full: $(STAMP) ## export and compile all of sd15-512: about 10 minutes, 11 GB of memory, 7 GB of disk
 	@$(PYTHON) -m pytest -m full -s
+
+mutants: $(STAMP) ## change 150 lines of the loop, admission, sampling and pictures: do the unit tests notice?
+	@$(PYTHON) -m tests.mutants $(if $(SEED),--seed $(SEED))
 
 lint: $(STAMP) ## ruff, and mypy against the real signatures of both TensorRT products
 	@$(PYTHON) -m ruff check .

@@ -26,10 +26,10 @@ Answers = queue.SimpleQueue[tuple[Any, bool]]
 
 @contextmanager
 def open_stage(
-    slots_limit: int = 64, give_up: Callable[[], None] = lambda: None
+    slots_limit: int = 64, give_up: Callable[[], None] = lambda: None, mode: str = "in-flight"
 ) -> Iterator[tuple[LabelSlots, DenoiseStage]]:
     slots = LabelSlots()
-    stage = DenoiseStage(slots, SCHEDULE, DEMO_128, "in-flight", Limits(slots_limit, 10**6), give_up)
+    stage = DenoiseStage(slots, SCHEDULE, DEMO_128, mode, Limits(slots_limit, 10**6), give_up)
     try:
         yield slots, stage
     finally:
@@ -75,7 +75,9 @@ class Front:
         while (reply := self.message())["op"] == "step":
             self._steps.append(reply)
         assert (reply["op"], reply["key"]) == ("leased", key)
-        return from_wire(reply["refusal"])
+        refusal = from_wire(reply["refusal"])
+        assert refusal or reply["refusal"] == ""
+        return refusal
 
     def lease(self, key: str, request: PortraitRequest, nbytes: int = nbytes) -> None:
         assert self.ask(key, request, nbytes) is None

@@ -239,7 +239,10 @@ def test_a_deadline_that_cannot_be_kept_is_refused_with_what_it_would_take() -> 
     server.pace.answered(0.2)
     server.run("running", rows=4, steps=30, done=20)
     text = server.refused(rows=2, steps=5, deadline_ms=1700)
-    assert text.startswith("deadline_ms: 1700, and it would take about 1800 ms now")
+    assert text.startswith(
+        "deadline_ms: 1700, and it would take about 1800 ms now; "
+        "allow more time, ask for fewer steps, or try again; retry"
+    )
     assert retry_after_ms(text) == pytest.approx(100, abs=1)
     assert server.refusals == {"queue_slots": 0, "queue_bytes": 0, "deadline": 1}
     server.lease("kept", rows=2, steps=5, deadline_ms=1801)
@@ -275,7 +278,10 @@ def test_a_deadline_that_was_promised_is_not_broken_for_a_nearer_one() -> None:
     server.run("running", rows=4, steps=10)
     server.lease("promised", rows=4, steps=10, deadline_ms=2200)
     text = server.refused(rows=4, steps=3, deadline_ms=1500)
-    assert text.startswith("deadline_ms: keeping it would break a deadline that was promised to another")
+    assert text.startswith(
+        "deadline_ms: keeping it would break a deadline that was promised to another; "
+        "allow more time, or try again; retry"
+    )
     assert retry_after_ms(text) == pytest.approx(200, abs=1)
     assert server.refusals["deadline"] == 1
     server.lease("shorter", rows=4, steps=1, deadline_ms=1500)

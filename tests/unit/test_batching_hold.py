@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from icportrait.batching import Batcher
-from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, Unavailable
+from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, InvalidRequest, Unavailable
 from icportrait.metrics import Metrics
 from icportrait.ticket import DenoiseJob, DenoiseResult, Ticket
 from tests.label_slots import BASE, LabelSlots, alone, label_batcher, labelled, steps_of, submit
@@ -374,6 +374,59 @@ def test_who_has_ended_when_the_loop_is_closed_gets_the_portraits() -> None:
         assert np.array_equal(ended.result(1).portrait_latent, alone(steps_of(1)[0]))
         with pytest.raises(Unavailable):
             runs.result(1)
+
+
+def test_who_waits_and_who_comes_once_the_loop_is_closed_is_refused() -> None:
+    with label_batcher() as (slots, batcher):
+        slots.gate.clear()
+        runs, waits = (submit(batcher, labelled(replace(BASE, num_portraits=16), 1.0)) for _ in range(2))
+        slots.is_warping.wait(60)
+        closer = threading.Thread(target=batcher.close)
+        closer.start()
+        while not batcher._closed:
+            time.sleep(0.001)
+        slots.gate.set()
+        closer.join(60)
+        for future in (runs, waits):
+            with pytest.raises(Unavailable, match="shutting down; try again"):
+                future.result(1)
+        with pytest.raises(Unavailable, match="shutting down; try again"):
+            submit(batcher, steps_of(1)[0])
+        assert not slots.steps
+
+
+def test_what_can_never_run_is_refused_at_once() -> None:
+    with label_batcher() as (slots, batcher):
+        with pytest.raises(InvalidRequest, match=r"9 portraits at guidance_scale 1\.5 need 18 slots, .* has 16"):
+            submit(batcher, labelled(replace(BASE, num_portraits=9, guidance_scale=1.5), 1.0))
+        with pytest.raises(InvalidRequest, match="num_inference_steps: 1001 steps"):
+            submit(batcher, steps_of(1001)[0])
+        submit(batcher, labelled(replace(BASE, num_portraits=16), 1.0)).result(60)
+        assert slots.steps == [16] * 3
+
+
+def test_the_log_has_the_cause_of_a_failure_and_the_caller_has_not(caplog: pytest.LogCaptureFixture) -> None:
+    with label_batcher() as (slots, batcher):
+        slots.failures_due = 1
+        with pytest.raises(IcPortraitError) as failure:
+            submit(batcher, steps_of(2)[0]).result(60)
+        assert str(failure.value) == "denoising failed on this server; its log has the cause"
+        assert "denoising failed" in caplog.text and "RuntimeError: the device is lost" in caplog.text
+
+
+@pytest.mark.parametrize("method", ["on_done", "on_step"])
+def test_a_caller_that_cannot_be_told_harms_no_other(method: str, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(*_: object) -> None:
+        raise OSError("the caller's pipe is gone")
+
+    with label_batcher() as (slots, batcher):
+        slots.gate.clear()
+        batcher.submit(steps_of(3)[0], **{"on_done": lambda _: None, method: broken})
+        other = submit(batcher, steps_of(4)[0])
+        slots.gate.set()
+        assert np.array_equal(other.result(60).portrait_latent, alone(steps_of(4)[0]))
+    told = {"on_done": "an answer could not be delivered", "on_step": "a step could not be reported"}[method]
+    assert told in caplog.text and "the caller's pipe is gone" in caplog.text
 
 
 def test_failures_are_counted_in_a_row_and_told_after_the_answers() -> None:

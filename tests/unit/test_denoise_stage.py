@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -93,6 +94,54 @@ def test_a_request_that_came_past_the_fronts_needs_no_lease() -> None:
     with open_stage(slots_limit=0) as (_, stage), Front(stage) as front:
         outputs, is_last = front.submit("", BASE, label=1.0).get(timeout=10)
         assert is_last and np.array_equal(outputs["portrait_latent"], alone(labelled(BASE, 1.0)))
+
+
+def test_the_first_step_is_timed_from_the_requests_arrival_at_its_front() -> None:
+    with open_stage() as (_, stage), Front(stage) as front:
+        request = front.arrived_now(BASE)
+        front.submit("", replace(request, arrived_ns=request.arrived_ns - 3600 * 10**9)).get(timeout=10)
+        assert 0 <= metric(stage, "first_step_ms_sum") - 3_600_000 < 60_000
+
+
+def test_the_class_that_goes_first_goes_first() -> None:
+    """Both wait for all slots, and the one that came later runs before."""
+    answered: list[str] = []
+    with open_stage() as (slots, stage), Front(stage) as front:
+        slots.step_gate.clear()
+        front.lease("running", GUIDED)
+        front.submit("running", GUIDED)
+        assert slots.is_stepping.wait(10)
+        for key, priority in (("second", 1), ("first", 0)):
+            request = replace(GUIDED, priority=priority)
+            front.lease(key, request)
+            answers = front.submit(key, request, on_answer=lambda *_, key=key: answered.append(key))
+        slots.step_gate.set()
+        answers.get(timeout=10)
+        until(lambda: len(answered) == 2)
+    assert answered == ["first", "second"]
+
+
+@pytest.mark.parametrize(("mode", "steps"), [("in-flight", [1, 2, 2, 1]), ("whole", [1, 1, 1, 1, 1, 1])])
+def test_the_batching_mode_is_the_one_that_was_asked_for(mode: str, steps: list[int]) -> None:
+    with open_stage(mode=mode) as (slots, stage), Front(stage) as front:
+        slots.step_gate.clear()
+        first = front.submit("", BASE)
+        assert slots.is_stepping.wait(10)
+        second = front.submit("", BASE)
+        slots.step_gate.set()
+        for answers in (first, second):
+            answers.get(timeout=10)
+        assert slots.steps == steps
+
+
+def test_its_threads_have_names_and_end_with_the_process() -> None:
+    """A process dump tells them apart, and a process that ends without closing the stage doesn't hang."""
+    before = set(threading.enumerate())
+    with open_stage():
+        assert {(thread.name, thread.daemon) for thread in set(threading.enumerate()) - before} == {
+            ("denoise", True),
+            ("deliver", True),
+        }
 
 
 # Callers that go
@@ -216,7 +265,9 @@ def test_what_was_measured_decides_on_the_next_deadline() -> None:
         request = front.arrived_now(replace(BASE, deadline_ms=3_600_000))
         front.lease("a", replace(request, arrived_ns=request.arrived_ns - 5 * 10**9))
         front.submit("a", request).get(timeout=10)
+        assert stage._batcher.pace.after_s == 0
         front.release("a", {})
+        assert stage._batcher.pace.after_s > 0
         refusal = front.ask("b", front.arrived_now(replace(BASE, deadline_ms=4000)))
         assert isinstance(refusal, Unavailable) and "deadline_ms: 4000, and it would take about 5" in str(refusal)
         assert metric(stage, "refusals_total", reason="deadline") == 1
@@ -250,7 +301,7 @@ def test_an_answer_that_cannot_be_delivered_harms_no_other(caplog: pytest.LogCap
             front.lease(key, BASE)
             answers = front.submit(key, BASE, on_answer=on_answer)
         assert not isinstance(answers.get(timeout=10)[0], IcPortraitError)
-    assert "the pipe is gone" in caplog.text
+    assert "an answer could not be delivered" in caplog.text and "the pipe is gone" in caplog.text
 
 
 def test_closing_answers_what_runs_and_what_waits() -> None:

@@ -614,6 +614,12 @@ class TestFaces:
         assert searched
         assert max(searched) <= 360 * 640
 
+    def test_a_face_is_sought_in_averages_and_not_in_samples(self):
+        grey = np.tile(np.array([0, 0, 0, 255], np.uint8), (64, 16))
+        small, scale = faces._finder()._shrunk(grey, 0.25)
+        assert (small.shape, scale) == ((16, 16), 0.25)
+        assert np.abs(small.astype(int) - 64).max() <= 1
+
     @pytest.mark.parametrize("scale", [0.5, 0.38])
     def test_small_faces_are_found(self, scale):
         face = self.example("hopper.jpg").resize((round(512 * scale), round(600 * scale)))
@@ -646,9 +652,29 @@ class TestFaces:
         assert x1 <= picture.width
         assert y1 <= picture.height
 
-    def test_without_a_face_the_middle_is_taken(self):
-        crop = find_crop(quadrants(300, 200), None, "profile_box")
-        assert crop == Crop((50, 0, 250, 200), "centre", (300, 200))
+    @pytest.mark.parametrize(
+        ("size", "box"), [((300, 200), (50, 0, 250, 200)), ((200, 301), (0, 50, 200, 250)), ((41, 41), (0, 0, 41, 41))]
+    )
+    def test_without_a_face_the_middle_is_taken(self, size, box):
+        crop = find_crop(quadrants(*size), None, "profile_box")
+        assert crop == Crop(box, "centre", size)
+        assert all(isinstance(edge, int) for edge in crop.box)
+
+    @pytest.mark.parametrize(
+        ("size", "face", "box"),
+        [
+            ((1000, 900), (400, 300, 600, 500), (290, 203, 710, 623)),
+            ((1000, 300), (400, 50, 600, 250), (350, 0, 650, 300)),
+            ((300, 1000), (50, 400, 250, 600), (0, 359, 300, 659)),
+            ((1000, 900), (10, 10, 210, 210), (0, 0, 420, 420)),
+            ((1000, 900), (790, 690, 990, 890), (580, 480, 1000, 900)),
+        ],
+        ids=["inside", "wide", "tall", "upper left", "lower right"],
+    )
+    def test_a_face_is_grown_to_head_and_shoulders_as_far_as_the_picture_goes(self, monkeypatch, size, face, box):
+        """2.1 faces a side, a little more of it below; moved into the picture, and no larger than that."""
+        monkeypatch.setattr(faces, "find_face", lambda picture: face)
+        assert find_crop(Image.new("RGB", size), None, "profile_box") == Crop(box, "face", size)
 
     def test_a_given_box_needs_no_search(self, monkeypatch):
         monkeypatch.setattr(faces, "find_face", lambda picture: pytest.fail("a face was sought"))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import resource
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from icportrait.contract import Axis, DType, ModelSpec, TensorSpec
-from icportrait.row_cache import RowCache
+from icportrait.row_cache import HITS, MISSES, RowCache, triton_counters
 
 ROW_BYTES = 8
 BATCH = Axis("batch", 1, 4, 8)
@@ -146,3 +148,32 @@ def test_what_lies_in_the_gpus_memory_is_always_computed() -> None:
     cache({"pixels": on_gpu})  # type: ignore[dict-item]
     cache({"pixels": on_gpu})  # type: ignore[dict-item]
     assert given == [on_gpu, on_gpu]
+
+
+def test_tritons_endpoint_counts_the_rows_of_all_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: dict[str, int] = {}
+
+    class Family:
+        """Triton's, which makes a series for each set of labels."""
+
+        COUNTER = "counter"
+
+        def __init__(self, name: str, description: str, kind: str) -> None:
+            assert description and kind == self.COUNTER
+            self._name = name
+
+        def Metric(self, labels: dict[str, str]) -> Any:  # noqa: N802 - Triton's name
+            assert labels == {} and self._name not in counted
+            counted[self._name] = 0
+            return SimpleNamespace(increment=self._increment)
+
+        def _increment(self, by: int) -> None:
+            assert by > 0
+            counted[self._name] += by
+
+    monkeypatch.setitem(sys.modules, "triton_python_backend_utils", SimpleNamespace(MetricFamily=Family))
+    count = triton_counters()
+    assert counted == {HITS: 0, MISSES: 0}
+    for hits, misses in ((0, 3), (2, 1), (4, 0)):
+        count(hits, misses)
+    assert counted == {HITS: 6, MISSES: 4}
