@@ -12,6 +12,7 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from importlib import metadata
 from multiprocessing import get_context
 from pathlib import Path
 from unittest.mock import patch
@@ -28,7 +29,6 @@ ROOT = Path(__file__).parents[1]
 KEPT = ROOT / "build" / "test-exports"
 DEMO_CHECKPOINT = ROOT / "checkpoints" / "demo-128"
 EXPORTER = (
-    "constraints.txt",
     "export/*.py",
     "export/*.txt",
     "icportrait/nn/*.py",
@@ -37,14 +37,16 @@ EXPORTER = (
     "icportrait/presets.py",
     "icportrait/runtime/ort.py",
 )
-"""The files that decide what an export holds."""
+"""The files that decide what an export holds,"""
+PACKAGES = ("torch", "diffusers", "numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime")
+"""and, each in its version, the packages."""
 RENDERER = ("training/*.py",)
-"""And, where it is calibrated, the pictures that it is calibrated on."""
+"""Where it is calibrated, also the pictures that it is calibrated on."""
 
 
 @dataclass(frozen=True)
 class SharedExport:
-    """What ``python -m export`` would be asked for."""
+    """What ``python -m export`` would be asked for, and of which engines."""
 
     weights: Path | Preset
     """A checkpoint, or the geometry of random weights from seed 0."""
@@ -59,7 +61,8 @@ class SharedExport:
         files = [path for pattern in patterns for path in sorted(ROOT.glob(pattern))]
         if isinstance(self.weights, Path):
             files += sorted(path for path in self.weights.rglob("*") if path.is_file())
-        return hashlib.sha256(f"{self} {file_sha256(*files)}".encode()).hexdigest()[:16]
+        versions = [metadata.version(name) for name in PACKAGES]
+        return hashlib.sha256(f"{self} {versions} {file_sha256(*files)}".encode()).hexdigest()[:16]
 
     def make(self, directory: Path) -> None:
         """Export and verify."""
