@@ -39,8 +39,8 @@ EXPORT_FROM := --checkpoint $(CHECKPOINT)
 WEIGHT_FILES := $(CHECKPOINT)/model_index.json $(wildcard $(CHECKPOINT)/*.safetensors $(CHECKPOINT)/*/*.*)
 endif
 
-# A worker a core; where one has nothing left, it takes from another.
-ON_ALL_CORES := --numprocesses auto --dist worksteal
+# A worker a core; tests that share a server have the same one (tests/e2e/conftest.py).
+ON_ALL_CORES := --numprocesses auto --dist loadgroup
 
 .DEFAULT_GOAL := help
 .PHONY: FORCE help setup quantizer quality demo serve compare export engines plans gpu-acceptance accept repository configs heads test test-full mutants lint format clean
@@ -122,8 +122,7 @@ heads: $(STAMP) ## render the committed heads of the demo and of the client's sw
 test: lint $(QUANTIZER_STAMP) ## lint, types, and the unit, contract, training and e2e tests
 	@$(PYTHON) -m pytest $(ON_ALL_CORES) tests/unit
 	@$(PYTHON) -m tests.exports
-	@$(PYTHON) -m pytest $(ON_ALL_CORES) tests/contract tests/training
-	@$(PYTHON) -m pytest $(ON_ALL_CORES) --dist loadfile tests/e2e tests/gpu
+	@$(PYTHON) -m pytest $(ON_ALL_CORES) tests/contract tests/training tests/e2e tests/gpu
 
 test-full: $(STAMP) ## export and compile all of sd15-512: about 10 minutes, 11 GB of memory, 7 GB of disk
 	@$(PYTHON) -m pytest -m full -s

@@ -20,6 +20,17 @@ SLOW_STEP_MS = 50
 WHOLE_STEP_MS = 10
 
 
+SHARED_SERVERS = ("server", "slow", "whole")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give all tests of a shared server to one worker, so that it is started once; of the others, those of a file."""
+    for item in items:
+        if item.path.parent == Path(__file__).parent and isinstance(item, pytest.Function):
+            shared = next((name for name in SHARED_SERVERS if name in item.fixturenames), item.path.name)
+            item.add_marker(pytest.mark.xdist_group(shared))
+
+
 def simulated_repository(folder: Path, times_ms: dict[str, float], **policy: object) -> Path:
     """A repository with engines that take 1 ms where ``times_ms`` doesn't say otherwise."""
     write_trivial_export(folder / "export", DEMO_128)
