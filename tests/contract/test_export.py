@@ -183,9 +183,8 @@ def test_end_point_error_is_a_distance_in_cells() -> None:
 
 
 @pytest.fixture
-def arguments(tmp_path: Path, small_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Of an export of one engine's graph alone, into ``tmp_path / "out"``."""
-    monkeypatch.setattr(export.__main__, "ENGINES", QUICKEST)
+def arguments(tmp_path: Path, small_checkpoint: Checkpoint) -> list[str]:
+    """Of an export into ``tmp_path / "out"``."""
     save_checkpoint(small_checkpoint, tmp_path / "checkpoint")
     return ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out")]
 
@@ -194,6 +193,7 @@ def test_large_weights_lie_in_a_file_of_their_own(
     arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(export.graphs, "EXTERNAL_DATA_BYTES", 1000)
+    monkeypatch.setattr(export.__main__, "ENGINES", QUICKEST)
     assert main(arguments) == 0
     out = tmp_path / "out"
     manifest = Manifest.read(out)
@@ -206,10 +206,15 @@ def test_large_weights_lie_in_a_file_of_their_own(
 
 
 def test_a_failed_export_exits_with_the_tensor_and_its_figures_and_leaves_no_manifest(
-    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    small_export: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "manifest.json").write_text("of an earlier export")
+    monkeypatch.setattr(export.graphs, "export_graph", lambda _, spec, *__: [small_export / f"{spec.name}.onnx"])
     monkeypatch.setitem(export.verification.TOLERANCES["fp32"], "vae_encoder", Tolerance(relative_rms=0))
     assert main(arguments) == 1
     assert "error: vae_encoder: latent at batch 1: relative RMS error is" in capsys.readouterr().err

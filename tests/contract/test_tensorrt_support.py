@@ -10,13 +10,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import export.__main__
 import export.graphs
 from export.__main__ import main
 from export.tensorrt_operators import SUPPORTED, UNSUPPORTED, UNTRUSTED
 from export.tensorrt_support import check_operators
+from icportrait.contract import ModelSpec
 from icportrait.errors import VerificationError
 from icportrait.nn import Checkpoint, save_checkpoint
+from tests.exports import shared_export
 
 FLOAT, HALF, BF16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
 DOUBLE, INT64, UINT8 = TensorProto.DOUBLE, TensorProto.INT64, TensorProto.UINT8
@@ -219,20 +220,18 @@ def test_an_export_with_an_unsupported_operator_fails_and_leaves_no_manifest(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The first engine's graph gets a node more after it was exported."""
+    """The first engine's graph is one that was exported before, with a node more."""
     save_checkpoint(small_checkpoint, tmp_path / "checkpoint")
-    export_graph = export.graphs.export_graph
 
-    def and_a_double(*arguments: object) -> list[Path]:
-        files = export_graph(*arguments)
-        model = onnx.load(files[0])
+    def with_a_double(_: object, spec: ModelSpec, directory: Path, *__: object) -> list[Path]:
+        model = onnx.load(shared_export("small-fp16") / f"{spec.name}.onnx")
         model.graph.node.append(helper.make_node("Cast", [model.graph.input[0].name], ["d"], to=DOUBLE, name="added"))
-        onnx.save(model, files[0])
-        return files
+        onnx.save(model, directory / f"{spec.name}.onnx")
+        return [directory / f"{spec.name}.onnx"]
 
-    monkeypatch.setattr(export.graphs, "export_graph", and_a_double)
-    monkeypatch.setattr(export.__main__, "ENGINES", ("vae_encoder",))
+    monkeypatch.setattr(export.graphs, "export_graph", with_a_double)
     out = tmp_path / "out"
-    assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(out), "--opset", "23"]) == 1
+    options = ["--precision", "fp16", "--opset", "23"]
+    assert main(["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(out), *options]) == 1
     assert "node added (Cast): d is DOUBLE" in capsys.readouterr().err
     assert not (out / "manifest.json").exists()

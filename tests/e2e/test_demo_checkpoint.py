@@ -79,13 +79,11 @@ def test_callers_at_once_get_the_bytes_that_each_gets_alone(server: TritonServer
         return images
 
     generator = np.random.default_rng(0)
-    for _ in range(3):
-        spans.clear()
-        order, waits_s = generator.permutation(8), generator.uniform(0, 0.5, 8)
-        with ThreadPoolExecutor(8) as threads:
-            together = dict(zip(order, threads.map(call, order, waits_s), strict=True))
-        assert [together[index] for index in range(8)] == alone
-        assert max(sum(start <= now < end for start, end in spans) for now, _ in spans) >= 4
+    order, waits_s = generator.permutation(8), generator.uniform(0, 0.3, 8)
+    with ThreadPoolExecutor(8) as threads:
+        together = dict(zip(order, threads.map(call, order, waits_s), strict=True))
+    assert [together[index] for index in range(8)] == alone
+    assert max(sum(start <= now < end for start, end in spans) for now, _ in spans) >= 4
 
 
 def png(pixels: np.ndarray) -> bytes:
