@@ -148,13 +148,13 @@ def test_the_publisher_brings_every_series_and_only_what_is_new(family: type[Fam
     metrics.gauge("queued_requests", lambda: queued[0])
     metrics.count("answers_total")
     publisher = MetricsPublisher(metrics)
-    answers = "icportrait_answers_total", ()
+    answers, warpings = ("icportrait_answers_total", ()), ("icportrait_warping_ms_count", ())
     until(lambda: answers in family.published and family.published[answers].value == 1)
     for _ in range(3):
         metrics.count("answers_total")
     metrics.observe("warping_ms", 7.0)
     queued[0] = 2
-    until(lambda: family.published["icportrait_warping_ms_count", ()].value == 1)
+    until(lambda: warpings in family.published and family.published[warpings].value == 1)
     queued[0] = 0
     publisher.close()
     published = {key: metric.value for key, metric in family.published.items()}
