@@ -55,7 +55,7 @@ def _train(args: argparse.Namespace, preset: str, data: Data, recipe: Recipe) ->
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint = _base(args.base, preset, recipe.seed)
     for model in checkpoint.models:
-        model.to(device)
+        model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     source = open_source(data, checkpoint.preset, device)
     trainer = Trainer(STAGE_CLASSES[args.stage](checkpoint, source, recipe), args.out)
     if args.resume:

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from icportrait.presets import Preset
+from training.drawing import VARIETIES
 from training.evaluation_pairs import grids
 from training.pairs import PairCache, PairSet, training_batch
 from training.recipe import Data, RecipeError
@@ -33,6 +34,8 @@ class Batch:
     """Profile cell for each target cell, ``[B, s_L^2]`` int64, finest level first; None where no truth is known."""
     visibles: list[Tensor] | None
     """Where the profile shows what the target's cell shows: ``[B, s_L^2]`` bool."""
+    head: Tensor | None = None
+    """Where the target shows the head, ``[B, S, S]`` bool; None where that isn't known."""
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
@@ -41,6 +44,7 @@ class Batch:
             self.target.to(device),
             None if self.flows is None else [flow.to(device) for flow in self.flows],
             None if self.visibles is None else [visible.to(device) for visible in self.visibles],
+            None if self.head is None else self.head.to(device),
         )
 
 
@@ -50,11 +54,11 @@ class RenderedPairs:
     def __init__(self, data: Data, preset: Preset, device: torch.device | str = "cpu") -> None:
         """Read the pairs from the cache and render those that it lacks."""
         self.grids = grids(preset)
-        cache = PairCache(Path(data.cache), data.seed, 1.0, preset.image_size, grids=self.grids, device=device)
+        cache = PairCache(Path(data.cache), data.seed, preset.image_size, self.grids, device, data.variety)
         shards = [cache.shard(index) for index in tqdm(range(-(-data.pairs // 64)), "pairs", unit="x64")]
         self.pairs = PairSet.cat(shards)[: data.pairs]
         self.held_out = training_batch(
-            0, EXAMPLES, 1.0, preset.image_size, evaluation=True, grids=self.grids, device=device
+            0, EXAMPLES, 1.0, preset.image_size, True, 0, self.grids, device, VARIETIES[data.variety]
         ).to("cpu")
 
     def __len__(self) -> int:
@@ -84,7 +88,8 @@ class RenderedPairs:
             flows.append(torch.where(_rows(flip, 2), _mirrored(flow, grid), flow))
             visibles.append(torch.where(_rows(flip, 2), visible.view(-1, grid, grid).flip(2).flatten(1), visible))
         profile, reference, target = _flipped((profile, reference, target), flip)
-        return Batch(profile, reference, target, flows, visibles)
+        head = torch.where(_rows(flip, 3), pairs.target_head.flip(2), pairs.target_head)
+        return Batch(profile, reference, target, flows, visibles, head)
 
 
 class PictureFolder:

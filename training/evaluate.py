@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icportrait.errors import CheckpointError, IcPortraitError, InvalidRequest, RuntimeNotAvailable
+from training.recipe import VARIETIES, Data
 
 if TYPE_CHECKING:
     from icportrait.nn import Checkpoint
@@ -89,6 +90,12 @@ def main(argv: list[str] | None = None) -> int:
         help="of the pairs, what is hidden, and noise (default: 0; with --sweep 1, so that settings aren't chosen on "
         "the pairs that they are measured on)",
     )
+    parser.add_argument(
+        "--variety",
+        choices=VARIETIES,
+        default=Data.variety,
+        help="of people and views: those that the demo is trained for, or beyond (default: %(default)s)",
+    )
     parser.add_argument("--steps", type=positive_int, metavar="N", help="default: the checkpoint's")
     parser.add_argument("--guidance", type=float, metavar="SCALE", help="1 or more (default: the checkpoint's)")
     parser.add_argument("--batch", type=positive_int, metavar="N", default=16, help="default: %(default)s")
@@ -140,6 +147,7 @@ def _run(args: argparse.Namespace) -> None:
 
     from icportrait.nn import load_checkpoint
     from icportrait.sampling import NoiseSchedule
+    from training import drawing
     from training.evaluation import evaluate, finite
     from training.evaluation_pairs import EvaluationPairs, evaluation_pairs
     from training.grids import picture_grid
@@ -154,24 +162,29 @@ def _run(args: argparse.Namespace) -> None:
     for network in checkpoint.models:
         network.to(device)
     count = args.pairs or (SWEEP_PAIRS if args.sweep else PAIRS)
+    variety = drawing.VARIETIES[args.variety]
     parts = []
     with _progress("rendering pairs", count) as progress:
         for first in range(0, count, _RENDERED_TOGETHER):
             size = min(_RENDERED_TOGETHER, count - first)
-            parts.append(evaluation_pairs(checkpoint.preset, args.seed, size, first, device))
+            parts.append(evaluation_pairs(checkpoint.preset, args.seed, size, first, device, variety))
             progress(size)
     pairs = EvaluationPairs.cat(parts)
     options: dict[str, Any] = {"seed": args.seed, "batch_size": args.batch}
     if args.sweep:
         with _progress("making portraits, in steps", count * sum(SWEEP_STEPS) * len(SWEEP_GUIDANCE)) as progress:
             trials = sweep(checkpoint, pairs, SWEEP_STEPS, SWEEP_GUIDANCE, progress=progress, **options)
-        _show(args, {"seed": args.seed, "pairs": count, "trials": finite(trials)}, sweep_table(trials))
+        _show(
+            args,
+            {"variety": args.variety, "seed": args.seed, "pairs": count, "trials": finite(trials)},
+            sweep_table(trials),
+        )
         return
     with _progress("making portraits, in steps", count * (args.steps + 1)) as progress:
         options |= {"num_inference_steps": args.steps, "guidance_scale": args.guidance}
         evaluation = evaluate(checkpoint, pairs, progress=progress, **options)
     picture_grid(evaluation.samples).save(args.out / "grid.png")
-    _show(args, {"seed": args.seed, **evaluation.to_dict()}, evaluation.table())
+    _show(args, {"variety": args.variety, "seed": args.seed, **evaluation.to_dict()}, evaluation.table())
     print(f"pictures: {args.out / 'grid.png'}", file=sys.stderr)
 
 

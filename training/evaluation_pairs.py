@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from icportrait.presets import Preset
+from training.drawing import NARROW, Variety
 from training.pairs import PairSet, pair_set, render_pairs
 
 
@@ -20,10 +21,15 @@ class EvaluationPairs(PairSet):
 
 
 def evaluation_pairs(
-    preset: Preset, seed: int, count: int, first: int = 0, device: torch.device | str = "cpu"
+    preset: Preset,
+    seed: int,
+    count: int,
+    first: int = 0,
+    device: torch.device | str = "cpu",
+    variety: Variety = NARROW,
 ) -> EvaluationPairs:
     """Pairs ``first`` to ``first + count`` of a seed's endless row, on the CPU, with flows for the preset's levels."""
-    rendered = render_pairs(seed, count, 1.0, preset.image_size, evaluation=True, first=first, device=device)
+    rendered = render_pairs(seed, count, 1.0, preset.image_size, True, first, device, variety)
     kept = vars(pair_set(rendered, grids(preset)))
     return EvaluationPairs(**kept, target_part=rendered.target.part).to("cpu")
 

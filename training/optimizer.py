@@ -12,6 +12,45 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from training.recipe import Recipe
 
+MOMENTUM = 0.95
+NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
+"""Coefficients of the quintic (Jordan et al., "Muon", 2024), as ``torch.optim.Muon`` has them."""
+
+
+class Muon(torch.optim.Optimizer):
+    """``torch.optim.Muon`` with steps of AdamW's size, in the weights' own type.
+
+    torch's works in bfloat16, which a CPU without instructions for it emulates: there it took half of a training step.
+    """
+
+    def __init__(self, matrices: Iterable[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is None:
+                    continue
+                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
+                momentum.lerp_(matrix.grad, 1 - MOMENTUM)
+                direction = orthogonalised(matrix.grad.lerp(momentum, MOMENTUM))
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
+
+
+def orthogonalised(matrix: Tensor) -> Tensor:
+    """The matrix with its singular values moved near to 1 by Newton-Schulz iterations."""
+    a, b, c = NEWTON_SCHULZ
+    tall = matrix.shape[0] > matrix.shape[1]
+    result = matrix.T if tall else matrix
+    result = result / result.norm().clamp(min=1e-7)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = result @ result.T
+        result = torch.addmm(result, torch.addmm(gram, gram, gram, beta=b, alpha=c), result, beta=a)
+    return result.T if tall else result
+
 
 class RecipeOptimizer:
     """The recipe's optimizer and its falling learning rate.
@@ -33,14 +72,7 @@ class RecipeOptimizer:
             torch.optim.AdamW(rest, recipe.learning_rate, betas=(0.9, 0.99), weight_decay=recipe.weight_decay)
         ]
         if self._matrices:
-            self._optimizers.append(
-                torch.optim.Muon(
-                    self._matrices,
-                    recipe.learning_rate,
-                    weight_decay=recipe.weight_decay,
-                    adjust_lr_fn="match_rms_adamw",
-                )
-            )
+            self._optimizers.append(Muon(self._matrices, recipe.learning_rate, recipe.weight_decay))
         self._schedules = [LambdaLR(optimizer, lambda step: _rate(step, recipe)) for optimizer in self._optimizers]
 
     def step(self) -> None:

@@ -6,6 +6,9 @@
 
 With the same identity the target is the reference, unmasked. With another one nothing of the person must pass from
 reference to target, which is how the model is used.
+
+Evaluation pairs share nothing with each other. Training pairs are cheaper: two people in the same two views are four
+pictures and four pairs, since each picture is a profile once, a reference once and a target once (``crossed_set``).
 """
 
 from __future__ import annotations
@@ -20,13 +23,22 @@ import torch
 from torch import Tensor
 
 from training.correspondence import correspondence
-from training.drawing import FIRST_EVALUATION_SEED, Draw, draw_identities, draw_views, uniforms
+from training.drawing import (
+    FIRST_EVALUATION_SEED,
+    NARROW,
+    VARIETIES,
+    Draw,
+    Variety,
+    draw_identities,
+    draw_views,
+    uniforms,
+)
 from training.heads import Rendering, render
 from training.parameters import Batched
 
 GRIDS = (32, 16, 8, 4)
 """Latent grids of the demo-128 preset, finest first."""
-VERSION = 1
+VERSION = 2
 """Goes up whenever the same seeds give other pictures, so that no cached set outlives the renderer that made it."""
 _SHARD = 64
 _NUMBERS_PER_PAIR = 8
@@ -82,6 +94,7 @@ def render_pairs(
     evaluation: bool = False,
     first: int = 0,
     device: torch.device | str = "cpu",
+    variety: Variety = NARROW,
 ) -> PairRenderings:
     """Render pairs ``first`` to ``first + count`` of a seed's endless row.
 
@@ -93,18 +106,19 @@ def render_pairs(
         evaluation: draw from the seeds that training never uses.
         first: where in the row to begin.
         device: where to render.
+        variety: how much people and views differ.
     """
     numbers = uniforms(seed, Draw.PAIR, (first + count) * _NUMBERS_PER_PAIR).reshape(-1, _NUMBERS_PER_PAIR)[first:]
     seeds = (numbers[:, :4] * 2**32).astype(np.int64) + (FIRST_EVALUATION_SEED if evaluation else 0)
     person, other, own_view, shared_view = (seeds[:, column].tolist() for column in range(4))
     cross = torch.from_numpy(numbers[:, 4] < cross_identity_share)
-    identities, views = draw_identities(person).to(device), draw_views(shared_view).to(device)
-    profile = render(identities, draw_views(own_view).to(device), size)
+    identities, views = draw_identities(person, variety).to(device), draw_views(shared_view, variety).to(device)
+    profile = render(identities, draw_views(own_view, variety).to(device), size)
     target = render(identities, views, size)
     reference = target
     if cross.any():
         chosen = cross.nonzero().flatten()
-        others = draw_identities([other[index] for index in chosen.tolist()]).to(device)
+        others = draw_identities([other[index] for index in chosen.tolist()], variety).to(device)
         rendered = render(others, views[chosen.to(device)], size)
         place = torch.arange(count, device=device)
         place[chosen.to(device)] = count + torch.arange(len(chosen), device=device)
@@ -121,9 +135,41 @@ def training_batch(
     first: int = 0,
     grids: Sequence[int] = GRIDS,
     device: torch.device | str = "cpu",
+    variety: Variety = NARROW,
 ) -> PairSet:
     """``pair_set`` of ``render_pairs``."""
-    return pair_set(render_pairs(seed, count, cross_identity_share, size, evaluation, first, device), grids)
+    return pair_set(render_pairs(seed, count, cross_identity_share, size, evaluation, first, device, variety), grids)
+
+
+def crossed_set(
+    seed: int,
+    count: int,
+    size: int = 128,
+    first: int = 0,
+    grids: Sequence[int] = GRIDS,
+    device: torch.device | str = "cpu",
+    variety: Variety = NARROW,
+) -> PairSet:
+    """Training pairs ``first`` to ``first + count`` of a seed's endless row, four from every four pictures.
+
+    Pairs 4 k to 4 k + 3 show two people in two views. Each person is the profile in each view, the target in the
+    other one, and the reference shows the other person there.
+
+    Raises:
+        ValueError: ``first`` or ``count`` isn't a multiple of 4.
+    """
+    if first % 4 or count % 4:
+        raise ValueError(f"pairs {first} to {first + count}: expected multiples of 4")
+    numbers = uniforms(seed, Draw.PAIR, (first + count) * _NUMBERS_PER_PAIR).reshape(-1, 4 * _NUMBERS_PER_PAIR)
+    seeds = (numbers[first // 4 :, :4] * 2**32).astype(np.int64)
+    # Of each four: a person here, the other one here, the person there, the other one there.
+    people, views = seeds[:, [0, 1, 0, 1]].flatten().tolist(), seeds[:, [2, 2, 3, 3]].flatten().tolist()
+    drawn = draw_identities(people, variety).to(device), draw_views(views, variety).to(device)
+    profile = render(*drawn, size)
+    index = torch.arange(count, device=device)
+    target = index ^ 2
+    no = torch.zeros(count, dtype=torch.bool, device=device)
+    return pair_set(PairRenderings(profile, profile[target ^ 1], profile[target], no), grids)
 
 
 def pair_set(pairs: PairRenderings, grids: Sequence[int]) -> PairSet:
@@ -144,7 +190,7 @@ def pair_set(pairs: PairRenderings, grids: Sequence[int]) -> PairSet:
 
 
 class PairCache:
-    """A folder with the pairs of one seed, rendered when they are first wanted.
+    """A folder with the training pairs of one seed (``crossed_set``), rendered when they are first wanted.
 
     Files hold 64 pairs each, about 10 MB at 128 px. A file appears under its name only when it is whole, so several
     processes may fill one folder at once.
@@ -154,20 +200,19 @@ class PairCache:
         self,
         folder: Path,
         seed: int,
-        cross_identity_share: float = 0.5,
         size: int = 128,
-        evaluation: bool = False,
         grids: Sequence[int] = GRIDS,
         device: torch.device | str = "cpu",
+        variety: str = "narrow",
     ) -> None:
-        self.folder, self.seed, self.share, self.size = folder, seed, cross_identity_share, size
-        self.evaluation, self.grids, self.device = evaluation, tuple(grids), device
+        """Name the pairs: their seed, side, grids and variety, one of ``drawing.VARIETIES``."""
+        self.folder, self.seed, self.size = folder, seed, size
+        self.grids, self.device, self.variety = tuple(grids), device, variety
 
     def path(self, shard: int) -> Path:
         """Where pairs 64 * shard to 64 * shard + 63 are kept."""
-        use = "evaluation" if self.evaluation else "training"
         grids = "-".join(map(str, self.grids))
-        name = f"v{VERSION}-{use}-seed{self.seed}-cross{self.share:g}-{self.size}px-grids{grids}-{shard:05d}.npz"
+        name = f"v{VERSION}-{self.variety}-seed{self.seed}-{self.size}px-grids{grids}-{shard:05d}.npz"
         return self.folder / name
 
     def shard(self, shard: int) -> PairSet:
@@ -177,9 +222,8 @@ class PairCache:
             with np.load(path) as kept:
                 return PairSet(**{field.name: torch.from_numpy(kept[field.name]) for field in fields(PairSet)})
         first = shard * _SHARD
-        rendered = training_batch(
-            self.seed, _SHARD, self.share, self.size, self.evaluation, first, self.grids, self.device
-        ).to("cpu")
+        variety = VARIETIES[self.variety]
+        rendered = crossed_set(self.seed, _SHARD, self.size, first, self.grids, self.device, variety).to("cpu")
         self.folder.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=self.folder, suffix=".part", delete=False) as file:
             np.savez(file, **{field.name: getattr(rendered, field.name).numpy() for field in fields(PairSet)})

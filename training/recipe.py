@@ -12,6 +12,7 @@ from icportrait.errors import IcPortraitError
 
 FLOWS = ("true", "matched")
 OPTIMIZERS = ("adamw", "muon")
+VARIETIES = ("narrow", "wide")
 
 
 class RecipeError(IcPortraitError):
@@ -92,6 +93,12 @@ class AppearanceRecipe(Recipe):
     decided there, and few steps are taken elsewhere."""
     f_ref_drop: float = 0.1
     """Part of the rows that are denoised without ``F_ref``, for guidance (arXiv 2207.12598)."""
+    head_weight: float = 1.0
+    """Of the errors where the target shows the head, beside 1 elsewhere; for data that says where it does."""
+    decoded_rows: int = 0
+    """Rows of a batch whose portrait, as the prediction stands for it, is decoded and compared with the target."""
+    decoded_weight: float = 0.5
+    """Of that comparison, beside the diffusion loss."""
     train_unet: bool = True
     """Also train the UNet; a base that can draw already may be left as it is."""
 
@@ -103,6 +110,8 @@ class Data:
     pairs: int = 8192
     """Rendered pairs."""
     seed: int = 0
+    variety: str = "narrow"
+    """How much rendered heads and views differ, one of ``VARIETIES``: see ``drawing.Variety``."""
     cache: str = "build/pairs"
     """Folder for rendered pairs."""
     pictures: str = ""
@@ -154,7 +163,7 @@ def _build(kind: type[Any], values: dict[str, Any], path: Path) -> Any:
             values[key] = float(value)
         elif type(value) is not known[key]:
             raise RecipeError(f"{path}: {key} is {value!r}, expected {known[key].__name__}")
-    for key, choices in (("flows", FLOWS), ("optimizer", OPTIMIZERS)):
+    for key, choices in (("flows", FLOWS), ("optimizer", OPTIMIZERS), ("variety", VARIETIES)):
         if values.get(key, choices[0]) not in choices:
             raise RecipeError(f"{path}: {key} is {values[key]!r}, expected one of {', '.join(choices)}")
     return kind(**values)

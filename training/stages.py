@@ -12,12 +12,13 @@ from torch.nn import functional
 
 from icportrait.masking import HIDDEN_LEVEL, reference_visibility
 from icportrait.nn.checkpoint import Checkpoint
-from icportrait.nn.engine_modules import encode
+from icportrait.nn.engine_modules import decode, encode
 from icportrait.nn.matching import best_match, cost_volume, join_canvas, split_canvas
 from icportrait.request import MAX_SEED
 from icportrait.sampling import NoiseSchedule
 from training.data import Batch, Source
 from training.grids import flow_colours, picture_grid
+from training.metrics import ssim_map
 from training.portraits import make_portraits, whole_levels
 from training.recipe import AppearanceRecipe, MatchingRecipe, Recipe, RecipeError
 from training.stage import Stage
@@ -204,11 +205,47 @@ class AppearanceStage(_CanvasStage):
         )[0].float()
         wanted = noise if self.schedule.prediction_type == "epsilon" else signal * noise - noise_level * clean
         _, right = split_canvas((prediction - wanted).square())
-        by_row = right.flatten(1).mean(1)
+        by_row = (right * self.weights(batch)).flatten(1).mean(1)
         with torch.no_grad():
             # The error of the clean latent that the prediction stands for, where the noise is strongest.
             early = kept & (timestep >= total // 2).to(self.device)
-        return {"loss": by_row.mean(), "early": by_row[early].mean() if early.any() else by_row.mean()}
+        losses = {"loss": by_row.mean(), "early": by_row[early].mean() if early.any() else by_row.mean()}
+        if self.recipe.decoded_rows:
+            rows = kept.nonzero().flatten()[: self.recipe.decoded_rows]
+            noisy = signal * clean + noise_level * noise
+            if self.schedule.prediction_type == "epsilon":
+                restored = (noisy - noise_level * prediction) / signal
+            else:
+                restored = signal * noisy - noise_level * prediction
+            losses["decoded"] = self.decoded_loss(split_canvas(restored)[1][rows], batch, rows)
+            losses["loss"] = losses["loss"] + self.recipe.decoded_weight * losses["decoded"]
+        return losses
+
+    def decoded_loss(self, latent: Tensor, batch: Batch, rows: Tensor) -> Tensor:
+        """How the decoded pictures of ``latent`` differ from the targets of ``rows``.
+
+        The mean absolute error of a pixel in -1..1, and 1 - SSIM; pixels of the head count as in ``weights``. 0 where
+        there are no rows.
+        """
+        if not len(rows):
+            return latent.sum()
+        picture, target = decode(self.checkpoint.vae, latent).float(), batch.target[rows]
+        error = (picture - target).abs().mean(1)
+        likeness = ssim_map((picture + 1) * 127.5, (target + 1) * 127.5)
+        if batch.head is None:
+            return error.mean() + 1 - likeness.mean()
+        weight = 1 + (self.recipe.head_weight - 1) * batch.head[rows].float()
+        margin = (error.shape[-1] - likeness.shape[-1]) // 2
+        inner = weight[:, margin:-margin, margin:-margin]
+        return (error * weight).sum() / weight.sum() + ((1 - likeness) * inner).sum() / inner.sum()
+
+    def weights(self, batch: Batch) -> Tensor:
+        """Of the errors of latent cells, 1 on average over the batch: ``[B, 1, s, s]``, or a single 1."""
+        if batch.head is None or self.recipe.head_weight == 1:
+            return torch.ones((), device=self.device)
+        head = functional.avg_pool2d(batch.head.float().unsqueeze(1), self.preset.vae_factor)
+        weights = 1 + (self.recipe.head_weight - 1) * head
+        return weights / weights.mean()
 
 
 STAGE_CLASSES: dict[str, type[Stage]] = {"vae": VaeStage, "matching": MatchingStage, "appearance": AppearanceStage}

@@ -20,6 +20,13 @@ def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return latent
 
 
+def decode(vae: AutoencoderKL, latent: Tensor) -> Tensor:
+    """The pictures of latents [batch, latent_channels, s, s], about -1..1: [batch, 3, S, S] in the weights' type."""
+    unscaled = latent / vae.config.scaling_factor + _shift(vae)
+    images: Tensor = vae.decode(unscaled.to(next(vae.parameters()).dtype), return_dict=False)[0]
+    return images
+
+
 class VaeEncoder(nn.Module):
     """Pictures to latents."""
 
@@ -74,8 +81,7 @@ class VaeDecoder(nn.Module):
 
     def forward(self, portrait_latent: Tensor) -> Tensor:
         """Decode ``portrait_latent`` [batch, latent_channels, s, s] float32 to [batch, S, S, 3] uint8."""
-        unscaled = portrait_latent / self.vae.config.scaling_factor + _shift(self.vae)
-        images: Tensor = self.vae.decode(unscaled.to(_dtype(self)), return_dict=False)[0]
+        images = decode(self.vae, portrait_latent)
         pixels = ((images.float() + 1) * 127.5).clamp(0, 255).round()
         return pixels.permute(0, 2, 3, 1).to(torch.uint8)
 

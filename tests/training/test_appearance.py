@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from icportrait.nn import random_checkpoint
+from icportrait.nn.engine_modules import decode
 from icportrait.nn.matching import split_canvas
 from icportrait.nn.random_weights import SCHEDULER_CONFIG
 from icportrait.sampling import NoiseSchedule
@@ -189,3 +190,56 @@ def test_matches_are_compared_in_full_precision(
         loss = stage(kind, tiny_pairs).loss(0.0, generator())["loss"]
     assert set(types) == {torch.float32} and len(types) == TINY.levels
     loss.backward()
+
+
+def test_errors_on_the_head_weigh_more(appearance: Callable[..., Any], tiny_pairs: RenderedPairs) -> None:
+    batch = tiny_pairs.batch(torch.arange(4), torch.zeros(4, dtype=torch.bool), torch.zeros(4, dtype=torch.bool))
+    weights = appearance(head_weight=3.0).weights(batch)
+    assert weights.shape == (4, 1, SIDE, SIDE) and float(weights.mean()) == pytest.approx(1)
+    head = torch.nn.functional.avg_pool2d(batch.head.float().unsqueeze(1), TINY.vae_factor)
+    on, off = weights[head == 1], weights[head == 0]
+    assert len(on) and len(off)
+    torch.testing.assert_close(on, 3 * off[:1].expand_as(on))
+    assert float(appearance().weights(batch)) == 1
+    assert float(appearance(head_weight=3.0).weights(replace(batch, head=None))) == 1
+
+
+def test_heads_are_mirrored_with_their_pictures(tiny_pairs: RenderedPairs) -> None:
+    index, no = torch.arange(4), torch.zeros(4, dtype=torch.bool)
+    plain, mirrored = (tiny_pairs.batch(index, flip, no) for flip in (no, ~no))
+    assert torch.equal(mirrored.head, plain.head.flip(2)) and not torch.equal(mirrored.head, plain.head)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_decoded_portraits_are_compared_with_the_targets(appearance: Callable[..., Any], prediction_type: str) -> None:
+    trained = appearance(prediction_type, batch=4, decoded_rows=2, head_weight=2.0, f_ref_drop=0.0)
+    seen, compared = latents_seen(trained), []
+    decoded = trained.decoded_loss
+    trained.decoded_loss = lambda *given: compared.append(given) or decoded(*given)
+
+    def oracle(canvas: Tensor, timestep: Tensor, *_: Any, **__: Any) -> tuple[Tensor]:
+        signal, noise_level = levels(trained, timestep)
+        clean = torch.cat((seen["profile"], seen["target"]), dim=3)
+        noise = (canvas - signal * clean) / noise_level
+        return (noise if prediction_type == "epsilon" else signal * noise - noise_level * clean,)
+
+    trained.checkpoint.unet.forward = oracle
+    losses = trained.loss(0.0, generator())
+    ((latent, batch, rows),) = compared
+    assert rows.tolist() == [0, 1]
+    torch.testing.assert_close(latent, seen["target"][:2], rtol=0, atol=1e-2)
+    torch.testing.assert_close(losses["loss"], 0.5 * losses["decoded"], rtol=0, atol=1e-4)
+    exact = decode(trained.checkpoint.vae, latent).float().detach()
+    assert float(decoded(latent, replace(batch, target=exact), rows)) == pytest.approx(0, abs=1e-5)
+
+
+def test_decoded_portraits_teach_the_unet(appearance: Callable[..., Any]) -> None:
+    trained = appearance(batch=2, decoded_rows=2)
+    trained.loss(0.0, generator())["decoded"].backward()
+    assert trained.checkpoint.unet.conv_out.weight.grad.abs().max() > 0
+    assert all(parameter.grad is None for parameter in trained.checkpoint.vae.parameters())
+
+
+def test_rows_without_f_ref_are_not_decoded(appearance: Callable[..., Any]) -> None:
+    assert appearance(decoded_rows=2, f_ref_drop=1.0).loss(0.0, generator())["decoded"].detach() == 0
+    assert "decoded" not in appearance().loss(0.0, generator())

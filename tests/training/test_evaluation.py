@@ -436,7 +436,7 @@ def test_the_command_writes_figures_and_pictures(
     written = json.loads(figures.read_text())
     assert (written["checkpoint"], written["seed"]) == (str(checkpoint_directory), 3)
     assert written["gain_db"] == pytest.approx(expected["gain_db"], abs=0.05)
-    assert set(written) == set(expected) | {"checkpoint", "seed"}
+    assert set(written) == set(expected) | {"checkpoint", "seed", "variety"}
     with Image.open(checkpoint_directory.parent / "out" / "grid.png") as grid:
         assert grid.size == (8 * 132 - 4, 24 + 4 * 132 - 4)
 

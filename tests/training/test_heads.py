@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -11,9 +12,9 @@ import torch
 from training import pairs as pairs_module
 from training.appearance import Part
 from training.correspondence import correspondence
-from training.drawing import FIRST_EVALUATION_SEED
+from training.drawing import FIRST_EVALUATION_SEED, NARROW, VARIETIES, WIDE, Variety
 from training.heads import Identity, Rendering, View, draw_identities, draw_views, render
-from training.pairs import PairCache, render_pairs, training_batch
+from training.pairs import PairCache, crossed_set, render_pairs, training_batch
 
 SEEDS = (3, 14, 15, 92)
 
@@ -28,12 +29,12 @@ def _one_thread():
 
 @pytest.fixture(scope="module")
 def people() -> Identity:
-    return draw_identities(SEEDS)
+    return draw_identities(SEEDS, WIDE)
 
 
 @pytest.fixture(scope="module")
 def views() -> View:
-    return draw_views(SEEDS)
+    return draw_views(SEEDS, WIDE)
 
 
 @pytest.fixture(scope="module")
@@ -261,15 +262,62 @@ def test_pairs_keep_their_place_and_their_true_flow():
     torch.testing.assert_close((profile + 1) / 2, rendered.profile.image, rtol=0, atol=0.003)
 
 
+def test_four_pictures_make_four_training_pairs():
+    pairs = crossed_set(11, 8, size=64, grids=(16, 8))
+    assert torch.equal(pairs.target, pairs.profile[[2, 3, 0, 1, 6, 7, 4, 5]])
+    assert torch.equal(pairs.reference, pairs.profile[[3, 2, 1, 0, 7, 6, 5, 4]])
+    assert not pairs.same_identity.any()
+    pictures = list(pairs.profile.unbind())
+    assert not any(torch.equal(a, b) for place, a in enumerate(pictures) for b in pictures[:place])
+    # 0 and 1 are two people in one view, 0 and 2 one person in two.
+    background = [picture[:, :6, :6].float().mean((1, 2)) for picture in pictures]
+    assert (background[0] - background[1]).abs().max() < 2
+    assert (background[0] - background[2]).abs().max() > 5
+    later = crossed_set(11, 4, size=64, grids=(16, 8), first=4)
+    assert (pairs.profile[4:].int() - later.profile.int()).abs().max() <= 1
+    flow, visible = pairs.flow(16, (16, 8))
+    moved = flow[visible] != torch.arange(256).expand(8, -1)[visible]
+    assert visible.any(1).all() and moved.float().mean() > 0.3
+    with pytest.raises(ValueError, match="pairs 2 to 6: expected multiples of 4"):
+        crossed_set(11, 4, first=2)
+
+
+@pytest.mark.parametrize("variety", VARIETIES.values(), ids=VARIETIES)
+def test_what_is_drawn_keeps_to_its_variety_and_uses_it(variety: Variety):
+    heads, views = draw_identities(range(300), variety), draw_views(range(300), variety)
+    azimuth = torch.atan2(views.light_direction[:, 0], views.light_direction[:, 2]).rad2deg()
+    drawn = {
+        "yaw_degrees": views.yaw.rad2deg(),
+        "pitch_degrees": views.pitch.rad2deg(),
+        "zoom": views.zoom,
+        "light_azimuth_degrees": azimuth,
+        "light_elevation_degrees": views.light_direction[:, 1].asin().rad2deg(),
+        "ambient": views.ambient[:, 1],
+        "background": views.background,
+        "clothes": views.clothes,
+    }
+    for name, values in drawn.items():
+        low, high = getattr(variety, name)
+        assert low - 1e-3 <= values.min() < low + 0.1 * (high - low), name
+        assert high + 1e-3 >= values.max() > high - 0.1 * (high - low), name
+    striped = (views.clothes_stripes > 0).float().mean()
+    assert abs(striped - variety.striped_share) < 0.1
+    bald, buns = (heads.hair_top < 0).float().mean(), (heads.bun_size > 0).float().mean()
+    assert abs(bald - variety.hair_styles[0]) < 0.06 and abs(buns - variety.hair_styles[4]) < 0.06
+    for shares in (variety.hair_styles, variety.hair_colours):
+        assert math.isclose(sum(shares), 1)
+
+
 def test_evaluation_never_shows_a_trained_identity(monkeypatch):
     drawn = []
 
-    def note(seeds):
+    def note(seeds, variety=NARROW):
         drawn.append(list(seeds))
-        return draw_identities(seeds)
+        return draw_identities(seeds, variety)
 
     monkeypatch.setattr(pairs_module, "draw_identities", note)
     render_pairs(1, 2, size=32, cross_identity_share=1)
+    crossed_set(1, 4, size=32, grids=(8,))
     assert all(seed < FIRST_EVALUATION_SEED for seeds in drawn for seed in seeds)
     drawn.clear()
     render_pairs(1, 2, size=32, cross_identity_share=1, evaluation=True)
@@ -278,18 +326,19 @@ def test_evaluation_never_shows_a_trained_identity(monkeypatch):
 
 
 def test_the_cache_renders_once(tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(pairs_module, "_SHARD", 2)
+    monkeypatch.setattr(pairs_module, "_SHARD", 4)
     cache = PairCache(tmp_path / "pairs", seed=4, size=32, grids=(8,))
-    first = cache.pairs(3)
-    assert len(first) == 3
+    first = cache.pairs(5)
+    assert len(first) == 5
     assert sorted(path.name for path in cache.folder.iterdir()) == [cache.path(0).name, cache.path(1).name]
-    monkeypatch.setattr(pairs_module, "training_batch", lambda *_: pytest.fail("rendered again"))
-    again = PairCache(tmp_path / "pairs", seed=4, size=32, grids=(8,)).pairs(3)
+    monkeypatch.setattr(pairs_module, "crossed_set", lambda *_: pytest.fail("rendered again"))
+    again = PairCache(tmp_path / "pairs", seed=4, size=32, grids=(8,)).pairs(5)
     for field in fields(first):
         assert torch.equal(getattr(first, field.name), getattr(again, field.name))
         assert getattr(first, field.name).dtype == getattr(again, field.name).dtype
-    other = PairCache(tmp_path / "pairs", seed=5, size=32, grids=(8,))
-    assert other.path(0) not in list(cache.folder.iterdir())
+    for change in ({"seed": 5}, {"variety": "wide"}):
+        other = PairCache(tmp_path / "pairs", **{"seed": 4, "size": 32, "grids": (8,), **change})
+        assert other.path(0) not in list(cache.folder.iterdir())
 
 
 def test_what_does_not_fit_is_refused(people, views, frontal):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from training.optimizer import RecipeOptimizer
+from training.optimizer import Muon, RecipeOptimizer, orthogonalised
 from training.recipe import MatchingRecipe
 
 RATE = 0.5
@@ -55,12 +55,33 @@ def test_muon_moves_convolutions_as_matrices_and_adamw_the_rest() -> None:
         matrix = nn.Parameter(weight.detach().flatten(1))
         matrix.grad = weight.grad.flatten(1)
         start = matrix.detach().clone()
-        torch.optim.Muon([matrix], RATE, weight_decay=0, adjust_lr_fn="match_rms_adamw").step()
+        Muon([matrix], RATE, weight_decay=0).step()
         expected = (matrix.detach() - start).view_as(weight)
         torch.testing.assert_close(moved_by_muon[index], expected, rtol=0, atol=0.02 * expected.abs().max().item())
         assert not torch.allclose(moved_by_adamw[index], expected, rtol=0, atol=0.2 * expected.abs().max().item())
     for index in (1, 3):
         torch.testing.assert_close(moved_by_muon[index], moved_by_adamw[index])
+
+
+@pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])
+def test_muon_orthogonalises_as_torch_does(shape: tuple[int, int]) -> None:
+    """Over steps with momentum and decay, but for the rounding of torch's bfloat16."""
+    torch.manual_seed(1)
+    start = torch.randn(shape)
+    ours, torchs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = (
+        Muon([ours], 0.02, weight_decay=0.1),
+        torch.optim.Muon([torchs], 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(4):
+        gradient = torch.randn(shape)
+        for weight, optimizer in zip((ours, torchs), optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+    moved = (torchs - start).detach()
+    torch.testing.assert_close((ours - start).detach(), moved, rtol=0, atol=0.03 * moved.abs().max().item())
+    singular = torch.linalg.svdvals(orthogonalised(torch.randn(shape)))
+    assert singular.min() > 0.5 and singular.max() < 1.3
 
 
 def test_adamw_moves_every_number_alike_at_first() -> None:

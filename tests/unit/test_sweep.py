@@ -87,7 +87,7 @@ def test_the_strip_shows_the_profiles_crop_and_every_portrait_in_its_place(clien
 
 
 def test_every_cell_has_its_label(client: FakeClient, profile: Path) -> None:
-    assert [reference.label for reference in (LIGHTS[0], YAWS[-1])] == ["light -80°", "yaw +45°"]
+    assert [reference.label for reference in (LIGHTS[0], YAWS[-1])] == ["light -70°", "yaw +35°"]
     picture = strip(profile, sweep(client.generate, profile, {"seed": 1})).convert("L")
     labels = [
         picture.crop((x - SIDE // 2, y - SIDE // 2 - LABEL, x + SIDE // 2, y - SIDE // 2))

@@ -46,8 +46,8 @@ class Reference:
         return (resources.files("icportrait_client") / "references" / self.file_name).read_bytes()
 
 
-LIGHTS = tuple(Reference("light", azimuth) for azimuth in (-80, -57, -34, -11, 11, 34, 57, 80))
-YAWS = tuple(Reference("yaw", yaw) for yaw in (-45, -32, -19, -6, 6, 19, 32, 45))
+LIGHTS = tuple(Reference("light", azimuth) for azimuth in (-70, -50, -30, -10, 10, 30, 50, 70))
+YAWS = tuple(Reference("yaw", yaw) for yaw in (-35, -25, -15, -5, 5, 15, 25, 35))
 ROWS = (LIGHTS, YAWS)
 
 
