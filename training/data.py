@@ -49,14 +49,14 @@ class Batch:
 
 
 class RenderedPairs:
-    """Rendered heads with their true correspondence, in memory."""
+    """Rendered heads with their true correspondence, in the device's memory: 160 KB a pair at 128 px."""
 
     def __init__(self, data: Data, preset: Preset, device: torch.device | str = "cpu") -> None:
         """Read the pairs from the cache and render those that it lacks."""
         self.grids = grids(preset)
         cache = PairCache(Path(data.cache), data.seed, preset.image_size, self.grids, device, data.variety)
         shards = [cache.shard(index) for index in tqdm(range(-(-data.pairs // 64)), "pairs", unit="x64")]
-        self.pairs = PairSet.cat(shards)[: data.pairs]
+        self.pairs = PairSet.cat(shards)[: data.pairs].to(device)
         self.held_out = training_batch(
             0, EXAMPLES, 1.0, preset.image_size, True, 0, self.grids, device, VARIETIES[data.variety]
         ).to("cpu")
@@ -72,7 +72,7 @@ class RenderedPairs:
             flip: which of them to mirror, ``[B]`` bool.
             same: whose reference is the target itself, ``[B]`` bool; of the others it shows another identity.
         """
-        return self._batch(self.pairs[index], flip, same)
+        return self._batch(self.pairs[index.to(self.pairs.flows.device)], flip, same)
 
     def examples(self) -> Batch:
         """``EXAMPLES`` pairs to look at, of people who are never trained on."""
@@ -81,6 +81,7 @@ class RenderedPairs:
 
     def _batch(self, pairs: PairSet, flip: Tensor, same: Tensor) -> Batch:
         profile, reference, target = pairs.images()
+        flip, same = flip.to(profile.device), same.to(profile.device)
         reference = torch.where(_rows(same, 4), target, reference)
         flows, visibles = [], []
         for grid in self.grids:
@@ -153,5 +154,5 @@ def _flipped(pictures: Sequence[Tensor], flip: Tensor) -> list[Tensor]:
 def _mirrored(flow: Tensor, grid: int) -> Tensor:
     """The flow between the mirrored pictures. Cells without a head keep the 0 that says so."""
     y, x = torch.div(flow, grid, rounding_mode="floor"), flow % grid
-    moved = torch.where(flow == 0, 0, y * grid + grid - 1 - x)
+    moved = (y * grid + grid - 1 - x).masked_fill(flow == 0, 0)
     return moved.view(-1, grid, grid).flip(2).flatten(1)

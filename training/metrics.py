@@ -52,8 +52,10 @@ def ssim_map(pictures: Tensor, truth: Tensor) -> Tensor:
     window = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
     # The window is a product of a column and a row; a group for each channel, as torch is slow with single channels.
     column = (window / window.sum()).view(1, 1, -1, 1).expand(values.shape[1], -1, -1, -1)
-    values = functional.conv2d(values, column, groups=values.shape[1])
-    values = functional.conv2d(values, column.transpose(2, 3), groups=values.shape[1])
+    # Variances are small differences of large squares: fewer digits leave nothing of them.
+    with torch.autocast(x.device.type, enabled=False), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        values = functional.conv2d(values, column, groups=values.shape[1])
+        values = functional.conv2d(values, column.transpose(2, 3), groups=values.shape[1])
     mean_x, mean_y, mean_xx, mean_yy, mean_xy = values.chunk(5, dim=1)
     variance_x, variance_y, covariance = mean_xx - mean_x**2, mean_yy - mean_y**2, mean_xy - mean_x * mean_y
     similarity = (2 * mean_x * mean_y + _C1) * (2 * covariance + _C2)

@@ -30,26 +30,30 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            # Together where they are alike: a GPU is done with one before the next is launched.
+            by_shape: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
             for matrix in group["params"]:
-                if matrix.grad is None:
-                    continue
-                momentum = self.state[matrix].setdefault("momentum", torch.zeros_like(matrix))
-                momentum.lerp_(matrix.grad, 1 - MOMENTUM)
-                direction = orthogonalised(matrix.grad.lerp(momentum, MOMENTUM))
-                matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                matrix.add_(direction, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrix.shape)))
+                if matrix.grad is not None:
+                    by_shape.setdefault(matrix.shape, []).append((matrix, matrix.grad))
+            for shape, alike in by_shape.items():
+                matrices, gradients = (list(tensors) for tensors in zip(*alike, strict=True))
+                momenta = [self.state[matrix].setdefault("momentum", torch.zeros_like(matrix)) for matrix in matrices]
+                torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+                directions = orthogonalised(torch.stack(torch._foreach_lerp(gradients, momenta, MOMENTUM)))
+                torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, directions.unbind(), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape)))
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """The matrix with its singular values moved near to 1 by Newton-Schulz iterations."""
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """Matrices ``[N, rows, columns]`` with their singular values moved near to 1 by Newton-Schulz iterations."""
     a, b, c = NEWTON_SCHULZ
-    tall = matrix.shape[0] > matrix.shape[1]
-    result = matrix.T if tall else matrix
-    result = result / result.norm().clamp(min=1e-7)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    result = matrices.mT if tall else matrices
+    result = result / result.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(NEWTON_SCHULZ_STEPS):
-        gram = result @ result.T
-        result = torch.addmm(result, torch.addmm(gram, gram, gram, beta=b, alpha=c), result, beta=a)
-    return result.T if tall else result
+        gram = result @ result.mT
+        result = torch.baddbmm(result, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), result, beta=a)
+    return result.mT if tall else result
 
 
 class RecipeOptimizer:

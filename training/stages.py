@@ -56,7 +56,7 @@ class _CanvasStage(Stage):
         visibility = self.visibility(len(numbers), generator).to(self.device)
         factor = self.preset.vae_factor
         shown = visibility.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-        hidden = torch.where(shown > 0, batch.reference, _HIDDEN)
+        hidden = batch.reference.masked_fill(shown == 0, _HIDDEN)
         profile = self.encode_known("profile", numbers, batch.profile)
         return profile, self.checkpoint.warping_network.canvas(profile, self.encode(hidden), visibility)
 
@@ -186,8 +186,8 @@ class AppearanceStage(_CanvasStage):
             with torch.no_grad():
                 flows = [best_match(costs)[0] for costs in self.costs(canvas)]
         f_ref = network.inject(network.appearance_net(canvas, network.prompt_embedding), flows)
-        kept = (torch.rand(len(numbers), generator=generator) >= self.recipe.f_ref_drop).to(self.device)
-        f_ref = [residual * kept.view(-1, 1, 1, 1) for residual in f_ref]
+        kept = torch.rand(len(numbers), generator=generator) >= self.recipe.f_ref_drop
+        f_ref = [residual * kept.to(self.device).view(-1, 1, 1, 1) for residual in f_ref]
 
         uniform, total = torch.rand(len(numbers), generator=generator), len(self.alphas_cumprod)
         timestep = ((1 - uniform**self.recipe.noise_bias) * total).long().clamp(max=total - 1)
@@ -208,10 +208,10 @@ class AppearanceStage(_CanvasStage):
         by_row = (right * self.weights(batch)).flatten(1).mean(1)
         with torch.no_grad():
             # The error of the clean latent that the prediction stands for, where the noise is strongest.
-            early = kept & (timestep >= total // 2).to(self.device)
-        losses = {"loss": by_row.mean(), "early": by_row[early].mean() if early.any() else by_row.mean()}
+            early = (kept & (timestep >= total // 2)).nonzero().flatten().to(self.device)
+        losses = {"loss": by_row.mean(), "early": by_row[early].mean() if len(early) else by_row.mean()}
         if self.recipe.decoded_rows:
-            rows = kept.nonzero().flatten()[: self.recipe.decoded_rows]
+            rows = kept.nonzero().flatten()[: self.recipe.decoded_rows].to(self.device)
             noisy = signal * clean + noise_level * noise
             if self.schedule.prediction_type == "epsilon":
                 restored = (noisy - noise_level * prediction) / signal

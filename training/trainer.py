@@ -76,16 +76,16 @@ class Trainer:
         device = self.stage.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self.recipe.bf16):
             losses = self.stage.loss(progress, self.generator)
-        values = {name: float(value.detach()) for name, value in losses.items()}
+        losses["loss"].backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.stage.trained.parameters(), self.recipe.gradient_norm)
+        self.optimizer.step()
+        self.mean.update_parameters(self.stage.trained)
+        values = {name: float(value.detach()) for name, value in losses.items()}  # last, since it waits for a GPU
         if not math.isfinite(values["loss"]):
             raise TrainingError(
                 f"{self.directory}: the loss is {values['loss']} at step {self.step}; start again with a lower "
                 "learning_rate"
             )
-        losses["loss"].backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.stage.trained.parameters(), self.recipe.gradient_norm)
-        self.optimizer.step()
-        self.mean.update_parameters(self.stage.trained)
         self.step += 1
         return values
 

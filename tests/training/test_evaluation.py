@@ -191,6 +191,9 @@ def test_ssim_is_that_of_gaussian_windows() -> None:
         mask = columns(first, 0, 12)
         assert ssim(first, second, mask)[row].item() == pytest.approx(expected[:, :7].mean(), abs=1e-4)
     assert ssim(first, first).tolist() == [1, 1]
+    in_full = ssim_map(first, second)
+    with torch.autocast("cpu", torch.bfloat16):  # as where a trainer's loss asks for it
+        torch.testing.assert_close(ssim_map(first, second), in_full)
 
 
 def test_lab_has_the_known_values_of_primaries_and_opencvs_elsewhere() -> None:

@@ -65,22 +65,24 @@ def test_muon_moves_convolutions_as_matrices_and_adamw_the_rest() -> None:
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])
 def test_muon_orthogonalises_as_torch_does(shape: tuple[int, int]) -> None:
-    """Over steps with momentum and decay, but for the rounding of torch's bfloat16."""
+    """Over steps with momentum and decay, but for the rounding of torch's bfloat16, whatever else is trained."""
     torch.manual_seed(1)
-    start = torch.randn(shape)
-    ours, torchs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    starts = [torch.randn(shape), torch.randn(4, 3), torch.randn(shape)]
+    ours, torchs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))
     optimizers = (
-        Muon([ours], 0.02, weight_decay=0.1),
-        torch.optim.Muon([torchs], 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        Muon(ours, 0.02, weight_decay=0.1),
+        torch.optim.Muon(torchs, 0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
     )
     for _ in range(4):
-        gradient = torch.randn(shape)
-        for weight, optimizer in zip((ours, torchs), optimizers, strict=True):
-            weight.grad = gradient.clone()
+        gradients = [torch.randn_like(start) for start in starts]
+        for weights, optimizer in zip((ours, torchs), optimizers, strict=True):
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient.clone()
             optimizer.step()
-    moved = (torchs - start).detach()
-    torch.testing.assert_close((ours - start).detach(), moved, rtol=0, atol=0.03 * moved.abs().max().item())
-    singular = torch.linalg.svdvals(orthogonalised(torch.randn(shape)))
+    for our, torch_s, start in zip(ours, torchs, starts, strict=True):
+        moved = (torch_s - start).detach()
+        torch.testing.assert_close((our - start).detach(), moved, rtol=0, atol=0.03 * moved.abs().max().item())
+    singular = torch.linalg.svdvals(orthogonalised(torch.randn(3, *shape)))
     assert singular.min() > 0.5 and singular.max() < 1.3
 
 

@@ -16,7 +16,7 @@ from icportrait.errors import ContractError, LatencyTableError
 from icportrait.imaging import encode_picture
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
-from icportrait.presets import DEMO_128
+from icportrait.presets import DEMO_128, PRESETS, Preset
 from icportrait.runtime import Slots, load_engine, load_slots, simulated
 from icportrait.runtime.simulated import LatencyTable
 from tests.conftest import ROOT
@@ -75,6 +75,15 @@ def test_the_example_is_a_table_that_says_it_is_assumed() -> None:
     ends = {name: (example.of(name, 1), example.of(name, 8)) for name in ENGINES if name != "unet"}
     assert ends == {"vae_encoder": (2, 10), "warping_network": (4, 20), "vae_decoder": (4, 24)}
     assert (example.of("unet", 1), example.of("unet", 16)) == (10, 14)
+
+
+@pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
+def test_a_measured_table_reaches_every_largest_batch_and_states_its_conditions(preset: Preset) -> None:
+    path = EXAMPLE.with_name(f"h200-torch-{preset.name}.json")
+    table, conditions = LatencyTable.read(path), json.loads(path.read_text())["conditions"]
+    assert "assumed" not in table.device and preset.name in conditions
+    largest = {name: max(sizes) for name, sizes in table.latency_ms.items()}
+    assert largest == {name: spec.batch.max for name, spec in engine_specs(preset).items()}
 
 
 def with_unet(points: object) -> dict[str, Any]:
