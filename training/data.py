@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -57,9 +58,7 @@ class RenderedPairs:
         cache = PairCache(Path(data.cache), data.seed, preset.image_size, self.grids, device, data.variety)
         shards = [cache.shard(index) for index in tqdm(range(-(-data.pairs // 64)), "pairs", unit="x64")]
         self.pairs = PairSet.cat(shards)[: data.pairs].to(device)
-        self.held_out = training_batch(
-            0, EXAMPLES, 1.0, preset.image_size, True, 0, self.grids, device, VARIETIES[data.variety]
-        ).to("cpu")
+        self._size, self._variety = preset.image_size, VARIETIES[data.variety]
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -75,9 +74,17 @@ class RenderedPairs:
         return self._batch(self.pairs[index.to(self.pairs.flows.device)], flip, same)
 
     def examples(self) -> Batch:
-        """``EXAMPLES`` pairs to look at, of people who are never trained on."""
-        no = torch.zeros(len(self.held_out), dtype=torch.bool)
-        return self._batch(self.held_out, no, no)
+        """``EXAMPLES`` pairs to look at, of people who are never trained on, on the CPU."""
+        no = torch.zeros(EXAMPLES, dtype=torch.bool)
+        return self._batch(self._held_out, no, no)
+
+    @cached_property
+    def _held_out(self) -> PairSet:
+        device = self.pairs.flows.device
+        pairs = training_batch(
+            0, EXAMPLES, 1.0, self._size, evaluation=True, grids=self.grids, device=device, variety=self._variety
+        )
+        return pairs.to("cpu")
 
     def _batch(self, pairs: PairSet, flip: Tensor, same: Tensor) -> Batch:
         profile, reference, target = pairs.images()

@@ -164,7 +164,7 @@ def test_a_deadline_that_cannot_be_kept_is_refused_at_once(server: TritonServer,
 def test_a_late_request_joins_what_is_running(server: TritonServer, pictures: dict[str, bytes]) -> None:
     """A short request that comes while a long one is denoised doesn't wait for its end."""
     with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(infer, server.grpc_url, num_inference_steps=150, guidance_scale=1.0, **pictures)
+        long = pool.submit(infer, server.grpc_url, num_inference_steps=60, guidance_scale=1.0, **pictures)
         until_metric(server.metrics_url, "icportrait_active_slots", 1)
         infer(server.grpc_url, num_inference_steps=1, **pictures)
         assert not long.done()

@@ -11,7 +11,7 @@ from filelock import FileLock
 from icportrait.manifest import file_sha256
 from tests.exports import ROOT
 from tests.tiny import TINY
-from training import trainer
+from training import data, trainer
 from training.data import RenderedPairs
 from training.recipe import Data
 
@@ -33,6 +33,12 @@ def tiny_pairs(pair_cache: Path) -> RenderedPairs:
         pairs = RenderedPairs(Data(pairs=PAIRS, cache=str(pair_cache)), TINY)
     torch.set_num_threads(before)
     return pairs
+
+
+@pytest.fixture(autouse=True)
+def few_examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples show two pairs: eight take seconds to render."""
+    monkeypatch.setattr(data, "EXAMPLES", 2)
 
 
 @pytest.fixture
