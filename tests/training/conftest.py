@@ -35,7 +35,7 @@ def tiny_pairs(pair_cache: Path) -> RenderedPairs:
     return pairs
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def few_examples(monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples show two pairs: eight take seconds to render."""
     monkeypatch.setattr(data, "EXAMPLES", 2)
