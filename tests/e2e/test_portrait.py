@@ -93,24 +93,6 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     assert first != other
 
 
-def test_calls_of_different_kinds_at_once_all_get_what_they_get_alone(
-    server: TritonServer, pictures: dict[str, bytes]
-) -> None:
-    kinds = [
-        {"seed": 1, "num_inference_steps": 3},
-        {"seed": 2, "num_inference_steps": 9, "scheduler": "euler"},
-        {"seed": 3, "num_inference_steps": 5, "guidance_scale": 4.0},
-        {"seed": 4, "num_inference_steps": 2, "num_portraits": 3, "mask_ratio": 0.5},
-    ]
-
-    def call(kind: dict) -> list[bytes]:
-        return infer(server.grpc_url, **pictures, **kind)[0]
-
-    alone = [call(kind) for kind in kinds]
-    with ThreadPoolExecutor(8) as threads:
-        assert list(threads.map(call, kinds * 2)) == alone * 2
-
-
 def test_portrait_i_has_its_own_noise(server: TritonServer, pictures: dict[str, bytes]) -> None:
     images, metadata = infer(server.grpc_url, seed=8, num_portraits=8, num_inference_steps=2, **pictures)
     assert len(set(images)) == 8
