@@ -49,6 +49,8 @@ FACE_CENTRE = 0.47
 
 logger = logging.getLogger(__name__)
 _thread = threading.local()
+_importing = threading.Lock()
+"""OpenCV takes another module's place while it is imported; a second thread that imports it then finds half of it."""
 
 
 @dataclass(frozen=True)
@@ -175,12 +177,13 @@ def _inside(x: float, y: float, side: float, size: tuple[int, int]) -> Box:
 @functools.cache
 def _opencv() -> Any | None:
     """OpenCV; imported on first use, since it takes some 60 ms."""
-    try:
-        import cv2
-        import cv2.data  # distributions other than PyPI's leave the cascades out
-    except ImportError as error:
-        logger.warning("no face is sought and pictures are cropped to their middle: OpenCV is missing (%s)", error)
-        return None
+    with _importing:
+        try:
+            import cv2
+            import cv2.data  # distributions other than PyPI's leave the cascades out
+        except ImportError as error:
+            logger.warning("no face is sought and pictures are cropped to their middle: OpenCV is missing (%s)", error)
+            return None
     # Requests already run side by side; threads inside each search would only take turns, in an order that varies.
     cv2.setNumThreads(1)
     return cv2

@@ -1,6 +1,7 @@
 import base64
 import io
 import struct
+import subprocess
 import sys
 import threading
 import xml.etree.ElementTree as ET
@@ -700,3 +701,37 @@ def test_without_opencv_the_middle_is_taken_and_the_log_says_so(no_opencv, caplo
         assert crop == Crop((0, 0, 512, 512), "centre", (512, 512))
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "OpenCV is missing" in caplog.text
+
+
+IMPORTED_TWICE_AT_ONCE = """
+import importlib, threading
+from icportrait import faces
+
+half, done, found, import_module = threading.Event(), threading.Event(), [], importlib.import_module
+
+def and_wait(name, package=None):
+    module = import_module(name, package)
+    if name == "cv2" and not half.is_set():
+        half.set()
+        done.wait(0.5)
+    return module
+
+importlib.import_module = and_wait
+def look():
+    found.append(faces._opencv())
+    done.set()
+
+first, second = threading.Thread(target=look), threading.Thread(target=look)
+first.start()
+assert half.wait(30)
+second.start()
+first.join()
+second.join()
+assert None not in found + [faces._opencv()], found
+"""
+
+
+def test_opencv_is_whole_for_a_thread_that_comes_while_another_one_imports_it():
+    """Half of it, and a server's first request was cropped to its middle."""
+    result = subprocess.run([sys.executable, "-c", IMPORTED_TWICE_AT_ONCE], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
