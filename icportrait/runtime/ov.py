@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import ctypes
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import numpy as np
 
 from icportrait.contract import Array, DType, ModelSpec, TensorSpec
 from icportrait.errors import CheckpointError, RuntimeNotAvailable
+from icportrait.runtime.portions import run_in_portions
 
-CACHE_NAME = "openvino"
-"""Beside the repository: compiled graphs, which OpenVINO finds again by the graph's content and its own version."""
+DONT_NEED = 4
+"""Of madvise: what a mapping holds may go; whoever reads there again reads the file again."""
 
 
 class OpenVinoEngine:
@@ -28,7 +30,8 @@ class OpenVinoEngine:
             spec: what the graph must take and give.
             buckets: numbers of rows to compile for, ascending, the first of them 1. Each holds weights of its own.
             threads: threads for one run; 0 takes one per physical core.
-            cache: a directory for compiled graphs; None compiles anew each time.
+            cache: a directory for compiled graphs, which OpenVINO finds again by a graph's content and its own version.
+                Without one, every start compiles, and weights stay in memory twice.
 
         Raises:
             CheckpointError: the file is missing, or its names, types or fixed sizes aren't the specification's.
@@ -58,33 +61,26 @@ class OpenVinoEngine:
         self._requests = {}
         for rows in buckets:
             graph.reshape({tensor.name: list(tensor.shape(batch=rows)) for tensor in spec.inputs})
-            self._requests[rows] = core.compile_model(graph, "CPU", settings).create_infer_request()
+            compiled = core.compile_model(graph, "CPU", settings)
+            if cache and not compiled.get_property("LOADED_FROM_CACHE"):
+                # What was compiled here keeps its weights twice, as written and as packed for the CPU. Of what comes
+                # from a file, the first are a mapping of that.
+                del compiled
+                compiled = core.compile_model(graph, "CPU", settings)
+            self._requests[rows] = compiled.create_infer_request()
+        if cache:
+            _let_go_of_mappings(cache)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run one batch, in portions of whole buckets; see ``Engine.run``."""
-        batch = self.spec.check_inputs(inputs)[self.spec.batch.name]
-        outputs = {spec.name: np.empty(spec.shape(batch=batch), spec.dtype.numpy) for spec in self.spec.outputs}
+        """Run one batch; see ``Engine.run``."""
+        return run_in_portions(self.spec, inputs, self._requests, self._run)
+
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         given = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        for rows in portions(batch, self._requests):
-            request = self._requests[rows.stop - rows.start]
-            request.infer({name: array[rows] for name, array in given.items()}, share_inputs=True)
-            for name, array in outputs.items():
-                array[rows] = request.get_tensor(name).data
-        return outputs
-
-
-def portions(batch: int, buckets: Mapping[int, object] | tuple[int, ...]) -> Iterator[slice]:
-    """Rows 0 to ``batch`` in runs of whole buckets, the largest first: on a CPU a row that fills up costs a row's time.
-
-    Args:
-        batch: how many rows there are.
-        buckets: numbers of rows; 1 is among them.
-    """
-    first = 0
-    while first < batch:
-        rows = max(bucket for bucket in buckets if bucket <= batch - first)
-        yield slice(first, first + rows)
-        first += rows
+        request = self._requests[len(given[self.spec.inputs[0].name])]
+        request.infer(given, share_inputs=True)
+        # A copy: the next run writes over the request's own.
+        return {spec.name: request.get_tensor(spec.name).data.copy() for spec in self.spec.outputs}
 
 
 def inference_precision(spec: ModelSpec, capabilities: list[str]) -> str:
@@ -99,6 +95,15 @@ def inference_precision(spec: ModelSpec, capabilities: list[str]) -> str:
     """
     is_half = any(tensor.dtype is DType.FLOAT16 for tensor in spec.inputs)
     return "bf16" if spec.name == "unet" and is_half and "BF16" in capabilities else "f32"
+
+
+def _let_go_of_mappings(folder: Path) -> None:
+    """Take the files in ``folder`` that are mapped out of this process's memory: their weights were packed elsewhere."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if line.partition("/")[2].startswith(f"{folder.resolve()}/"[1:]):
+            first, last = (int(address, 16) for address in line.split()[0].split("-"))
+            libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), DONT_NEED)
 
 
 def _compare(path: Path, specs: tuple[TensorSpec, ...], ports: list[Any]) -> None:
