@@ -16,6 +16,8 @@ CPU_RUNTIMES = ("onnxruntime", "openvino")
 """Those that run exported graphs on a CPU."""
 SMALL_IMAGE_SIZE = 256
 """Up to this picture size a CPU gains by batches, and their memory is no matter."""
+POLICY_VARIABLE = "ICPORTRAIT_POLICY"
+"""Of the environment: settings that start-up chose for this machine, as JSON; they go before the repository's own."""
 PLAN_RUNTIMES = ("tensorrt", "tensorrt-rtx")
 """Those that run plans on a GPU: the names of TensorRT's products."""
 

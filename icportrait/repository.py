@@ -16,7 +16,8 @@ from pathlib import Path
 
 from icportrait.contract import ENGINES, ENSEMBLE, MODEL_ENGINES, engine_specs
 from icportrait.errors import CheckpointError, IcPortraitError, PlanError
-from icportrait.manifest import MANIFEST_NAME, Manifest
+from icportrait.graph_memory import graph_memory
+from icportrait.manifest import EngineMemory, Manifest
 from icportrait.policy import CPU_RUNTIMES, RUNTIMES, SIMULATED, ServingPolicy, cpu_defaults
 from icportrait.presets import DEMO_128
 from icportrait.request import client_contract_text
@@ -71,6 +72,7 @@ def assemble(
         raise CheckpointError(f"{export}: is {manifest.precision}, which was not tried with OpenVINO, expected fp32 or fp16")
     found = _find_plans(manifest, policy, plans)
     ranges = _batch_ranges(manifest, found) if policy.runtime == TENSORRT.name and not policy.deterministic else {}
+    described = dataclasses.replace(manifest, memory=_memory(manifest, export, policy))
     written = dataclasses.replace(policy, latency_table=LATENCY_TABLE_NAME) if policy.is_simulated else policy
     configs = model_configs(manifest.preset, manifest.precision, written, ranges)
     models = sorted(path.parent.parent.name for path in template.glob("*/1/model.py"))
@@ -87,7 +89,7 @@ def assemble(
             _place_plan(plan, version / TRITON_PLAN_NAME)
             continue
         shutil.copy(template / model / "1" / "model.py", version)
-        shutil.copy(export / MANIFEST_NAME, version)
+        described.write(version)
         if policy.is_simulated and model in ENGINE_OWNERS.values():
             (version / LATENCY_TABLE_NAME).write_bytes(table)
         for name, owner in ENGINE_OWNERS.items():
@@ -101,6 +103,18 @@ def assemble(
     (repository / ENSEMBLE / "1").mkdir(parents=True)
     write_configs(repository, configs)
     return manifest
+
+
+def _memory(manifest: Manifest, export: Path, policy: ServingPolicy) -> dict[str, EngineMemory]:
+    """What every engine takes where it runs on a CPU."""
+    if policy.uses_plans or policy.is_simulated:
+        return {}
+    found = {}
+    for name, spec in engine_specs(manifest.preset, manifest.precision).items():
+        graph = graph_memory(manifest.files(name, export)[0])
+        rows = (2**power for power in range(spec.batch.max.bit_length()))
+        found[name] = EngineMemory(graph.weights_bytes, {count: count * graph.row_bytes for count in rows})
+    return found
 
 
 def _read_table(policy: ServingPolicy) -> bytes:

@@ -12,7 +12,7 @@ import pytest
 
 from icportrait.errors import IcPortraitError
 from icportrait.stub_processes import STUB, StubProcess, stub_processes
-from icportrait.supervisor import MAX_RESTARTS, WITHIN_S, keep_running
+from icportrait.supervisor import MAX_RESTARTS, WITHIN_S, Ending, keep_running
 
 
 class Stopped(BaseException):
@@ -26,6 +26,7 @@ class FakeServer:
         self.now, self.calls = 0.0, []
         self._lives_s = iter(lives_s)
         self.on_stop: Callable[[], None] = lambda: None
+        self.ending = Ending("a part ended")
 
     def start(self) -> None:
         self.calls.append("start")
@@ -35,8 +36,8 @@ class FakeServer:
         self.calls.append("stop")
         self.on_stop()
 
-    def what_ended(self) -> str | None:
-        return "a part ended" if self.now >= self._ends_at else None
+    def what_ended(self) -> Ending | None:
+        return self.ending if self.now >= self._ends_at else None
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -69,6 +70,16 @@ def test_a_server_that_keeps_ending_stops_with_an_error() -> None:
         keep_running(server, said.append, "ready", lambda: server.now, server.sleep)
     assert said.count("ready") == MAX_RESTARTS + 1
     assert server.calls[-2:] == ["stop", "stop"]
+
+
+def test_what_was_killed_for_memory_is_started_again_once() -> None:
+    server = FakeServer(1.0, 10 * WITHIN_S / 2)
+    server.ending = Ending("denoise was killed for want of memory", for_memory=True)
+    said: list[str] = []
+    with pytest.raises(IcPortraitError, match=r"^denoise was killed for want of memory, for the second time; end other"):
+        keep_running(server, said.append, "ready", lambda: server.now, server.sleep)
+    assert said.count("ready") == 2
+    assert server.calls == ["start", "stop", "start", "stop"]
 
 
 def test_restarts_that_lie_back_do_not_count() -> None:
