@@ -72,7 +72,7 @@ def _row_bytes(info: onnx.ValueInfoProto) -> int:
     import onnx
 
     kind = info.type.tensor_type
-    sizes = [dim.dim_value for dim in kind.shape.dim if not dim.dim_param]
+    sizes: list[int] = [dim.dim_value for dim in kind.shape.dim if not dim.dim_param]
     if len(sizes) == len(kind.shape.dim):
         return 0
     return math.prod(sizes) * (1 if kind.elem_type == onnx.TensorProto.UINT8 else 4)

@@ -69,7 +69,9 @@ def assemble(
     if policy.runtime == "onnxruntime" and manifest.precision == "bf16":
         raise CheckpointError(f"{export}: is bf16, for which ONNX Runtime has no CPU kernels, expected fp32 or fp16")
     if policy.runtime == "openvino" and manifest.precision not in ("fp32", "fp16"):
-        raise CheckpointError(f"{export}: is {manifest.precision}, which was not tried with OpenVINO, expected fp32 or fp16")
+        raise CheckpointError(
+            f"{export}: is {manifest.precision}, which was not tried with OpenVINO, expected fp32 or fp16"
+        )
     found = _find_plans(manifest, policy, plans)
     ranges = _batch_ranges(manifest, found) if policy.runtime == TENSORRT.name and not policy.deterministic else {}
     described = dataclasses.replace(manifest, memory=_memory(manifest, export, policy))

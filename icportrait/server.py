@@ -199,7 +199,9 @@ class TritonServer:
         if (status := self.poll()) is not None:
             return self._ending("tritonserver", describe(status))
         endings = ((stub.model, stub.ending()) for stub in self._stubs)
-        return next((self._ending(f"the process of model {model}", ending) for model, ending in endings if ending), None)
+        return next(
+            (self._ending(f"the process of model {model}", ending) for model, ending in endings if ending), None
+        )
 
     def _ending(self, part: str, ending: str) -> Ending:
         for_memory = ending == describe(-signal.SIGKILL) and oom_kills() > self._oom_kills

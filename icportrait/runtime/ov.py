@@ -98,7 +98,7 @@ def inference_precision(spec: ModelSpec, capabilities: list[str]) -> str:
 
 
 def _let_go_of_mappings(folder: Path) -> None:
-    """Take the files in ``folder`` that are mapped out of this process's memory: their weights were packed elsewhere."""
+    """Take the files of ``folder`` out of this process's memory: their weights have been packed elsewhere."""
     libc = ctypes.CDLL(None, use_errno=True)
     for line in Path("/proc/self/maps").read_text().splitlines():
         if line.partition("/")[2].startswith(f"{folder.resolve()}/"[1:]):

@@ -31,7 +31,10 @@ class Attention(nn.Module):
 
 
 def tensor(name: str, tokens: int) -> TensorSpec:
-    axes = (BATCH, *(Axis.fixed(f"{axis}_{size}", size) for axis, size in (("h", HEADS), ("t", tokens), ("c", CHANNELS))))
+    axes = (
+        BATCH,
+        *(Axis.fixed(f"{axis}_{size}", size) for axis, size in (("h", HEADS), ("t", tokens), ("c", CHANNELS))),
+    )
     return TensorSpec(name, DType.FLOAT32, axes)
 
 

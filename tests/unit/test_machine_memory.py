@@ -17,7 +17,9 @@ def proc(tmp_path: Path) -> Path:
     """A machine of 24 GB, of which 20 are available."""
     folder = tmp_path / "proc"
     (folder / "self").mkdir(parents=True)
-    (folder / "meminfo").write_text(f"MemTotal: {24 * GB // 1024} kB\nMemAvailable: {20 * GB // 1024} kB\nHugePages: 0\n")
+    (folder / "meminfo").write_text(
+        f"MemTotal: {24 * GB // 1024} kB\nMemAvailable: {20 * GB // 1024} kB\nHugePages: 0\n"
+    )
     (folder / "vmstat").write_text("pgfault 17\noom_kill 3\n")
     (folder / "self" / "cgroup").write_text("0::/\n")
     return folder

@@ -76,7 +76,9 @@ def test_what_was_killed_for_memory_is_started_again_once() -> None:
     server = FakeServer(1.0, 10 * WITHIN_S / 2)
     server.ending = Ending("denoise was killed for want of memory", for_memory=True)
     said: list[str] = []
-    with pytest.raises(IcPortraitError, match=r"^denoise was killed for want of memory, for the second time; end other"):
+    with pytest.raises(
+        IcPortraitError, match=r"^denoise was killed for want of memory, for the second time; end other"
+    ):
         keep_running(server, said.append, "ready", lambda: server.now, server.sleep)
     assert said.count("ready") == 2
     assert server.calls == ["start", "stop", "start", "stop"]
