@@ -130,7 +130,7 @@ def _fits(found: list[Need], room: Room) -> bool:
 
 def summary(policy: ServingPolicy, found: list[Need], room: Room) -> str:
     """A line for who starts a server: what was chosen, what it needs, and what there is."""
-    rows = f"{policy.rows_at_once} row{'s' if policy.rows_at_once > 1 else ''} at once"
+    rows = "1 row at once" if policy.rows_at_once == 1 else f"{policy.rows_at_once} rows at once"
     total = sum(need.memory for need in found)
     return (
         f"{policy.runtime} with {policy.slots} slots, {rows}: needs up to {total / GB:.1f} GB of the "

@@ -56,7 +56,7 @@ def simulation_note(repository: Path) -> str:
 
 
 def fit_memory(repository: Path, policy: ServingPolicy) -> tuple[ServingPolicy, str]:
-    """The policy that this machine has memory for, and a line that says so.
+    """The policy that this machine has memory for, and a line that says so where engines run on a CPU.
 
     Args:
         repository: the model repository; its manifest says what engines need.
@@ -71,7 +71,7 @@ def fit_memory(repository: Path, policy: ServingPolicy) -> tuple[ServingPolicy, 
         return policy, ""
     here = room()
     fitted, found = fit(manifest, policy, here)
-    return fitted, summary(fitted, found, here)
+    return fitted, summary(fitted, found, here) if manifest.memory else ""
 
 
 def check_plans(repository: Path, runtime: str, installation: Installation) -> None:

@@ -67,7 +67,7 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
             from icportrait.runtime.eager import TorchEngine
         except ImportError as error:
             raise RuntimeNotAvailable(f'runtime torch is not installed ({error}); run "make setup"') from error
-        return TorchEngine.from_manifest(name, manifest, policy.engine_threads, policy.deterministic)
+        return TorchEngine.from_manifest(name, manifest, policy)
     if policy.is_simulated:
         from icportrait.runtime.simulated import load_simulated
 
