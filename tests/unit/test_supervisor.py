@@ -10,7 +10,10 @@ from pathlib import Path
 
 import pytest
 
+import icportrait.server
 from icportrait.errors import IcPortraitError
+from icportrait.machine_memory import oom_kills
+from icportrait.server import TritonServer
 from icportrait.stub_processes import STUB, StubProcess, stub_processes
 from icportrait.supervisor import MAX_RESTARTS, WITHIN_S, Ending, keep_running
 
@@ -130,6 +133,30 @@ def test_a_models_process_is_found_and_its_end_told(
     assert found.ending() == ending
     stub.wait()
     assert found.ending() == "ended"
+
+
+@pytest.mark.parametrize(
+    ("sent", "kills", "ending"),
+    [
+        (signal.SIGKILL, 1, Ending("the process of model denoise was killed for want of memory", for_memory=True)),
+        (signal.SIGKILL, 0, Ending("the process of model denoise was ended by signal 9")),
+        (signal.SIGSEGV, 1, Ending("the process of model denoise was ended by signal 11")),
+    ],
+)
+def test_what_the_kernel_killed_for_memory_is_named_as_that(
+    stub: subprocess.Popen[bytes], sent: signal.Signals, kills: int, ending: Ending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = oom_kills()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as triton:
+        server = TritonServer(
+            Path("repository"), _process=triton, _stubs=stub_processes(os.getpid()), _oom_kills=before
+        )
+        assert server.what_ended() is None
+        stub.send_signal(sent)
+        os.waitid(os.P_PID, stub.pid, os.WEXITED | os.WNOWAIT)
+        monkeypatch.setattr(icportrait.server, "oom_kills", lambda: before + kills)
+        assert server.what_ended() == ending
+        triton.communicate()
 
 
 def test_a_process_that_got_the_number_later_is_another_one() -> None:
