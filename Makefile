@@ -3,16 +3,17 @@
 PRESET ?= demo-128
 NEEDS_OPSET_23 := $(filter bf16 int8 fp8,$(PRECISION))
 # fp16 is what GPUs are fast in, and as good (README, "Precision"); on the CPU it gains nothing.
-PRECISION ?= $(if $(filter demo-128-20,$(PRESET)-$(OPSET)),fp32,fp16)
-RUNTIME ?= onnxruntime
+PRECISION ?= $(if $(filter demo-128-20,$(PRESET)-$(OPSET))$(filter demo-128-openvino,$(PRESET)-$(RUNTIME)),fp32,fp16)
+# Which of a CPU's is better for a preset was measured (ADR 0010).
+RUNTIME ?= $(if $(filter demo-128,$(PRESET)),onnxruntime,openvino)
 BATCHING ?= in-flight
 # 1, for runtimes other than onnxruntime: a seed's bytes are the same whatever shares its batch (README, "Same seed, same picture").
 DETERMINISTIC ?=
 PLAN_RUNTIME := $(filter tensorrt tensorrt-rtx,$(RUNTIME))
 TARGET ?= $(or $(PLAN_RUNTIME),tensorrt-rtx)
-# Of the larger presets there are no weights here: random ones show that the path works.
-WEIGHTS ?= $(if $(filter demo-128,$(PRESET)),checkpoint,random)
 CHECKPOINT ?= checkpoints/demo-128
+# Of the larger presets there are no weights here: random ones show that the path works.
+WEIGHTS ?= $(if $(filter demo-128,$(PRESET))$(filter-out file,$(origin CHECKPOINT)),checkpoint,random)
 GRPC_PORT ?= 8001
 HTTP_PORT ?= 8000
 METRICS_PORT ?= 8002
@@ -23,9 +24,10 @@ PYTHON := $(VENV)/bin/python
 STAMP := $(VENV)/.setup-stamp
 QUANTIZER := .venv-quantizer
 QUANTIZER_STAMP := $(QUANTIZER)/.setup-stamp
-# Graphs for ONNX Runtime's CPU kernels; TensorRT gets attentions and group norms whole, which came later (ADR 0006).
+# Graphs for ONNX Runtime's CPU kernels; TensorRT and OpenVINO get attentions and group norms whole, which came later
+# (ADR 0006).
 TENSORRT_OPSET := 23
-OPSET ?= $(if $(PLAN_RUNTIME)$(NEEDS_OPSET_23),$(TENSORRT_OPSET),20)
+OPSET ?= $(if $(PLAN_RUNTIME)$(NEEDS_OPSET_23)$(filter openvino,$(RUNTIME)),$(TENSORRT_OPSET),20)
 EXPORT := build/export/$(PRESET)-$(PRECISION)$(if $(filter-out 20,$(OPSET)),-opset$(OPSET))
 REPOSITORY := build/repository/$(RUNTIME)
 QUALITY_EXPORT := build/export/$(PRESET)
@@ -124,7 +126,7 @@ test: lint $(QUANTIZER_STAMP) ## lint, types, and the unit, contract, training a
 	@$(PYTHON) -m tests.exports
 	@$(PYTHON) -m pytest $(ON_ALL_CORES) tests/contract tests/training tests/e2e tests/gpu
 
-test-full: $(STAMP) ## export and compile all of sd15-512: about 10 minutes, 11 GB of memory, 7 GB of disk
+test-full: $(STAMP) ## adapt, export, compile and serve all of sd15-512: about 17 minutes, 14 GB of memory, 30 GB of disk
 	@$(PYTHON) -m pytest -m full -s
 
 mutants: $(STAMP) ## change 150 lines of the loop, admission, sampling and pictures: do the unit tests notice?

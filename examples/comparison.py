@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from icportrait.contract import Array
 from icportrait.manifest import Manifest
-from icportrait.policy import ServingPolicy
+from icportrait.policy import ServingPolicy, cpu_defaults
 from icportrait.runtime import load_engine
 from icportrait.serving import FrontStage, PreprocessStage, bytes_tensor
 from training.flow_picture import flow_picture
@@ -48,7 +48,8 @@ class Panels:
     """The steps between the pictures that are sent and the portrait, by the server's own stages and engines."""
 
     def __init__(self, export: Path) -> None:
-        manifest, policy = Manifest.read(export), ServingPolicy()
+        manifest = Manifest.read(export)
+        policy = ServingPolicy(**cpu_defaults(manifest.preset))
         self._front, self._preprocess = FrontStage(manifest, policy, is_stream=False), PreprocessStage(manifest.preset)
         self._encoder, self._warping = (
             load_engine(name, export, manifest, policy) for name in ("vae_encoder", "warping_network")

@@ -8,17 +8,23 @@ import sys
 import time
 from pathlib import Path
 
-from icportrait_client import PortraitClient, PortraitError
+from icportrait_client import PortraitClient, PortraitError, Portraits
 from PIL import Image
+from tqdm import tqdm
 
 from examples.comparison import Pair, Panels, psnr_db, sheet
 from icportrait.errors import IcPortraitError
+from icportrait.manifest import Manifest
 from icportrait.presets import DEMO_128
 from icportrait.server import Ports, TritonServer
 
 EXAMPLES = Path(__file__).parent
 HEADS = Pair(*(EXAMPLES / "heads" / f"{name}.png" for name in ("profile", "reference", "ground_truth")))
 SEED = 7
+TIMEOUT_S = 3600.0
+"""At Stable Diffusion's size a CPU takes minutes for a portrait."""
+RANDOM_STEPS = 2
+"""Asked of random weights, without guidance: more steps would show no more."""
 RANDOM_WEIGHTS = "The weights are random, drawn from a fixed seed: the portraits show that the path works, no likeness."
 SYNTHETIC_ONLY = (
     "The demo checkpoint was trained on synthetic heads only: it makes synthetic-looking heads of photographs."
@@ -50,13 +56,16 @@ def main(argv: list[str] | None = None) -> int:
 def _demo(args: argparse.Namespace) -> None:
     photographs = Pair(args.profile, args.reference)
     started = time.monotonic()
+    is_random = "random_weights" in Manifest.read(args.export).source
+    if is_random:
+        print(RANDOM_WEIGHTS, flush=True)
     print("starting tritonserver", flush=True)
-    with TritonServer(args.repository, Ports.free(), log_file=args.out / "tritonserver.log") as server:
+    with TritonServer(args.repository, Ports.free(), args.out / "tritonserver.log", say=print) as server:
         ready = time.monotonic()
-        with PortraitClient(server.grpc_url) as client:
+        with PortraitClient(server.grpc_url, timeout_s=TIMEOUT_S) as client:
             of_heads, of_photographs = (
-                client.generate(profile=pair.profile, reference=pair.reference, seed=SEED, **pair.boxes)
-                for pair in (HEADS, photographs)
+                _portraits(client, pair, name, is_random)
+                for name, pair in (("rendered heads", HEADS), ("photographs", photographs))
             )
         answered = time.monotonic()
     note = weights_note(of_heads.metadata["versions"])
@@ -76,6 +85,24 @@ def _demo(args: argparse.Namespace) -> None:
     print(f"\n{portrait}\n{comparison}")
     if note:
         print(note)
+
+
+def _portraits(client: PortraitClient, pair: Pair, name: str, is_random: bool) -> Portraits:
+    """Ask for a pair's portrait, and show the steps as they are done."""
+    # Before the first step, both pictures are encoded and warped.
+    with tqdm(desc=f"  {name}", unit="step", leave=False) as bar:
+        for progress in client.stream(
+            profile=pair.profile,
+            reference=pair.reference,
+            seed=SEED,
+            num_inference_steps=RANDOM_STEPS if is_random else None,
+            guidance_scale=1.0 if is_random else None,
+            **pair.boxes,
+        ):
+            bar.total = progress.total_steps
+            bar.update(progress.step - bar.n)
+    assert progress.portraits
+    return progress.portraits
 
 
 def weights_note(versions: dict[str, str]) -> str:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import ml_dtypes  # noqa: F401 - NumPy learns bfloat16
 import numpy as np
 import torch
 
+from export.attention import ATTENTION_OPSET, AttentionInBlocks
 from export.constant_prompt import constant_prompt
 from icportrait.contract import Array, ModelSpec
 
@@ -36,7 +38,8 @@ def export_graph(module: torch.nn.Module, spec: ModelSpec, directory: Path, opse
     path = directory / f"{spec.name}.onnx"
     weights_bytes = sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers()))
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
-    with warnings.catch_warnings(), torch.no_grad(), constant_prompt(module):
+    attention = AttentionInBlocks() if opset < ATTENTION_OPSET else nullcontext()
+    with warnings.catch_warnings(), torch.no_grad(), constant_prompt(module), attention:
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module,

@@ -11,6 +11,7 @@
       RuntimeNotAvailable   an engine runtime isn't installed         INTERNAL
       PlanError             an engine plan isn't what it should be    INTERNAL
       LatencyTableError     a simulated device's latencies are wrong  INTERNAL
+      NotEnoughMemory       a server would need more than there is    INTERNAL
 
 Triton turns every error code into INTERNAL when it crosses an ensemble or a BLS call. ``to_wire`` therefore puts the
 code into the message and ``from_wire`` finds it again behind whatever Triton wrote before it.
@@ -71,6 +72,10 @@ class PlanError(IcPortraitError):
 
 class LatencyTableError(IcPortraitError):
     """A simulated device's latency table can't be read or isn't one."""
+
+
+class NotEnoughMemory(IcPortraitError):
+    """A server would need more memory than there is here; the text has both numbers."""
 
 
 _BY_CODE: dict[str, type[IcPortraitError]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,19 @@ class EngineFile:
 
 
 @dataclass(frozen=True)
+class EngineMemory:
+    """What an engine takes on a CPU, in bytes of float32."""
+
+    weights_bytes: int
+    run_bytes: dict[int, int]
+    """The most that one run's tensors take at once, by its rows: 1, 2, 4 and so on to the largest batch."""
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> EngineMemory:
+        return cls(fields["weights_bytes"], {int(rows): count for rows, count in fields["run_bytes"].items()})
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Everything a server needs beside the graphs themselves."""
 
@@ -42,6 +55,8 @@ class Manifest:
     source: dict[str, Any]
     """``{"checkpoint": path}`` or ``{"random_weights": seed}``."""
     versions: dict[str, str]
+    memory: dict[str, EngineMemory] = field(default_factory=dict)
+    """By engine; a repository's manifest has it where engines run on a CPU, an export's has none."""
 
     @property
     def model_version(self) -> str:
@@ -87,6 +102,8 @@ class Manifest:
             fields = json.loads(path.read_text())
             fields["preset"] = Preset.from_dict(fields["preset"])
             fields["engines"] = {name: EngineFile(**engine) for name, engine in fields["engines"].items()}
+            memory = fields.get("memory", {})
+            fields["memory"] = {name: EngineMemory.from_dict(need) for name, need in memory.items()}
             manifest = cls(**fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{path}: not a manifest of this version ({error}); export again") from error

@@ -7,10 +7,17 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from icportrait.errors import IcPortraitError
+from icportrait.presets import Preset
 from icportrait.scheduling import BATCHING_MODES
 
 SIMULATED = "simulated"
-RUNTIMES = ("onnxruntime", "torch", "tensorrt", "tensorrt-rtx", SIMULATED)
+RUNTIMES = ("onnxruntime", "openvino", "torch", "tensorrt", "tensorrt-rtx", SIMULATED)
+CPU_RUNTIMES = ("onnxruntime", "openvino")
+"""Those that run exported graphs on a CPU."""
+SMALL_IMAGE_SIZE = 256
+"""Up to this picture size a CPU gains by batches, and their memory is no matter."""
+POLICY_VARIABLE = "ICPORTRAIT_POLICY"
+"""Of the environment: settings that start-up chose for this machine, as JSON; they go before the repository's own."""
 PLAN_RUNTIMES = ("tensorrt", "tensorrt-rtx")
 """Those that run plans on a GPU: the names of TensorRT's products."""
 
@@ -30,6 +37,9 @@ class ServingPolicy:
     """Requests one front holds, running or waiting, a thread for each; likewise."""
     engine_threads: int = 0
     """Threads one engine computes with; 0 leaves it to the runtime."""
+    rows_at_once: int = 16
+    """Rows that a CPU's engine computes in one run; more are run in portions. OpenVINO's engines are compiled for each
+    power of two up to it, each with weights of its own."""
     preprocess_instances: int = 1
     postprocess_instances: int = 1
     batching: str = "in-flight"
@@ -39,8 +49,8 @@ class ServingPolicy:
     cache_bytes: int = 256 * 2**20
     """Latents that the VAE encoder's Python model keeps of pictures it has encoded; 0 keeps none."""
     deterministic: bool = False
-    """A row's bits don't depend on what shares its batch: plans always run one and the same bucket, torch row by row.
-    With ONNX Runtime on the CPU they never do."""
+    """A row's bits don't depend on what shares its batch: plans always run one and the same bucket, OpenVINO and torch
+    row by row. With ONNX Runtime on the CPU they never do."""
 
     def __post_init__(self) -> None:
         if self.batching not in BATCHING_MODES:
@@ -66,6 +76,13 @@ class ServingPolicy:
     def from_parameters(cls, parameters: Mapping[str, str]) -> ServingPolicy:
         defaults = asdict(cls())
         return cls(**{key: _parse(key, parameters[key], defaults[key]) for key in defaults if key in parameters})
+
+
+def cpu_defaults(preset: Preset) -> dict[str, Any]:
+    """The runtime and its rows at once that measured best on a CPU, as ``ServingPolicy`` takes them (ADR 0010)."""
+    if preset.image_size <= SMALL_IMAGE_SIZE:
+        return {"runtime": "onnxruntime"}
+    return {"runtime": "openvino", "rows_at_once": 1}
 
 
 def _parse(key: str, text: str, default: Any) -> Any:

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from icportrait.contract import ENGINES, ENSEMBLE, MODEL_ENGINES, engine_specs
 from icportrait.errors import CheckpointError, IcPortraitError, PlanError
-from icportrait.manifest import MANIFEST_NAME, Manifest
-from icportrait.policy import RUNTIMES, SIMULATED, ServingPolicy
+from icportrait.graph_memory import graph_memory
+from icportrait.manifest import EngineMemory, Manifest
+from icportrait.policy import CPU_RUNTIMES, RUNTIMES, SIMULATED, ServingPolicy, cpu_defaults
 from icportrait.presets import DEMO_128
 from icportrait.request import client_contract_text
+from icportrait.runtime.engine import compiled_folder
 from icportrait.runtime.flavours import TENSORRT
 from icportrait.runtime.plans import BatchRange, PlanManifest, fitting_plans
 from icportrait.runtime.simulated import LATENCY_TABLE_NAME, LatencyTable
@@ -66,14 +68,21 @@ def assemble(
         raise CheckpointError(f"{export}: is {manifest.precision}, expected fp32: the torch runtime computes in fp32")
     if policy.runtime == "onnxruntime" and manifest.precision == "bf16":
         raise CheckpointError(f"{export}: is bf16, for which ONNX Runtime has no CPU kernels, expected fp32 or fp16")
+    if policy.runtime == "openvino" and manifest.precision not in ("fp32", "fp16"):
+        raise CheckpointError(
+            f"{export}: is {manifest.precision}, which was not tried with OpenVINO, expected fp32 or fp16"
+        )
     found = _find_plans(manifest, policy, plans)
     ranges = _batch_ranges(manifest, found) if policy.runtime == TENSORRT.name and not policy.deterministic else {}
+    described = dataclasses.replace(manifest, memory=_memory(manifest, export, policy))
     written = dataclasses.replace(policy, latency_table=LATENCY_TABLE_NAME) if policy.is_simulated else policy
     configs = model_configs(manifest.preset, manifest.precision, written, ranges)
     models = sorted(path.parent.parent.name for path in template.glob("*/1/model.py"))
     if {*models, ENSEMBLE} != set(configs):
         raise CheckpointError(f"{template}: has models {', '.join(models)}, expected {', '.join(sorted(configs))}")
     _remove_old(repository)
+    if policy.runtime == "openvino":
+        _make_compiled_folders(repository, manifest)
     for model in models:
         version = repository / model / "1"
         version.mkdir(parents=True)
@@ -82,11 +91,11 @@ def assemble(
             _place_plan(plan, version / TRITON_PLAN_NAME)
             continue
         shutil.copy(template / model / "1" / "model.py", version)
-        shutil.copy(export / MANIFEST_NAME, version)
+        described.write(version)
         if policy.is_simulated and model in ENGINE_OWNERS.values():
             (version / LATENCY_TABLE_NAME).write_bytes(table)
         for name, owner in ENGINE_OWNERS.items():
-            if owner == model and policy.runtime == "onnxruntime":
+            if owner == model and policy.runtime in CPU_RUNTIMES:
                 for path in manifest.files(name, export):
                     _place(path, version / path.name)
             elif owner == model:
@@ -96,6 +105,18 @@ def assemble(
     (repository / ENSEMBLE / "1").mkdir(parents=True)
     write_configs(repository, configs)
     return manifest
+
+
+def _memory(manifest: Manifest, export: Path, policy: ServingPolicy) -> dict[str, EngineMemory]:
+    """What every engine takes where it runs on a CPU."""
+    if policy.uses_plans or policy.is_simulated:
+        return {}
+    found = {}
+    for name, spec in engine_specs(manifest.preset, manifest.precision).items():
+        graph = graph_memory(manifest.files(name, export)[0])
+        rows = (2**power for power in range(spec.batch.max.bit_length()))
+        found[name] = EngineMemory(graph.weights_bytes, {count: count * graph.row_bytes for count in rows})
+    return found
 
 
 def _read_table(policy: ServingPolicy) -> bytes:
@@ -157,6 +178,15 @@ def _remove_old(repository: Path) -> None:
     shutil.rmtree(repository, ignore_errors=True)
 
 
+def _make_compiled_folders(repository: Path, manifest: Manifest) -> None:
+    """A folder for what is compiled of each engine; what was compiled of other graphs goes."""
+    folders = [compiled_folder(repository, manifest, name) for name in ENGINES]
+    for stale in set(folders[0].parent.glob("*")) - set(folders):
+        shutil.rmtree(stale)
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+
+
 def _place_plan(plan: Path, target: Path) -> None:
     """A plan and its manifest, without which it isn't loaded."""
     _place(plan, target)
@@ -176,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m icportrait.repository", description=__doc__.splitlines()[0])
     parser.add_argument("--export", type=Path, help="directory written by python -m export")
     parser.add_argument("--out", type=Path, help="the repository to write")
-    parser.add_argument("--runtime", choices=RUNTIMES, default=policy.runtime, help="default: %(default)s")
+    parser.add_argument("--runtime", choices=RUNTIMES, help="default: the faster of the CPU's for the export's preset")
     parser.add_argument("--plans", type=Path, help="directory written by python -m engines build, for TensorRT")
     parser.add_argument("--latency-table", default=policy.latency_table, help="JSON file, for the simulated runtime")
     parser.add_argument("--batching", choices=BATCHING_MODES, default=policy.batching, help="default: %(default)s")
@@ -194,8 +224,9 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.export and args.out):
         parser.error("--export and --out are required")
     try:
+        preferred = cpu_defaults(Manifest.read(args.export).preset)
         policy = ServingPolicy(
-            runtime=args.runtime,
+            **(preferred | ({"runtime": args.runtime} if args.runtime else {})),
             batching=args.batching,
             latency_table=args.latency_table,
             deterministic=args.deterministic,

@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import ctypes
 import http.client
+import json
 import os
 import random
 import signal
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,10 +28,13 @@ from types import FrameType
 
 from icportrait.errors import IcPortraitError
 from icportrait.installation import find_installation
+from icportrait.machine_memory import oom_kills
+from icportrait.memory import threads_a_model
+from icportrait.policy import POLICY_VARIABLE
 from icportrait.runtime.shared_device import DEVICE_FOLDER
-from icportrait.startup import check_plans, repository_policy, simulation_note
+from icportrait.startup import check_plans, fit_memory, repository_policy, simulation_note
 from icportrait.stub_processes import StubProcess, describe, stub_processes
-from icportrait.supervisor import keep_running
+from icportrait.supervisor import Ending, keep_running
 
 HOST = "127.0.0.1"
 SHM = Path("/dev/shm")
@@ -93,8 +98,12 @@ class TritonServer:
     log_file: Path | None = None
     """Where the server's own log goes; standard error where None."""
     ready_timeout_s: float = 300.0
+    say: Callable[[str], object] = lambda _: None
+    """Takes a line on what was chosen for this machine."""
     _process: subprocess.Popen[bytes] | None = None
     _stubs: list[StubProcess] = field(default_factory=list)
+    _oom_kills: int = 0
+    """The kernel's count when the server was started."""
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -127,13 +136,19 @@ class TritonServer:
             RuntimeNotAvailable: no server is installed, this Python has no shared library, or the repository's runtime
                 can't run here.
             PlanError: a plan in the repository was changed, or built by another TensorRT.
+            NotEnoughMemory: the server would need more than there is.
             IcPortraitError: a port is taken, or the server or a part of it ended or didn't get ready in time.
         """
         self.ports.check_free()
         policy = repository_policy(self.repository)
         installation = find_installation(policy.runtime)
         check_plans(self.repository, policy.runtime, installation)
-        environment = installation.environment()
+        fitted, summary = fit_memory(self.repository, policy)
+        if summary:
+            self.say(summary)
+        chosen = {"slots": str(fitted.slots), "rows_at_once": str(fitted.rows_at_once)}
+        environment = installation.environment() | {POLICY_VARIABLE: json.dumps(chosen)}
+        self._oom_kills = oom_kills()
         self._folder = tempfile.TemporaryDirectory(prefix="icportrait-server-")
         folder = Path(self._folder.name)
         backends = installation.prepare_backends(folder / "backends")
@@ -146,7 +161,7 @@ class TritonServer:
             f"--backend-directory={backends}",
             f"--cache-directory={installation.root / 'caches'}",
             f"--backend-config=python,shm-region-prefix-name={self.shm_prefix}",
-            f"--backend-config=python,thread-pool-size={2 * policy.max_pending_requests}",
+            f"--backend-config=python,thread-pool-size={threads_a_model(policy)}",
             *(f"--{name}-address={HOST}" for name in ("grpc", "http", "metrics")),
             *(f"--{name}-port={port}" for name, port in vars(self.ports).items()),
             "--exit-on-error=true",
@@ -179,12 +194,18 @@ class TritonServer:
         """The process's exit status, None while it runs."""
         return self._process.poll() if self._process else 0
 
-    def what_ended(self) -> str | None:
+    def what_ended(self) -> Ending | None:
         """Which part of the server has ended, and how, though it wasn't stopped; None while all of it runs."""
         if (status := self.poll()) is not None:
-            return f"tritonserver {describe(status)}"
+            return self._ending("tritonserver", describe(status))
         endings = ((stub.model, stub.ending()) for stub in self._stubs)
-        return next((f"the process of model {model} {ending}" for model, ending in endings if ending), None)
+        return next(
+            (self._ending(f"the process of model {model}", ending) for model, ending in endings if ending), None
+        )
+
+    def _ending(self, part: str, ending: str) -> Ending:
+        for_memory = ending == describe(-signal.SIGKILL) and oom_kills() > self._oom_kills
+        return Ending(f"{part} {'was killed for want of memory' if for_memory else ending}", for_memory)
 
     def stop(self) -> None:
         """Stop the process and everything it started, and remove its shared memory; where that was cut off, go on."""
@@ -275,8 +296,8 @@ def main(argv: list[str] | None = None) -> int:
     for name, port in vars(ports).items():
         parser.add_argument(f"--{name}-port", type=int, default=port, help="default: %(default)s")
     args = parser.parse_args(argv)
-    server = TritonServer(args.repository, Ports(args.grpc_port, args.http_port, args.metrics_port))
     say = partial(print, flush=True)
+    server = TritonServer(args.repository, Ports(args.grpc_port, args.http_port, args.metrics_port), say=say)
     _stop_on_signals()
     say(f"starting tritonserver on {args.repository}")
     if not GPU_DEVICE.exists():

@@ -13,9 +13,11 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from icportrait.errors import PlanError, RuntimeNotAvailable
+from icportrait.errors import CheckpointError, PlanError, RuntimeNotAvailable
 from icportrait.installation import Installation
+from icportrait.machine_memory import room
 from icportrait.manifest import Manifest
+from icportrait.memory import fit, summary
 from icportrait.policy import PLAN_RUNTIMES, ServingPolicy
 from icportrait.repository import ENGINE_OWNERS, TRITON_PLAN_NAME
 from icportrait.runtime import cuda
@@ -51,6 +53,25 @@ def simulation_note(repository: Path) -> str:
         return ""
     table = LatencyTable.read(repository / "denoise" / "1" / LATENCY_TABLE_NAME)
     return f"SIMULATED engines: their times are a table's for {table.device}, and pictures show nothing"
+
+
+def fit_memory(repository: Path, policy: ServingPolicy) -> tuple[ServingPolicy, str]:
+    """The policy that this machine has memory for, and a line that says so where engines run on a CPU.
+
+    Args:
+        repository: the model repository; its manifest says what engines need.
+        policy: the one that it was assembled with.
+
+    Raises:
+        NotEnoughMemory: see ``memory.fit``.
+    """
+    try:
+        manifest = Manifest.read(repository / "denoise" / "1")
+    except CheckpointError:  # no repository of ours: Triton says what it makes of it
+        return policy, ""
+    here = room()
+    fitted, found = fit(manifest, policy, here)
+    return fitted, summary(fitted, found, here) if manifest.memory else ""
 
 
 def check_plans(repository: Path, runtime: str, installation: Installation) -> None:

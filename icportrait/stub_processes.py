@@ -36,7 +36,7 @@ class StubProcess:
 def stub_processes(server_pid: int) -> list[StubProcess]:
     """Those of a tritonserver that run now."""
     found = []
-    for pid in _descendants(server_pid):
+    for pid in descendants(server_pid):
         arguments = _arguments(pid)
         fields = _stat(pid)
         if fields and len(arguments) > 1 and Path(arguments[0]).name == STUB:
@@ -50,7 +50,8 @@ def describe(exit_code: int) -> str:
     return f"was ended by signal {-exit_code}" if exit_code < 0 else f"ended with status {exit_code}"
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
+    """The processes below one, its children before theirs."""
     children: dict[int, list[int]] = {}
     for folder in PROC.iterdir():
         if folder.name.isdecimal() and (fields := _stat(int(folder.name))):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
 from icportrait.errors import IcPortraitError
@@ -14,6 +15,19 @@ WITHIN_S = 600.0
 POLL_S = 0.1
 
 
+@dataclass(frozen=True)
+class Ending:
+    """How a part of a server has ended."""
+
+    text: str
+    """A sentence without its end."""
+    for_memory: bool = False
+    """The kernel killed it for want of memory, or another process in the same moment."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
 class Server(Protocol):
     """What ``keep_running`` needs of ``server.TritonServer``."""
 
@@ -21,7 +35,7 @@ class Server(Protocol):
 
     def stop(self) -> None: ...
 
-    def what_ended(self) -> str | None: ...
+    def what_ended(self) -> Ending | None: ...
 
 
 def keep_running(
@@ -43,9 +57,10 @@ def keep_running(
         sleep: waits so many seconds.
 
     Raises:
-        IcPortraitError: it didn't start, or parts of it end too often.
+        IcPortraitError: it didn't start, parts of it end too often, or one was killed for want of memory again.
     """
     restarts: deque[float] = deque()
+    was_killed_for_memory = False
     window = f"{WITHIN_S / 60:.0f} minutes"
     try:
         while True:
@@ -56,6 +71,12 @@ def keep_running(
             while restarts and clock() - restarts[0] >= WITHIN_S:
                 restarts.popleft()
             may_restart = len(restarts) < MAX_RESTARTS
+            if ended.for_memory and was_killed_for_memory:
+                # Start-up has looked at the memory that there was left, and the same has happened.
+                raise IcPortraitError(
+                    f"{ended}, for the second time; end other programs, allow more memory, or serve a smaller preset"
+                )
+            was_killed_for_memory |= ended.for_memory
             if may_restart:
                 restarts.append(clock())
                 say(f"{ended}; restarting the server, {len(restarts)} of at most {MAX_RESTARTS} times in {window}")

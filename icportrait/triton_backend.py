@@ -24,7 +24,7 @@ from icportrait.denoise_stage import KEEPS_FAILING, Answer, DenoiseStage
 from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable, to_caller, to_wire
 from icportrait.manifest import Manifest
 from icportrait.metrics import PREFIX, Kind, Labels, Metrics, description
-from icportrait.policy import ServingPolicy
+from icportrait.policy import POLICY_VARIABLE, ServingPolicy
 from icportrait.runtime import Engine, Slots, load_engine, load_slots
 from icportrait.runtime.cuda import Stream
 from icportrait.runtime.placement import Placed, join, private_copy
@@ -48,6 +48,7 @@ class ModelContext:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         config = json.loads(args["model_config"])
         parameters = {key: value["string_value"] for key, value in config["parameters"].items()}
+        parameters |= json.loads(os.environ.get(POLICY_VARIABLE, "{}"))
         self.name: str = config["name"]
         self.input_names = [tensor["name"] for tensor in config["input"]]
         self.directory = Path(args["model_repository"]) / args["model_version"]

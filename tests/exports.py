@@ -36,6 +36,7 @@ EXPORTER = (
     "icportrait/manifest.py",
     "icportrait/presets.py",
     "icportrait/runtime/ort.py",
+    "icportrait/runtime/portions.py",
 )
 """The files that decide what an export holds,"""
 PACKAGES = ("torch", "diffusers", "numpy", "onnx", "onnx-ir", "onnxscript", "onnxruntime")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,10 +13,12 @@ import torch
 
 from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.nn import engine_modules, load_checkpoint, random_checkpoint
+from icportrait.runtime.portions import run_in_portions
 
 if TYPE_CHECKING:
     from icportrait.manifest import Manifest
     from icportrait.nn import Checkpoint
+    from icportrait.policy import ServingPolicy
     from icportrait.presets import Preset
 
 
@@ -24,7 +26,12 @@ class TorchEngine:
     """A torch module in eager mode, on the CPU or on a CUDA device where there is one."""
 
     def __init__(
-        self, module: torch.nn.Module, spec: ModelSpec, device: str | None = None, row_by_row: bool = False
+        self,
+        module: torch.nn.Module,
+        spec: ModelSpec,
+        device: str | None = None,
+        row_by_row: bool = False,
+        rows_at_once: int = 0,
     ) -> None:
         """Place the module.
 
@@ -34,8 +41,10 @@ class TorchEngine:
             device: torch's name; a CUDA device where there is one, by default.
             row_by_row: run a batch's rows one after the other, so that no row's bits depend on another. Filling up to
                 one batch size isn't enough: torch computes the last two rows of six in another way than the first four.
+            rows_at_once: of a batch, the most that one run computes; 0 takes the largest batch.
         """
-        self.spec, self._row_by_row = spec, row_by_row
+        self.spec = spec
+        self._rows = range(1, 1 + (1 if row_by_row else rows_at_once or spec.batch.max))
         self.version = f"torch-{torch.__version__}"
         self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         self._module = module.eval().to(self._device)
@@ -43,29 +52,26 @@ class TorchEngine:
             torch.backends.cudnn.deterministic = True  # else some of its convolutions add up in any order
 
     @classmethod
-    def from_manifest(cls, name: str, manifest: Manifest, threads: int = 0, row_by_row: bool = False) -> TorchEngine:
+    def from_manifest(cls, name: str, manifest: Manifest, policy: ServingPolicy) -> TorchEngine:
         """The module that the export's engine ``name`` was made from, with the same (fp32) weights."""
-        if threads:
-            torch.set_num_threads(threads)
-        return cls(source_modules(manifest)[name], engine_specs(manifest.preset)[name], row_by_row=row_by_row)
+        if policy.engine_threads:
+            torch.set_num_threads(policy.engine_threads)
+        return cls(
+            source_modules(manifest)[name],
+            engine_specs(manifest.preset)[name],
+            row_by_row=policy.deterministic,
+            rows_at_once=policy.rows_at_once,
+        )
 
-    @torch.inference_mode()
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one batch; see ``Engine.run``."""
-        batch = self.spec.check_inputs(inputs)[self.spec.batch.name]
-        tensors = [
-            torch.from_numpy(np.ascontiguousarray(inputs[spec.name])).to(self._device) for spec in self.spec.inputs
-        ]
-        if not self._row_by_row:
-            return self._arrays(self._run(tensors))
-        rows = [self._run([tensor[row : row + 1] for tensor in tensors]) for row in range(batch)]
-        return self._arrays([torch.cat(parts) for parts in zip(*rows, strict=True)])
+        return run_in_portions(self.spec, inputs, self._rows, self._run)
 
-    def _run(self, tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        outputs = self._module(*tensors)
-        return outputs if isinstance(outputs, tuple) else (outputs,)
-
-    def _arrays(self, outputs: Sequence[torch.Tensor]) -> dict[str, Array]:
+    @torch.inference_mode()
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        arrays = (np.ascontiguousarray(inputs[spec.name]) for spec in self.spec.inputs)
+        outputs = self._module(*(torch.from_numpy(array).to(self._device) for array in arrays))
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         return {spec.name: output.cpu().numpy() for spec, output in zip(self.spec.outputs, outputs, strict=True)}
 
 

@@ -47,13 +47,27 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
     if policy.runtime == "onnxruntime":
         from icportrait.runtime.ort import OrtEngine
 
-        return OrtEngine(directory / manifest.engines[name].file, spec, policy.engine_threads)
+        return OrtEngine(
+            directory / manifest.engines[name].file, spec, policy.engine_threads, rows_at_once=policy.rows_at_once
+        )
+    if policy.runtime == "openvino":
+        from icportrait.runtime.ov import OpenVinoEngine
+
+        # The server reads the repository through a link.
+        cache = compiled_folder(directory.resolve().parents[1], manifest, name)
+        return OpenVinoEngine(
+            directory / manifest.engines[name].file,
+            spec,
+            buckets_at_once(spec, policy),
+            policy.engine_threads,
+            cache if cache.is_dir() else None,
+        )
     if policy.runtime == "torch":
         try:
             from icportrait.runtime.eager import TorchEngine
         except ImportError as error:
             raise RuntimeNotAvailable(f'runtime torch is not installed ({error}); run "make setup"') from error
-        return TorchEngine.from_manifest(name, manifest, policy.engine_threads, policy.deterministic)
+        return TorchEngine.from_manifest(name, manifest, policy)
     if policy.is_simulated:
         from icportrait.runtime.simulated import load_simulated
 
@@ -65,6 +79,17 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
         pinned = None if rows is None else {name: rows}
         return load_plans([name], directory, manifest, FLAVOURS[policy.runtime], pinned)[name]
     raise RuntimeNotAvailable(f"runtime: {policy.runtime!r}, expected one of {', '.join(RUNTIMES)}")
+
+
+def compiled_folder(repository: Path, manifest: Manifest, name: str) -> Path:
+    """Where what OpenVINO compiled of an engine is kept: beside its repository, which is written anew more often."""
+    return repository.with_name(f"{repository.name}.compiled") / f"{name}-{manifest.engines[name].sha256[:12]}"
+
+
+def buckets_at_once(spec: ModelSpec, policy: ServingPolicy) -> tuple[int, ...]:
+    """The numbers of rows that an engine of OpenVINO's is compiled for: powers of two; in the deterministic mode 1."""
+    most = 1 if policy.deterministic else min(policy.rows_at_once, spec.batch.max)
+    return tuple(2**power for power in range(most.bit_length()))
 
 
 def pinned_rows(spec: ModelSpec, policy: ServingPolicy) -> int | None:

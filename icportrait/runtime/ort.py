@@ -7,12 +7,15 @@ from pathlib import Path
 
 from icportrait.contract import Array, ModelSpec, TensorSpec
 from icportrait.errors import CheckpointError, RuntimeNotAvailable
+from icportrait.runtime.portions import run_in_portions
 
 
 class OrtEngine:
     """An ONNX graph in an inference session on the CPU."""
 
-    def __init__(self, path: Path, spec: ModelSpec, threads: int = 0, lean: bool = False) -> None:
+    def __init__(
+        self, path: Path, spec: ModelSpec, threads: int = 0, lean: bool = False, rows_at_once: int = 0
+    ) -> None:
         """Load the graph and compare its inputs and outputs with the specification.
 
         Args:
@@ -20,6 +23,7 @@ class OrtEngine:
             spec: what the graph must take and give.
             threads: threads for one operator; 0 takes one per physical core.
             lean: give memory back after every operator, at the price of speed; else it is kept for the next run.
+            rows_at_once: of a batch, the most that one run computes; 0 takes the largest batch.
 
         Raises:
             CheckpointError: the file is missing, or its names, types or fixed sizes aren't the specification's.
@@ -39,6 +43,7 @@ class OrtEngine:
         # Quantised graphs run as they are written; fusing them fails for fp8.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.spec = spec
+        self._rows = range(1, min(rows_at_once or spec.batch.max, spec.batch.max) + 1)
         self.version = f"onnxruntime-{ort.__version__}"
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         self._output_names = [output.name for output in spec.outputs]
@@ -47,7 +52,9 @@ class OrtEngine:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one batch; see ``Engine.run``."""
-        self.spec.check_inputs(inputs)
+        return run_in_portions(self.spec, inputs, self._rows, self._run)
+
+    def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         outputs = self._session.run(self._output_names, dict(inputs))
         return dict(zip(self._output_names, outputs, strict=True))
 

@@ -31,9 +31,9 @@ class Supervised:
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
-    def next_line(self, start: str) -> str:
+    def next_line(self, start: str, timeout_s: float = LINE_TIMEOUT_S) -> str:
         """The next line that begins so."""
-        while not (line := self._lines.get(timeout=LINE_TIMEOUT_S)).startswith(start):
+        while not (line := self._lines.get(timeout=timeout_s)).startswith(start):
             pass
         return line.strip()
 
@@ -60,13 +60,16 @@ class Supervised:
 
 
 @contextmanager
-def supervised(repository: Path, folder: Path, *, wait: bool = True) -> Iterator[Supervised]:
+def supervised(
+    repository: Path, folder: Path, *, wait: bool = True, ready_timeout_s: float = LINE_TIMEOUT_S
+) -> Iterator[Supervised]:
     """Start it, and stop it where the test hasn't.
 
     Args:
         repository: to be served.
         folder: for its log and its temporary files.
         wait: until it is ready.
+        ready_timeout_s: for how long; nothing is said in the meantime.
     """
     ports = Ports.free()
     arguments = [f"--{name}-port={port}" for name, port in vars(ports).items()]
@@ -79,7 +82,7 @@ def supervised(repository: Path, folder: Path, *, wait: bool = True) -> Iterator
         try:
             server = Supervised(process, ports, folder)
             if wait:
-                server.ready = server.next_line("ready")
+                server.ready = server.next_line("ready", ready_timeout_s)
             yield server
         finally:
             process.terminate()

@@ -1,16 +1,11 @@
 """Stable Diffusion's whole geometry, with random weights, through what a user runs: ``make test-full``.
 
-Nothing here needs a GPU; the plans are compiled ahead of time. Both steps' times and largest resident sizes are printed
+Nothing here needs a GPU; the plans are compiled ahead of time. Each step's time and largest resident size are printed
 at the end, and the memory is held to its budget.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -23,14 +18,11 @@ from icportrait.presets import SD15_512
 from icportrait.runtime.flavours import TENSORRT_RTX
 from icportrait.runtime.plans import PlanManifest
 from tests.conftest import ROOT
+from tests.full.conftest import EXPORT, PLANS, Step
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(3600)]
 
 MEMORY_BUDGET_BYTES = 18 * 10**9
-TIME_BUDGET_S = 12 * 60
-"""On two cores that nothing else uses; it is printed and not asserted, as the cores may be slow or shared."""
-EXPORT = ROOT / "build/export/sd15-512-fp16-opset23"
-PLANS = ROOT / "build/engines/tensorrt-rtx/sd15-512-fp16"
 BATCHES = {
     "vae_encoder": [1, 2, 4, 8],
     "warping_network": [1, 2, 4],
@@ -42,60 +34,13 @@ ATTENTIONS = {"vae_encoder": 1, "warping_network": 28, "unet": 32, "vae_decoder"
 SPECS = engine_specs(SD15_512, "fp16")
 
 
-@dataclass(frozen=True)
-class Step:
-    """A make target that was run."""
-
-    name: str
-    output: str
-    seconds: float
-    peak_bytes: int
-    """The largest resident size of any one of its processes; they work one after another."""
-
-
-def run(*arguments: str) -> Step:
-    """Run make and print what it says, as it says it."""
-    # Were this make told of the one that runs the tests, it would take over that one's variables.
-    environment = {
-        name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
-    }
-    started = time.monotonic()
-    with subprocess.Popen(
-        ["make", *arguments], cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True
-    ) as process:
-        lines = []
-        assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            lines.append(line)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    assert process.returncode == 0, f"make {' '.join(arguments)} failed"
-    return Step(arguments[0], "".join(lines), time.monotonic() - started, usage.ru_maxrss * 1024)
-
-
-@pytest.fixture(scope="module")
-def steps() -> Iterator[list[Step]]:
-    # make takes an export that is there for up to date.
-    (EXPORT / "manifest.json").unlink(missing_ok=True)
-    for plan in PLANS.glob("*"):
-        plan.unlink()
-    what = ("PRESET=sd15-512", "WEIGHTS=random")
-    done = [run("export", *what, "OPSET=23"), run("engines", *what)]
-    yield done
-    print()
-    for step in done:
-        print(f"make {step.name}: {step.seconds:.0f} s, largest process {step.peak_bytes / 1e9:.1f} GB")
-    print(f"together: {sum(step.seconds for step in done):.0f} s of {TIME_BUDGET_S}")
-
-
 def test_memory_stays_within_its_budget(steps: list[Step]) -> None:
     assert {step.name: step.peak_bytes for step in steps if step.peak_bytes > MEMORY_BUDGET_BYTES} == {}
 
 
 def test_the_second_step_builds_what_the_first_exported(steps: list[Step]) -> None:
     """Else the first one's memory would be another export's."""
-    exported, built = steps
+    _, exported, built = steps
     assert f"{EXPORT.relative_to(ROOT)}: sd15-512, fp16" in exported.output
     assert "sd15-512, fp16" not in built.output
     manifest = Manifest.read(EXPORT)

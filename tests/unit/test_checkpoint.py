@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from export.adapt import main as adapt
 from icportrait.errors import CheckpointError
 from icportrait.nn import (
     Checkpoint,
@@ -545,6 +546,20 @@ def test_token_ids_outside_the_vocabulary_are_refused(base: StableDiffusion) -> 
 def test_a_prompt_needs_a_tokenizer(base: StableDiffusion) -> None:
     with pytest.raises(CheckpointError, match=r"tokenizer: the directory is missing, expected for the prompt 'ab'"):
         from_stable_diffusion(base.directory, prompt="ab")
+
+
+def test_the_command_adapts_a_directory_of_the_fp16_variant(
+    base: StableDiffusion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for model in ("unet", "vae"):
+        getattr(base, model).half().save_pretrained(base.directory / model, variant="fp16")
+        (base.directory / model / WEIGHTS).unlink()
+    assert adapt(["--stable-diffusion", str(base.directory), "--out", str(tmp_path / "adapted")]) == 0
+    assert "adapted: custom; F_ref is zero until the checkpoint is trained" in capsys.readouterr().out
+    assert_same_weights(load_checkpoint(tmp_path / "adapted").unet, base.unet.float())
+    shutil.rmtree(base.directory / "vae")
+    assert adapt(["--stable-diffusion", str(base.directory), "--out", str(tmp_path / "adapted")]) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
 
 
 @pytest.mark.parametrize("shape", [(6, 12), (1, 6, 12)])

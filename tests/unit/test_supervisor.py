@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+import icportrait.server
 from icportrait.errors import IcPortraitError
+from icportrait.machine_memory import oom_kills
+from icportrait.server import TritonServer
 from icportrait.stub_processes import STUB, StubProcess, stub_processes
-from icportrait.supervisor import MAX_RESTARTS, WITHIN_S, keep_running
+from icportrait.supervisor import MAX_RESTARTS, WITHIN_S, Ending, keep_running
 
 
 class Stopped(BaseException):
@@ -26,6 +29,7 @@ class FakeServer:
         self.now, self.calls = 0.0, []
         self._lives_s = iter(lives_s)
         self.on_stop: Callable[[], None] = lambda: None
+        self.ending = Ending("a part ended")
 
     def start(self) -> None:
         self.calls.append("start")
@@ -35,8 +39,8 @@ class FakeServer:
         self.calls.append("stop")
         self.on_stop()
 
-    def what_ended(self) -> str | None:
-        return "a part ended" if self.now >= self._ends_at else None
+    def what_ended(self) -> Ending | None:
+        return self.ending if self.now >= self._ends_at else None
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -69,6 +73,18 @@ def test_a_server_that_keeps_ending_stops_with_an_error() -> None:
         keep_running(server, said.append, "ready", lambda: server.now, server.sleep)
     assert said.count("ready") == MAX_RESTARTS + 1
     assert server.calls[-2:] == ["stop", "stop"]
+
+
+def test_what_was_killed_for_memory_is_started_again_once() -> None:
+    server = FakeServer(1.0, 10 * WITHIN_S / 2)
+    server.ending = Ending("denoise was killed for want of memory", for_memory=True)
+    said: list[str] = []
+    with pytest.raises(
+        IcPortraitError, match=r"^denoise was killed for want of memory, for the second time; end other"
+    ):
+        keep_running(server, said.append, "ready", lambda: server.now, server.sleep)
+    assert said.count("ready") == 2
+    assert server.calls == ["start", "stop", "start", "stop"]
 
 
 def test_restarts_that_lie_back_do_not_count() -> None:
@@ -117,6 +133,30 @@ def test_a_models_process_is_found_and_its_end_told(
     assert found.ending() == ending
     stub.wait()
     assert found.ending() == "ended"
+
+
+@pytest.mark.parametrize(
+    ("sent", "kills", "ending"),
+    [
+        (signal.SIGKILL, 1, Ending("the process of model denoise was killed for want of memory", for_memory=True)),
+        (signal.SIGKILL, 0, Ending("the process of model denoise was ended by signal 9")),
+        (signal.SIGSEGV, 1, Ending("the process of model denoise was ended by signal 11")),
+    ],
+)
+def test_what_the_kernel_killed_for_memory_is_named_as_that(
+    stub: subprocess.Popen[bytes], sent: signal.Signals, kills: int, ending: Ending, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = oom_kills()
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as triton:
+        server = TritonServer(
+            Path("repository"), _process=triton, _stubs=stub_processes(os.getpid()), _oom_kills=before
+        )
+        assert server.what_ended() is None
+        stub.send_signal(sent)
+        os.waitid(os.P_PID, stub.pid, os.WEXITED | os.WNOWAIT)
+        monkeypatch.setattr(icportrait.server, "oom_kills", lambda: before + kills)
+        assert server.what_ended() == ending
+        triton.communicate()
 
 
 def test_a_process_that_got_the_number_later_is_another_one() -> None:

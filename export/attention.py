@@ -1,0 +1,50 @@
+"""Attention in a graph whose operator set has no attention: a block of queries at a time.
+
+Before opset 23 the exporter writes two products and a softmax, and ONNX Runtime holds all scores between them: 2 GB for
+each row at Stable Diffusion's finest level (8 heads, 8192 x 8192), several times over. OpenVINO finds attention in
+either form and holds none; TensorRT gets opset 23, where attention is one operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+ATTENTION_OPSET = 23
+"""The first with attention as one operator."""
+MAX_SCORES_BYTES = 2**27
+"""Of one row in float32. Attention with fewer is written whole, which is all of it at the coarser levels."""
+
+
+class AttentionInBlocks(TorchFunctionMode):
+    """While this lasts, ``scaled_dot_product_attention`` is computed for a block of queries after another.
+
+    Every query's softmax is over all keys in any case, so that blocks change nothing but the order of the work.
+    """
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call ``function``; where it is an attention with large scores, for each block."""
+        if function is not functional.scaled_dot_product_attention:
+            return function(*args, **(kwargs or {}))
+        query, key, *others = args
+        count = queries_at_once(query, key)
+        if count >= query.shape[2]:
+            return function(*args, **(kwargs or {}))
+        blocks: Sequence[Tensor] = query.split(count, dim=2)
+        return torch.cat([function(block, key, *others, **(kwargs or {})) for block in blocks], dim=2)
+
+
+def queries_at_once(query: Tensor, key: Tensor) -> int:
+    """How many queries [batch, heads, n, d] may see keys [batch, heads, m, d] together."""
+    return max(1, MAX_SCORES_BYTES // (4 * query.shape[1] * key.shape[2]))

@@ -1,0 +1,78 @@
+"""What an engine takes of memory on a CPU, read from its graph: nothing is run for it.
+
+A graph lists its operators in an order in which they can run. A tensor is held from the operator that makes it to the
+last that reads it; the most that is held at once is what a run takes. CPU runtimes compute in float32, so that weights
+and tensors of half precision take four bytes an element all the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import onnx
+
+SAME_MEMORY = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
+"""Operators whose output is their first input's memory, or takes its place."""
+
+
+@dataclass(frozen=True)
+class GraphMemory:
+    """What a graph's weights and one of its runs take, in bytes."""
+
+    weights_bytes: int
+    row_bytes: int
+    """The most that is held at once, for each row of the batch."""
+
+
+def graph_memory(path: Path) -> GraphMemory:
+    """Add up an ONNX graph. Its external data isn't read."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    weights = sum(4 * math.prod(weight.dims) for weight in graph.initializer)
+    return GraphMemory(weights, _most_held_at_once(graph))
+
+
+def _most_held_at_once(graph: onnx.GraphProto) -> int:
+    sizes = {info.name: _row_bytes(info) for info in (*graph.value_info, *graph.input, *graph.output)}
+    owner: dict[str, str] = {}
+    for node in graph.node:
+        for output in node.output:
+            owner[output] = owner.get(node.input[0], node.input[0]) if node.op_type in SAME_MEMORY else output
+    last_reader = {output.name: len(graph.node) for output in graph.output}
+    for index, node in enumerate(graph.node):
+        for name in node.input:
+            last_reader[owner.get(name, name)] = max(index, last_reader.get(owner.get(name, name), 0))
+    for output in graph.output:
+        last_reader[owner.get(output.name, output.name)] = len(graph.node)
+    held = _total(sizes, (tensor.name for tensor in graph.input))
+    most = held
+    ends: dict[int, list[str]] = {}
+    for index, node in enumerate(graph.node):
+        made = [name for name in node.output if owner[name] == name]
+        held += _total(sizes, made)
+        most = max(most, held)
+        for name in made:
+            ends.setdefault(last_reader.get(name, index), []).append(name)
+        held -= _total(sizes, ends.get(index, []))
+    return most
+
+
+def _total(sizes: dict[str, int], names: Iterable[str]) -> int:
+    return sum(sizes.get(name, 0) for name in names)
+
+
+def _row_bytes(info: onnx.ValueInfoProto) -> int:
+    """Of one row of a tensor that has the batch; 0 of others, which are constants' and small."""
+    import onnx
+
+    kind = info.type.tensor_type
+    sizes: list[int] = [dim.dim_value for dim in kind.shape.dim if not dim.dim_param]
+    if len(sizes) == len(kind.shape.dim):
+        return 0
+    return math.prod(sizes) * (1 if kind.elem_type == onnx.TensorProto.UINT8 else 4)

@@ -1,0 +1,81 @@
+"""How much memory a server may take here: of the machine, of its control groups, and of a process's address space."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+PROC = Path("/proc")
+CGROUPS = Path("/sys/fs/cgroup")
+KIB = 1024
+# A control group's files in both versions: its limit, what it has, and of its statistics what it could give back.
+FILES = {
+    "": ("memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+
+
+@dataclass(frozen=True)
+class Room:
+    """What all processes together may still take, and what one may."""
+
+    free_bytes: int
+    owner: str
+    """Whose limit that is, for a sentence: "this machine", or a control group."""
+    address_bytes: int | None = None
+    """Of one process's address space, ``ulimit -v``; None without a limit."""
+
+
+def room(proc: Path = PROC, cgroups: Path = CGROUPS) -> Room:
+    """The tightest limit of this process and those that it starts.
+
+    Args:
+        proc: where the kernel's process information is mounted.
+        cgroups: where control groups are, of either version.
+    """
+    limits = [(_available(proc), "this machine"), *_groups(proc, cgroups)]
+    free_bytes, owner = min(limits)
+    soft, _ = resource.getrlimit(resource.RLIMIT_AS)
+    return Room(free_bytes, owner, None if soft == resource.RLIM_INFINITY else soft)
+
+
+def oom_kills(proc: Path = PROC) -> int:
+    """How many processes the kernel has killed for want of memory since it started, in any control group."""
+    return _fields(proc / "vmstat").get("oom_kill", 0)
+
+
+def _available(proc: Path) -> int:
+    """What the kernel thinks can be had without swapping, its caches included."""
+    return _fields(proc / "meminfo")["MemAvailable:"] * KIB
+
+
+def _groups(proc: Path, cgroups: Path) -> Iterator[tuple[int, str]]:
+    """What each of this process's control groups has left. A group's parents bind it, too.
+
+    In a container a group's path may not be the one that is mounted; the mount's root is the container's group then.
+    """
+    for line in (proc / "self" / "cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        kind = "memory" if "memory" in controllers.split(",") else controllers
+        if kind not in FILES:
+            continue
+        limit_file, usage_file, reclaimable = FILES[kind]
+        mount = cgroups / kind
+        group = mount / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(mount):
+                break
+            try:
+                limit = int((folder / limit_file).read_text())  # "max" is none
+                usage = int((folder / usage_file).read_text())
+                usage -= _fields(folder / "memory.stat").get(reclaimable, 0)
+            except (OSError, ValueError):
+                continue
+            yield max(0, limit - usage), f"control group {folder}"
+
+
+def _fields(path: Path) -> dict[str, int]:
+    """A file of names and numbers."""
+    return {fields[0]: int(fields[1]) for line in path.read_text().splitlines() if len(fields := line.split()) > 1}

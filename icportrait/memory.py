@@ -1,0 +1,138 @@
+"""What a server needs of memory on a CPU, and how much of it is chosen to fit: before anything is loaded.
+
+Needs are computed from the graphs (``graph_memory``) and a few measured constants (ADR 0010); on a GPU the runner looks
+at the device's memory itself (``runtime/loading``).
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from icportrait.contract import ENGINES, MODEL_ENGINES, engine_specs
+from icportrait.errors import NotEnoughMemory
+from icportrait.machine_memory import Room
+from icportrait.manifest import Manifest
+from icportrait.policy import ServingPolicy
+from icportrait.runtime.engine import buckets_at_once
+from icportrait.triton_config import FRONTS
+
+PROCESS_BYTES = 150 * 10**6
+"""A model's process with its runtime and no engine."""
+SERVER_BYTES = 600 * 10**6
+"""Tritonserver, the fronts, preprocess and postprocess, with pictures under way."""
+ADDRESS_BYTES = 1200 * 10**6
+"""Of address space that a process takes beyond its memory: libraries, threads, allocators' reserves."""
+PYTHON_MODELS = len(FRONTS) + 3 + len(MODEL_ENGINES)
+WEIGHTS_HELD = {"onnxruntime": 2, "torch": 1}
+"""How often a runtime holds weights."""
+LEAST_SLOTS = 2
+"""A guided portrait takes two."""
+SPARE = 1.25
+"""A runtime's own buffers, and holes between them: a run takes so much of what its tensors do."""
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Need:
+    """Of one process, in bytes."""
+
+    model: str
+    memory: int
+    address_space: int
+
+
+def needs(manifest: Manifest, policy: ServingPolicy) -> list[Need]:
+    """What each process needs at its most, by a repository's manifest; where no engine runs on a CPU, Triton alone."""
+    if not manifest.memory:
+        return [_server_need(policy)]
+    owned = {name: [name] for name in MODEL_ENGINES} | {"denoise": [e for e in ENGINES if e not in MODEL_ENGINES]}
+    specs = engine_specs(manifest.preset, manifest.precision)
+    found = [_server_need(policy)]
+    for model, engines in owned.items():
+        memory, mapped, largest = PROCESS_BYTES, 0, 0
+        for name in engines:
+            known, spec = manifest.memory[name], specs[name]
+            buckets = buckets_at_once(spec, policy)
+            if policy.runtime == "openvino":
+                memory += sum(known.weights_bytes + int(SPARE * known.run_bytes[rows]) for rows in buckets)
+                mapped += known.weights_bytes * len(buckets)
+                # While it is compiled for the first time, an engine holds its weights twice.
+                largest = max(largest, known.weights_bytes)
+            else:
+                memory += WEIGHTS_HELD[policy.runtime] * known.weights_bytes + int(SPARE * known.run_bytes[buckets[-1]])
+            mapped += manifest.engines[name].size_bytes
+        if policy.runtime == "torch":
+            # Each process holds the whole checkpoint.
+            memory += sum(known.weights_bytes for name, known in manifest.memory.items() if name not in engines)
+        if model == "denoise":
+            f_ref = [tensor for tensor in specs["unet"].inputs if tensor.name.startswith("f_ref_")]
+            memory += sum(tensor.nbytes(min(policy.slots, manifest.preset.max_unet_batch)) for tensor in f_ref)
+        if model == "vae_encoder":
+            memory += policy.cache_bytes
+        found.append(Need(model, memory + largest, memory + largest + mapped + ADDRESS_BYTES))
+    return found
+
+
+def _server_need(policy: ServingPolicy) -> Need:
+    stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
+    stacks = PYTHON_MODELS * threads_a_model(policy) * (8 * 2**20 if stack == resource.RLIM_INFINITY else stack)
+    return Need("tritonserver", SERVER_BYTES, stacks + ADDRESS_BYTES)
+
+
+def threads_a_model(policy: ServingPolicy) -> int:
+    """Of Triton's pool: each request of a front holds one until its first answer, and each answer needs one."""
+    return 2 * policy.max_pending_requests
+
+
+def fit(manifest: Manifest, policy: ServingPolicy, room: Room) -> tuple[ServingPolicy, list[Need]]:
+    """The policy with as many rows at once, and then as many slots, as there is memory for, and what it needs.
+
+    Raises:
+        NotEnoughMemory: not even the least fits; the text has both numbers.
+    """
+    for candidate in _candidates(policy):
+        found = needs(manifest, candidate)
+        if _fits(found, room):
+            return candidate, found
+    total = sum(need.memory for need in found)
+    largest = max(found, key=lambda need: need.address_space)
+    what = f"{manifest.preset.name} on {policy.runtime}"
+    if room.address_bytes is not None and largest.address_space > room.address_bytes:
+        raise NotEnoughMemory(
+            f"{what}: {largest.model} needs {largest.address_space / GB:.1f} GB of address space, and ulimit -v allows "
+            f"{room.address_bytes / GB:.1f} GB; lift it with: ulimit -v unlimited"
+        )
+    parts = ", ".join(f"{need.model} {need.memory / GB:.1f}" for need in found)
+    raise NotEnoughMemory(
+        f"{what} needs {total / GB:.1f} GB of memory ({parts}), and {room.owner} has {room.free_bytes / GB:.1f} GB "
+        "left; end other programs, allow it more, or serve a smaller preset"
+    )
+
+
+def _candidates(policy: ServingPolicy) -> Iterator[ServingPolicy]:
+    rows = policy.rows_at_once
+    while rows:
+        yield replace(policy, rows_at_once=rows)
+        rows //= 2
+    slots = policy.slots // 2
+    while slots >= LEAST_SLOTS:
+        yield replace(policy, rows_at_once=1, slots=slots)
+        slots //= 2
+
+
+def _fits(found: list[Need], room: Room) -> bool:
+    if room.address_bytes is not None and any(need.address_space > room.address_bytes for need in found):
+        return False
+    return sum(need.memory for need in found) <= room.free_bytes
+
+
+def summary(policy: ServingPolicy, found: list[Need], room: Room) -> str:
+    """A line for who starts a server: what was chosen, what it needs, and what there is."""
+    rows = "1 row at once" if policy.rows_at_once == 1 else f"{policy.rows_at_once} rows at once"
+    total = sum(need.memory for need in found)
+    return (
+        f"{policy.runtime} with {policy.slots} slots, {rows}: needs up to {total / GB:.1f} GB of the "
+        f"{room.free_bytes / GB:.1f} GB that {room.owner} has left"
+    )

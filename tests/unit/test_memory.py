@@ -1,0 +1,214 @@
+"""What a server needs, computed from its graphs; what is chosen where there is less; what is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+import icportrait.startup
+from icportrait.contract import ENGINES
+from icportrait.errors import NotEnoughMemory
+from icportrait.graph_memory import GraphMemory, graph_memory
+from icportrait.machine_memory import Room
+from icportrait.manifest import EngineMemory, Manifest
+from icportrait.memory import fit, needs, summary
+from icportrait.policy import POLICY_VARIABLE, ServingPolicy, cpu_defaults
+from icportrait.presets import DEMO_128, SD15_512
+from icportrait.repository import assemble, main
+from icportrait.server import main as serve
+from icportrait.startup import repository_policy
+from icportrait.triton_backend import ModelContext
+from tests.trivial_engines import write_trivial_export
+
+GB = 10**9
+PLENTY = Room(10**15, "this machine")
+
+
+def described(manifest: Manifest, weights_gb: float, row_gb: float) -> Manifest:
+    """The manifest, with engines that each take so much."""
+    runs = {2**power: int(2**power * row_gb * GB) for power in range(5)}
+    memory = {name: EngineMemory(int(weights_gb * GB), runs) for name in ENGINES}
+    return Manifest(**{**vars(manifest), "memory": memory})
+
+
+@pytest.fixture(scope="module")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("export")
+    write_trivial_export(directory, DEMO_128)
+    return directory
+
+
+@pytest.fixture
+def manifest(export: Path) -> Manifest:
+    return Manifest.read(export)
+
+
+def total_gb(manifest: Manifest, **policy: object) -> float:
+    return sum(need.memory for need in needs(manifest, ServingPolicy(**policy))) / GB
+
+
+# One graph
+
+
+def test_a_graph_holds_a_tensor_from_its_maker_to_its_last_reader(tmp_path: Path) -> None:
+    """Of x (100) comes a (1000), of a b (40); a is read once more, by another name, for d (8)."""
+    info = helper.make_tensor_value_info
+    weights = [
+        numpy_helper.from_array(np.ones((7, 11), np.float16), "w"),
+        helper.make_tensor("shape", TensorProto.INT64, [2], [0, -1]),
+    ]
+    nodes = [
+        helper.make_node("Big", ["x"], ["a"], domain="test"),
+        helper.make_node("Small", ["a", "w"], ["b"], domain="test"),
+        helper.make_node("Reshape", ["a", "shape"], ["c"]),
+        helper.make_node("Small", ["c"], ["d"], domain="test"),
+        helper.make_node("Sum", ["b", "d"], ["y"]),
+    ]
+    inner = [info(name, TensorProto.FLOAT16, ["batch", size]) for name, size in (("a", 250), ("c", 250), ("d", 2))]
+    inner.append(info("b", TensorProto.FLOAT, ["batch", 10]))
+    graph = helper.make_graph(
+        nodes, "g", [info("x", TensorProto.UINT8, ["batch", 100])], [info("y", TensorProto.FLOAT, ["batch", 10])],
+        weights, value_info=inner,
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph), tmp_path / "g.onnx")
+    assert graph_memory(tmp_path / "g.onnx") == GraphMemory(
+        weights_bytes=4 * (7 * 11 + 2), row_bytes=100 + 4 * 250 + 4 * 10 + 4 * 2
+    )
+
+
+# A repository's
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torch"])
+def test_a_repositorys_manifest_has_every_engines_need(export: Path, tmp_path: Path, runtime: str) -> None:
+    assemble(export, tmp_path / "repository", ServingPolicy(runtime=runtime))
+    for model in ("denoise", "vae_encoder", "preprocess"):
+        memory = Manifest.read(tmp_path / "repository" / model / "1").memory
+        assert tuple(memory) == ENGINES
+        assert list(memory["unet"].run_bytes) == [1, 2, 4, 8, 16] and list(memory["vae_decoder"].run_bytes) == [
+            1,
+            2,
+            4,
+            8,
+        ]
+        assert memory["unet"].run_bytes[16] == 16 * memory["unet"].run_bytes[1] > 0
+    assert Manifest.read(export).memory == {}
+
+
+def test_every_process_is_added_up(manifest: Manifest) -> None:
+    found = needs(described(manifest, 1.0, 0.1), ServingPolicy(rows_at_once=1))
+    assert sorted(need.model for need in found) == ["denoise", "tritonserver", "vae_decoder", "vae_encoder"]
+    by_model = {need.model: need.memory for need in found}
+    assert by_model["denoise"] > by_model["vae_decoder"] + GB  # two engines
+    assert by_model["vae_encoder"] == by_model["vae_decoder"] + ServingPolicy().cache_bytes
+    assert all(need.address_space > need.memory for need in found)
+
+
+def test_more_rows_take_more_and_openvino_weights_for_each_bucket(manifest: Manifest) -> None:
+    large = described(manifest, 1.0, 0.1)
+    rows = [total_gb(large, runtime="onnxruntime", rows_at_once=count) for count in (1, 2, 4)]
+    assert rows[1] - rows[0] == pytest.approx(4 * 0.125) and rows[2] - rows[1] == pytest.approx(4 * 0.25)
+    buckets = [total_gb(large, runtime="openvino", rows_at_once=count) for count in (1, 2)]
+    assert buckets[1] - buckets[0] == pytest.approx(4 * (1.0 + 0.25))
+    deterministic = total_gb(large, runtime="openvino", rows_at_once=2, deterministic=True)
+    assert deterministic == pytest.approx(buckets[0])
+
+
+def test_a_process_of_torchs_holds_the_whole_checkpoint(manifest: Manifest) -> None:
+    large, empty = described(manifest, 1.0, 0.0), described(manifest, 0.0, 0.0)
+    assert total_gb(large, runtime="torch") - total_gb(empty, runtime="torch") == pytest.approx(3 * 4)
+
+
+# What fits
+
+
+def test_with_enough_memory_nothing_is_changed(manifest: Manifest) -> None:
+    policy = ServingPolicy(runtime="openvino")
+    assert fit(described(manifest, 1.0, 0.1), policy, PLENTY)[0] == policy
+
+
+def test_rows_are_given_up_before_slots(manifest: Manifest) -> None:
+    large, policy = described(manifest, 1.0, 0.5), ServingPolicy()
+    chosen = []
+    for rows in (16, 8, 4, 2, 1):
+        need_gb = total_gb(large, rows_at_once=rows)
+        fitted, found = fit(large, policy, Room(int(need_gb * GB) + 1, "this machine"))
+        assert sum(need.memory for need in found) == pytest.approx(need_gb * GB)
+        chosen.append((fitted.rows_at_once, fitted.slots))
+    assert chosen == [(16, 16), (8, 16), (4, 16), (2, 16), (1, 16)]
+    fitted, _ = fit(large, policy, Room(int(total_gb(large, rows_at_once=1, slots=4) * GB) + 1, "this machine"))
+    assert (fitted.rows_at_once, fitted.slots) == (1, 4)
+
+
+def test_too_little_is_refused_with_both_numbers(manifest: Manifest) -> None:
+    large, policy = described(manifest, 3.0, 0.5), ServingPolicy(runtime="openvino")
+    least_gb = total_gb(large, runtime="openvino", rows_at_once=1, slots=2)
+    with pytest.raises(NotEnoughMemory) as refusal:
+        fit(large, policy, Room(8 * GB, "control group /portraits"))
+    text = str(refusal.value)
+    assert f"demo-128 on openvino needs {least_gb:.1f} GB of memory" in text and "denoise" in text
+    assert "control group /portraits has 8.0 GB left; end other programs, allow it more" in text and "\n" not in text
+
+
+def test_address_space_is_each_process_own(manifest: Manifest) -> None:
+    large, policy = described(manifest, 3.0, 0.5), ServingPolicy(runtime="openvino", max_pending_requests=1)
+    with pytest.raises(NotEnoughMemory, match=r"denoise needs [\d.]+ GB of address space, and ulimit -v allows 8.0 GB"):
+        fit(large, policy, Room(10**15, "this machine", address_bytes=8 * GB))
+    fit(large, policy, Room(10**15, "this machine", address_bytes=10**12))
+
+
+def test_a_summary_says_what_runs_and_both_numbers(manifest: Manifest) -> None:
+    large = described(manifest, 1.0, 0.1)
+    fitted, found = fit(large, ServingPolicy(runtime="openvino", rows_at_once=1), PLENTY)
+    total = sum(need.memory for need in found) / GB
+    assert summary(fitted, found, Room(20 * GB, "this machine")) == (
+        f"openvino with 16 slots, 1 row at once: needs up to {total:.1f} GB of the 20.0 GB that this machine has left"
+    )
+
+
+# Start-up
+
+
+def test_a_server_that_does_not_fit_is_refused_in_one_line(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assemble(export, tmp_path / "repository", ServingPolicy())
+    monkeypatch.setattr(icportrait.startup, "room", lambda: Room(GB // 10, "this machine"))
+    monkeypatch.setattr("icportrait.server._stop_on_signals", lambda: None)
+    arguments = [f"--{name}-port={port}" for name, port in (("grpc", 17001), ("http", 17002), ("metrics", 17003))]
+    assert serve(["--repository", str(tmp_path / "repository"), *arguments]) == 1
+    (error,) = capsys.readouterr().err.splitlines()
+    assert error.startswith("error: demo-128 on onnxruntime needs ") and "this machine has 0.1 GB left" in error
+
+
+def test_what_start_up_chose_goes_before_what_the_repository_says(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assemble(export, tmp_path / "repository", ServingPolicy(slots=8))
+    config = {"name": "denoise", "input": [], "parameters": {"slots": {"string_value": "8"}}}
+    arguments = {
+        "model_config": json.dumps(config),
+        "model_repository": str(tmp_path / "repository" / "denoise"),
+        "model_version": "1",
+    }
+    assert ModelContext(arguments).policy == ServingPolicy(slots=8)
+    monkeypatch.setenv(POLICY_VARIABLE, json.dumps({"slots": "4", "rows_at_once": "2"}))
+    assert ModelContext(arguments).policy == ServingPolicy(slots=4, rows_at_once=2)
+
+
+# Which runtime
+
+
+def test_the_command_takes_the_presets_runtime(tmp_path: Path) -> None:
+    for preset, runtime, rows in ((DEMO_128, "onnxruntime", 16), (SD15_512, "openvino", 1)):
+        write_trivial_export(tmp_path / "export", preset)
+        repository = tmp_path / preset.name
+        assert main(["--export", str(tmp_path / "export"), "--out", str(repository)]) == 0
+        policy = repository_policy(repository)
+        assert (policy.runtime, policy.rows_at_once) == (runtime, rows)
+        assert ServingPolicy(**cpu_defaults(preset)).runtime == runtime
