@@ -209,13 +209,13 @@ def _graph_outputs(
     path: Path, spec: ModelSpec, batches: Sequence[Mapping[str, Array]], is_bf16: bool
 ) -> list[dict[str, Array]]:
     if not is_bf16:
-        engine = OrtEngine(path, spec, lean=True)
+        engine = OrtEngine(path, spec)
         return [engine.run(inputs) for inputs in batches]
     wide_spec = replace(spec, inputs=tuple(map(_wide, spec.inputs)), outputs=tuple(map(_wide, spec.outputs)))
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         wide = Path(folder) / path.name
         save(widened(onnx.load(path)), wide)
-        engine = OrtEngine(wide, wide_spec, lean=True)
+        engine = OrtEngine(wide, wide_spec)
     return [engine.run({name: _float32(array) for name, array in inputs.items()}) for inputs in batches]
 
 

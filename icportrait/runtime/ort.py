@@ -13,16 +13,13 @@ from icportrait.runtime.portions import run_in_portions
 class OrtEngine:
     """An ONNX graph in an inference session on the CPU."""
 
-    def __init__(
-        self, path: Path, spec: ModelSpec, threads: int = 0, lean: bool = False, rows_at_once: int = 0
-    ) -> None:
+    def __init__(self, path: Path, spec: ModelSpec, threads: int = 0, rows_at_once: int = 0) -> None:
         """Load the graph and compare its inputs and outputs with the specification.
 
         Args:
             path: the ONNX file; its external data, if any, lies beside it.
             spec: what the graph must take and give.
             threads: threads for one operator; 0 takes one per physical core.
-            lean: give memory back after every operator, at the price of speed; else it is kept for the next run.
             rows_at_once: of a batch, the most that one run computes; 0 takes the largest batch.
 
         Raises:
@@ -37,7 +34,6 @@ class OrtEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        options.enable_cpu_mem_arena = not lean
         # Several engines share the cores, each in its own process: a thread that spins steals another engine's time.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Quantised graphs run as they are written; fusing them fails for fp8.
