@@ -67,7 +67,7 @@ def ssim_map(pictures: Tensor, truth: Tensor) -> Tensor:
 
 @torch.no_grad()
 def vae_features(vae: AutoencoderKL, pictures: Tensor) -> list[Tensor]:
-    """What the VAE encoder's down blocks make of pictures, ``[N, C, h, w]`` float32 for each block, finest first."""
+    """Encode pictures up to each of the VAE encoder's down blocks: ``[N, C, h, w]`` float32 a block, finest first."""
     weight = vae.encoder.conv_in.weight
     hidden = vae.encoder.conv_in((pictures.to(weight.device).float() / 127.5 - 1).to(weight.dtype))
     features = []
@@ -78,7 +78,7 @@ def vae_features(vae: AutoencoderKL, pictures: Tensor) -> list[Tensor]:
 
 
 def feature_distance(features: Sequence[Tensor], true_features: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
-    """How differently a network sees two pictures: 0 for equal ones, at most 4 for each of its layers.
+    """Measure how differently a network sees two pictures: 0 for equal ones, at most 4 for each of its layers.
 
     The form is LPIPS' (Zhang et al., arXiv 1801.03924, equation 1): features of each position are scaled to length 1,
     squared differences summed over channels, averaged over positions and summed over layers. LPIPS' layer weights,
