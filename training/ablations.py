@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FIGURES = {
     "head_psnr_db": "head PSNR dB",
     "head_ssim": "head SSIM",
+    "head_feature_distance": "head VAE",
     "head_delta_e": "head dE",
     "whole_psnr_db": "whole PSNR dB",
     "identity_delta_e": "identity dE",
@@ -165,7 +166,7 @@ def _run(args: argparse.Namespace) -> None:
             settings: dict[str, Any] = {"num_inference_steps": inference_steps, "mask_ratio": own.mask_ratio}
             settings |= {"guidance_scale": 1.0, "progress": bar.update}
             made = make_portraits(checkpoint, pairs.profile, pairs.reference, range(args.pairs), **settings)
-        measured = picture_figures(made.picture, pairs)
+        measured = picture_figures(made.picture, pairs, checkpoint.vae)
         identity = torch.stack([measured[f"{part.name.lower()}_delta_e"] for part in IDENTITY_PARTS])
         measured["identity_delta_e"] = identity.nanmean(dim=0)
         by_pair[ablation] = figures = {figure: measured[figure] for figure in FIGURES}

@@ -58,7 +58,7 @@ def sweep(
             )
             cost = count * (2 if scale > 1 else 1)
             trial = {"num_inference_steps": count, "guidance_scale": scale, "unet_rows": cost}
-            trials.append(trial | means(picture_figures(made.picture, pairs)))
+            trials.append(trial | means(picture_figures(made.picture, pairs, checkpoint.vae)))
     return sorted(trials, key=lambda trial: -trial["head_psnr_db"])
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
@@ -21,7 +22,16 @@ from icportrait.nn.matching import gather_features
 from training.appearance import Part
 from training.evaluation_pairs import EvaluationPairs, grids
 from training.grids import flow_colours
-from training.metrics import MatchingFigures, colour_error, matching_figures, mean_colour_error, psnr, ssim
+from training.metrics import (
+    MatchingFigures,
+    colour_error,
+    feature_distance,
+    matching_figures,
+    mean_colour_error,
+    psnr,
+    ssim,
+    vae_features,
+)
 from training.portraits import Portraits, make_portraits, through_vae
 
 COPIES = ("copy_reference", "copy_profile")
@@ -31,8 +41,8 @@ LEAST_PIXELS = 8
 SAMPLES = 8
 _MEASURED_TOGETHER = 32  # one picture's SSIM takes some MB on the way
 FIGURE_TITLES = (
-    f"{'head':^24}{'whole picture':^24}{'  delta E of mean colours'}",
-    f"{'PSNR dB':>9}{'SSIM':>7}{'dE':>8}" * 2 + "".join(f"{part.name.lower():>7}" for part in IDENTITY_PARTS),
+    f"{'head':^32}{'whole picture':^32}{'  delta E of mean colours'}",
+    f"{'PSNR dB':>9}{'SSIM':>7}{'VAE':>8}{'dE':>8}" * 2 + "".join(f"{part.name.lower():>7}" for part in IDENTITY_PARTS),
 )
 """Two lines above a column of ``figure_row``."""
 
@@ -75,7 +85,7 @@ class Evaluation:
             "",
             *(f"{'':<20}{line}" for line in FIGURE_TITLES),
             *(f"{name.replace('_', ' '):<20}{figure_row(figures)}" for name, figures in self.pictures.items()),
-            f"{'pairs that show it':<68}" + "".join(f"{count:>7}" for count in self.pairs_with_part.values()),
+            f"{'pairs that show it':<84}" + "".join(f"{count:>7}" for count in self.pairs_with_part.values()),
             "",
             f"head PSNR: {self.gain_db:+.2f} dB (95 %: +-{self.gain_half_width_db:.2f}) over "
             f"{self.best_copy.replace('_', ' ')}, {self.below_ceiling_db:.2f} dB below the VAE's ceiling",
@@ -131,7 +141,7 @@ def evaluate(
         progress=progress,
     )
     pictures = compared_pictures(checkpoint, pairs, portraits, batch_size, progress)
-    figures = {name: picture_figures(picture, pairs) for name, picture in pictures.items()}
+    figures = {name: picture_figures(picture, pairs, checkpoint.vae) for name, picture in pictures.items()}
     head = {name: values["head_psnr_db"] for name, values in figures.items()}
     best_copy = max(COPIES, key=lambda name: float(head[name].mean()))
     gain = head["portrait"] - head[best_copy]
@@ -196,27 +206,30 @@ def warped(pictures: Tensor, flow: Tensor, cell_px: int) -> Tensor:
     return pixel_shuffle(gather_features(pixel_unshuffle(pictures, cell_px), flow), cell_px)
 
 
-def picture_figures(pictures: Tensor, pairs: EvaluationPairs) -> dict[str, Tensor]:
+def picture_figures(pictures: Tensor, pairs: EvaluationPairs, vae: AutoencoderKL) -> dict[str, Tensor]:
     """What separates pictures from the pairs' targets, ``[N]`` each, by ``training.metrics``.
 
-    PSNR, SSIM and colour error (delta E) over the head and over the whole picture, and the error of each identity
-    part's mean colour at its true pixels, NaN where the target shows fewer than ``LEAST_PIXELS`` of them.
+    PSNR, SSIM, the distance of the VAE encoder's features and the colour error (delta E) over the head and over the
+    whole picture, and the error of each identity part's mean colour at its true pixels, NaN where the target shows
+    fewer than ``LEAST_PIXELS`` of them.
 
     Args:
         pictures: ``[N, 3, S, S]`` uint8.
         pairs: N pairs.
+        vae: whose features are compared; distances by another VAE's can't be compared with these.
     """
     starts = range(0, len(pairs), _MEASURED_TOGETHER)
     chunks = [slice(start, start + _MEASURED_TOGETHER) for start in starts]
-    measured = [_chunk_figures(pictures[chunk], pairs[chunk]) for chunk in chunks]
+    measured = [_chunk_figures(pictures[chunk], pairs[chunk], vae) for chunk in chunks]
     return {name: torch.cat([figures[name] for figures in measured]) for name in measured[0]}
 
 
-def _chunk_figures(pictures: Tensor, pairs: EvaluationPairs) -> dict[str, Tensor]:
-    figures = {}
+def _chunk_figures(pictures: Tensor, pairs: EvaluationPairs, vae: AutoencoderKL) -> dict[str, Tensor]:
+    figures, features = {}, [vae_features(vae, each) for each in (pictures, pairs.target)]
     for region, mask in (("head", pairs.target_head), ("whole", None)):
         figures[f"{region}_psnr_db"] = psnr(pictures, pairs.target, mask)
         figures[f"{region}_ssim"] = ssim(pictures, pairs.target, mask)
+        figures[f"{region}_feature_distance"] = feature_distance(*features, mask)
         figures[f"{region}_delta_e"] = colour_error(pictures, pairs.target, mask)
     for part in IDENTITY_PARTS:
         figures[_part(part)] = mean_colour_error(pictures, pairs.target, pairs.target_part == part, LEAST_PIXELS)
@@ -227,8 +240,8 @@ def figure_row(figures: dict[str, float]) -> str:
     """The means of ``picture_figures`` as one line of a table."""
     text = ""
     for region in ("head", "whole"):
-        psnr_db, similarity, delta_e = (figures[f"{region}_{name}"] for name in ("psnr_db", "ssim", "delta_e"))
-        text += f"{psnr_db:>9.2f}{similarity:>7.3f}{delta_e:>8.2f}"
+        psnr_db, *rest = (figures[f"{region}_{name}"] for name in ("psnr_db", "ssim", "feature_distance", "delta_e"))
+        text += "{:>9.2f}{:>7.3f}{:>8.4f}{:>8.2f}".format(psnr_db, *rest)
     return text + "".join(f"{figures[_part(part)]:>7.2f}" for part in IDENTITY_PARTS)
 
 

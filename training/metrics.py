@@ -7,9 +7,11 @@ pixels under the mask, and NaN where there are none; means are taken over pictur
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional
 
@@ -61,6 +63,42 @@ def ssim_map(pictures: Tensor, truth: Tensor) -> Tensor:
     similarity = (2 * mean_x * mean_y + _C1) * (2 * covariance + _C2)
     similarity = similarity / ((mean_x**2 + mean_y**2 + _C1) * (variance_x + variance_y + _C2))
     return similarity.mean(dim=1)
+
+
+@torch.no_grad()
+def vae_features(vae: AutoencoderKL, pictures: Tensor) -> list[Tensor]:
+    """Encode pictures up to each of the VAE encoder's down blocks: ``[N, C, h, w]`` float32 a block, finest first."""
+    weight = vae.encoder.conv_in.weight
+    hidden = vae.encoder.conv_in((pictures.to(weight.device).float() / 127.5 - 1).to(weight.dtype))
+    features = []
+    for block in vae.encoder.down_blocks:
+        hidden = block(hidden)
+        features.append(hidden.float().cpu())
+    return features
+
+
+def feature_distance(features: Sequence[Tensor], true_features: Sequence[Tensor], mask: Tensor | None = None) -> Tensor:
+    """Measure how differently a network sees two pictures: 0 for equal ones, at most 4 for each of its layers.
+
+    The form is LPIPS' (Zhang et al., arXiv 1801.03924, equation 1): features of each position are scaled to length 1,
+    squared differences summed over channels, averaged over positions and summed over layers. LPIPS' layer weights,
+    which were fitted to people's judgements of pairs, are left out: no such weights exist for other networks than its
+    own. With ``vae_features`` it is a distance of this project's own, comparable only where the VAE is the same.
+
+    Args:
+        features: of the pictures, ``[N, C, h, w]`` for each layer.
+        true_features: like ``features``, of the truth.
+        mask: pixels that count, ``[N, H, W]`` bool; a position counts by its share of them.
+    """
+    total = torch.zeros(len(features[0]))
+    for layer, truth in zip(features, true_features, strict=True):
+        apart = (functional.normalize(layer, dim=1) - functional.normalize(truth, dim=1)).square().sum(dim=1)
+        if mask is None:
+            total += apart.mean(dim=(1, 2))
+            continue
+        share = functional.adaptive_avg_pool2d(mask.float(), apart.shape[1:])
+        total += (apart * share).sum(dim=(1, 2)) / share.sum(dim=(1, 2))
+    return total
 
 
 def colour_error(pictures: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -28,12 +28,14 @@ from training.grids import flow_colours, picture_grid
 from training.metrics import (
     colour_error,
     end_point_error,
+    feature_distance,
     lab,
     matching_figures,
     mean_colour_error,
     psnr,
     ssim,
     ssim_map,
+    vae_features,
 )
 from training.pairs import render_pairs
 from training.portraits import Portraits, make_portraits, through_vae, whole_levels
@@ -196,6 +198,39 @@ def test_ssim_is_that_of_gaussian_windows() -> None:
         torch.testing.assert_close(ssim_map(first, second), in_full)
 
 
+def test_features_are_those_of_the_vaes_down_blocks(tiny: Checkpoint) -> None:
+    seen: list[Tensor] = []
+    for block in tiny.vae.encoder.down_blocks:
+        block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    shown = pictures(2)
+    features = vae_features(tiny.vae, shown)
+    with torch.no_grad():
+        tiny.vae.encode(shown.float() / 127.5 - 1)
+    assert len(features) == len(tiny.vae.encoder.down_blocks) == len(seen) // 2
+    for own, encoded in zip(features, seen[len(features) :], strict=True):
+        torch.testing.assert_close(own, encoded)
+
+
+def test_feature_distance_is_lpips_form_without_layer_weights() -> None:
+    features, truth = ([torch.randn(2, 5, side, side) for side in (8, 4)] for _ in range(2))
+    mask = torch.zeros(2, 16, 16, dtype=torch.bool)
+    mask[:, :, :6] = True  # three columns of eight, one and a half of four
+
+    def at(picture: int, layer: int, y: int, x: int) -> float:
+        a, b = (each[layer][picture, :, y, x].double() for each in (features, truth))
+        return float((a / a.norm() - b / b.norm()).square().sum())
+
+    for picture in range(2):
+        whole = sum(np.mean([at(picture, i, y, x) for y in range(n) for x in range(n)]) for i, n in ((0, 8), (1, 4)))
+        assert feature_distance(features, truth)[picture].item() == pytest.approx(whole, abs=1e-5)
+        fine = np.mean([at(picture, 0, y, x) for y in range(8) for x in range(3)])
+        coarse = sum(at(picture, 1, y, 0) + 0.5 * at(picture, 1, y, 1) for y in range(4)) / 6
+        assert feature_distance(features, truth, mask)[picture].item() == pytest.approx(fine + coarse, abs=1e-5)
+    assert feature_distance([3 * layer for layer in truth], truth).tolist() == pytest.approx([0, 0], abs=1e-5)
+    assert feature_distance([-layer for layer in truth], truth).tolist() == pytest.approx([8, 8])
+    assert feature_distance(features, truth, torch.zeros_like(mask)).isnan().all()
+
+
 def test_lab_has_the_known_values_of_primaries_and_opencvs_elsewhere() -> None:
     colours = torch.randint(0, 256, (500, 3), dtype=torch.uint8)
     known = {
@@ -284,7 +319,7 @@ def test_warped_moves_whole_cells() -> None:
     assert torch.equal(moved[..., 2:, :], picture[..., 2:, :])
 
 
-def test_a_parts_colour_counts_where_the_part_is() -> None:
+def test_a_parts_colour_counts_where_the_part_is(tiny: Checkpoint) -> None:
     blank = torch.full((1, 3, SIDE, SIDE), 90, dtype=torch.uint8)
     part = torch.full((1, SIDE, SIDE), int(Part.BACKGROUND), dtype=torch.uint8)
     part[0, 4:12], part[0, 12:14], part[0, 20, :7] = int(Part.SKIN), int(Part.LIPS), int(Part.IRIS)
@@ -292,11 +327,12 @@ def test_a_parts_colour_counts_where_the_part_is() -> None:
     pairs = EvaluationPairs(blank, blank, blank, part > 0, torch.zeros(1) > 0, nothing, nothing, target_part=part)
     wrong = blank.clone()
     wrong[0, 0, 12:14] = 200
-    figures = {name: value.item() for name, value in picture_figures(wrong, pairs).items()}
+    figures = {name: value.item() for name, value in picture_figures(wrong, pairs, tiny.vae).items()}
     assert figures["skin_delta_e"] == 0 and figures["lips_delta_e"] > 20
     assert math.isnan(figures["iris_delta_e"]) and math.isnan(figures["hair_delta_e"])  # 7 pixels, and none
     assert figures["head_psnr_db"] < figures["whole_psnr_db"]
     assert figures["head_delta_e"] > figures["whole_delta_e"]
+    assert figures["head_feature_distance"] > figures["whole_feature_distance"] > 0
 
 
 def test_evaluation_has_every_figure_and_repeats_itself(tiny: Checkpoint, rendered: EvaluationPairs) -> None:
@@ -331,6 +367,10 @@ def test_baselines_are_what_they_are_called(tiny: Checkpoint, rendered: Evaluati
         assert evaluation.pictures[name]["head_psnr_db"] == pytest.approx(head.mean().item(), abs=1e-3), name
         whole = ssim(picture, rendered.target).mean().item()
         assert evaluation.pictures[name]["whole_ssim"] == pytest.approx(whole, abs=1e-3), name
+        features = [vae_features(tiny.vae, each) for each in (picture, rendered.target)]
+        for region, mask in (("head", rendered.target_head), ("whole", None)):
+            distance = feature_distance(*features, mask).mean().item()
+            assert evaluation.pictures[name][f"{region}_feature_distance"] == pytest.approx(distance, abs=1e-5), name
     heads = {name: psnr(picture, rendered.target, rendered.target_head) for name, picture in expected.items()}
     best = max("copy_reference", "copy_profile", key=lambda name: heads[name].mean())
     gains = heads["portrait"] - heads[best]
@@ -359,6 +399,7 @@ def test_the_truth_itself_has_no_error(
     portrait = evaluation.pictures["portrait"]
     assert portrait["head_psnr_db"] == portrait["whole_psnr_db"] == math.inf
     assert portrait["head_ssim"] == portrait["whole_ssim"] == 1
+    assert portrait["head_feature_distance"] == portrait["whole_feature_distance"] == 0
     assert {portrait[f"{name}_delta_e"] for name in ("head", "whole", "skin", "lips")} == {0.0}
     assert evaluation.pictures["copy_reference"]["skin_delta_e"] > 1
     assert evaluation.to_dict()["pictures"]["portrait"]["head_psnr_db"] is None  # JSON knows no infinity
