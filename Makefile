@@ -5,7 +5,7 @@ NEEDS_OPSET_23 := $(filter bf16 int8 fp8,$(PRECISION))
 # fp16 is what GPUs are fast in, and as good (README, "Precision"); on the CPU it gains nothing.
 PRECISION ?= $(if $(filter demo-128-20,$(PRESET)-$(OPSET))$(filter demo-128-openvino,$(PRESET)-$(RUNTIME)),fp32,fp16)
 # Which of a CPU's is better for a preset was measured (ADR 0010).
-RUNTIME ?= $(if $(filter demo-128,$(PRESET)),onnxruntime,openvino)
+RUNTIME ?= $(if $(filter demo-128,$(PRESET))$(NEEDS_OPSET_23),onnxruntime,openvino)
 BATCHING ?= in-flight
 # 1, for runtimes other than onnxruntime: a seed's bytes are the same whatever shares its batch (README, "Same seed, same picture").
 DETERMINISTIC ?=

@@ -49,7 +49,7 @@ class Panels:
 
     def __init__(self, export: Path) -> None:
         manifest = Manifest.read(export)
-        policy = ServingPolicy(**cpu_defaults(manifest.preset))
+        policy = ServingPolicy(**cpu_defaults(manifest.preset, manifest.precision))
         self._front, self._preprocess = FrontStage(manifest, policy, is_stream=False), PreprocessStage(manifest.preset)
         self._encoder, self._warping = (
             load_engine(name, export, manifest, policy) for name in ("vae_encoder", "warping_network")

@@ -7,6 +7,7 @@ either form and holds none; TensorRT gets opset 23, where attention is one opera
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -37,12 +38,27 @@ class AttentionInBlocks(TorchFunctionMode):
         """Call ``function``; where it is an attention with large scores, for each block."""
         if function is not functional.scaled_dot_product_attention:
             return function(*args, **(kwargs or {}))
-        query, key, *others = args
-        count = queries_at_once(query, key)
-        if count >= query.shape[2]:
+        call = inspect.signature(_arguments).bind(*args, **(kwargs or {}))
+        query, key = call.arguments["query"], call.arguments["key"]
+        # A mask has its queries' rows, and a causal one knows where a block begins: no network here has either.
+        is_masked = call.arguments.get("attn_mask") is not None or call.arguments.get("is_causal", False)
+        if is_masked or query.ndim != 4 or (count := queries_at_once(query, key)) >= query.shape[2]:
             return function(*args, **(kwargs or {}))
-        blocks: Sequence[Tensor] = query.split(count, dim=2)
-        return torch.cat([function(block, key, *others, **(kwargs or {})) for block in blocks], dim=2)
+        others = {name: value for name, value in call.arguments.items() if name != "query"}
+        return torch.cat([function(block, **others) for block in query.split(count, dim=2)], dim=2)
+
+
+def _arguments(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> None:
+    """Take what ``scaled_dot_product_attention`` does; its own signature is torch's C code's."""
 
 
 def queries_at_once(query: Tensor, key: Tensor) -> int:

@@ -13,11 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from icportrait.errors import CheckpointError
+
 if TYPE_CHECKING:
     import onnx
 
 SAME_MEMORY = ("Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")
 """Operators whose output is their first input's memory, or takes its place."""
+LARGEST_SHAPE = 16
+"""Elements of a constant that a shape may be computed from."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,40 @@ def graph_memory(path: Path) -> GraphMemory:
     """Add up an ONNX graph. Its external data isn't read."""
     import onnx
 
-    graph = onnx.load(path, load_external_data=False).graph
-    weights = sum(4 * math.prod(weight.dims) for weight in graph.initializer)
+    model = onnx.load(path, load_external_data=False)
+    weights = sum(4 * math.prod(weight.dims) for weight in model.graph.initializer)
+    graph = _one_row(model)
+    if unknown := _unknown(graph):
+        raise CheckpointError(f"{path}: the size of {min(unknown)} can't be found; export again")
     return GraphMemory(weights, _most_held_at_once(graph))
+
+
+def _one_row(model: onnx.ModelProto) -> onnx.GraphProto:
+    """The graph with every tensor's sizes at one row.
+
+    The exporter leaves sizes out behind a reshape that is computed: below opset 23 every attention's scores.
+    """
+    import onnx
+
+    graph = model.graph
+    for weight in graph.initializer:
+        if math.prod(weight.dims) > LARGEST_SHAPE:  # sizes aren't computed from it, and inference copies it
+            weight.ClearField("raw_data")
+    for info in (*graph.value_info, *graph.input, *graph.output):
+        for dim in info.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = 1
+    return onnx.shape_inference.infer_shapes(model, data_prop=True).graph if _unknown(graph) else graph
+
+
+def _unknown(graph: onnx.GraphProto) -> set[str]:
+    """Tensors whose sizes the graph doesn't say."""
+    known = {
+        info.name
+        for info in (*graph.value_info, *graph.output)
+        if all(dim.HasField("dim_value") for dim in info.type.tensor_type.shape.dim)
+    }
+    return {name for node in graph.node for name in node.output if name} - known
 
 
 def _most_held_at_once(graph: onnx.GraphProto) -> int:
@@ -68,11 +103,8 @@ def _total(sizes: dict[str, int], names: Iterable[str]) -> int:
 
 
 def _row_bytes(info: onnx.ValueInfoProto) -> int:
-    """Of one row of a tensor that has the batch; 0 of others, which are constants' and small."""
     import onnx
 
     kind = info.type.tensor_type
-    sizes: list[int] = [dim.dim_value for dim in kind.shape.dim if not dim.dim_param]
-    if len(sizes) == len(kind.shape.dim):
-        return 0
+    sizes: list[int] = [dim.dim_value for dim in kind.shape.dim]
     return math.prod(sizes) * (1 if kind.elem_type == onnx.TensorProto.UINT8 else 4)

@@ -12,8 +12,8 @@ CGROUPS = Path("/sys/fs/cgroup")
 KIB = 1024
 # A control group's files in both versions: its limit, what it has, and of its statistics what it could give back.
 FILES = {
-    "": ("memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    "": ("memory.max", "memory.current", ("inactive_file", "active_file")),
+    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 }
 
 
@@ -43,12 +43,18 @@ def room(proc: Path = PROC, cgroups: Path = CGROUPS) -> Room:
 
 def oom_kills(proc: Path = PROC) -> int:
     """How many processes the kernel has killed for want of memory since it started, in any control group."""
-    return _fields(proc / "vmstat").get("oom_kill", 0)
+    try:
+        return _fields(proc / "vmstat").get("oom_kill", 0)
+    except OSError:  # not every sandbox has the file; there is then no telling
+        return 0
 
 
 def _available(proc: Path) -> int:
     """What the kernel thinks can be had without swapping, its caches included."""
-    return _fields(proc / "meminfo")["MemAvailable:"] * KIB
+    fields = _fields(proc / "meminfo")
+    if "MemAvailable:" not in fields:  # before Linux 3.14, and in some sandboxes
+        return sum(fields.get(name, 0) for name in ("MemFree:", "Cached:")) * KIB
+    return fields["MemAvailable:"] * KIB
 
 
 def _groups(proc: Path, cgroups: Path) -> Iterator[tuple[int, str]]:
@@ -56,7 +62,11 @@ def _groups(proc: Path, cgroups: Path) -> Iterator[tuple[int, str]]:
 
     In a container a group's path may not be the one that is mounted; the mount's root is the container's group then.
     """
-    for line in (proc / "self" / "cgroup").read_text().splitlines():
+    try:
+        lines = (proc / "self" / "cgroup").read_text().splitlines()
+    except OSError:  # not every kernel has control groups
+        return
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         kind = "memory" if "memory" in controllers.split(",") else controllers
         if kind not in FILES:
@@ -70,9 +80,11 @@ def _groups(proc: Path, cgroups: Path) -> Iterator[tuple[int, str]]:
             try:
                 limit = int((folder / limit_file).read_text())  # "max" is none
                 usage = int((folder / usage_file).read_text())
-                usage -= _fields(folder / "memory.stat").get(reclaimable, 0)
+                statistics = _fields(folder / "memory.stat")
             except (OSError, ValueError):
                 continue
+            # As the kernel counts for the whole machine: files that were read twice can be given back, too.
+            usage -= sum(statistics.get(name, 0) for name in reclaimable)
             yield max(0, limit - usage), f"control group {folder}"
 
 

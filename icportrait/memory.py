@@ -1,7 +1,7 @@
 """What a server needs of memory on a CPU, and how much of it is chosen to fit: before anything is loaded.
 
-Needs are computed from the graphs (``graph_memory``) and a few measured constants (ADR 0010); on a GPU the runner looks
-at the device's memory itself (``runtime/loading``).
+Needs are computed from the graphs (``graph_memory``) and the constants below, rounded up from what was seen; on a GPU
+the runner looks at the device's memory itself (``runtime/loading``).
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from icportrait.policy import ServingPolicy
 from icportrait.runtime.engine import buckets_at_once
 from icportrait.triton_config import FRONTS
 
-PROCESS_BYTES = 150 * 10**6
-"""A model's process with its runtime and no engine."""
+PROCESS_BYTES = {"onnxruntime": 150 * 10**6, "openvino": 150 * 10**6, "torch": 400 * 10**6}
+"""A model's process with its runtime and no engine: torch brings diffusers along."""
 SERVER_BYTES = 600 * 10**6
 """Tritonserver, the fronts, preprocess and postprocess, with pictures under way."""
 ADDRESS_BYTES = 1200 * 10**6
@@ -43,23 +43,31 @@ class Need:
     address_space: int
 
 
-def needs(manifest: Manifest, policy: ServingPolicy) -> list[Need]:
-    """What each process needs at its most, by a repository's manifest; where no engine runs on a CPU, Triton alone."""
+def needs(manifest: Manifest, policy: ServingPolicy, keeps_compiled: bool = True) -> list[Need]:
+    """What each process needs at its most, by a repository's manifest; where no engine runs on a CPU, Triton alone.
+
+    Args:
+        manifest: the repository's.
+        policy: how it is to be served.
+        keeps_compiled: whether OpenVINO's engines are read back from files; what was compiled in the process itself
+            holds its weights twice.
+    """
     if not manifest.memory:
         return [_server_need(policy)]
     owned = {name: [name] for name in MODEL_ENGINES} | {"denoise": [e for e in ENGINES if e not in MODEL_ENGINES]}
     specs = engine_specs(manifest.preset, manifest.precision)
     found = [_server_need(policy)]
     for model, engines in owned.items():
-        memory, mapped, largest = PROCESS_BYTES, 0, 0
+        memory, mapped, largest = PROCESS_BYTES[policy.runtime], 0, 0
         for name in engines:
             known, spec = manifest.memory[name], specs[name]
             buckets = buckets_at_once(spec, policy)
             if policy.runtime == "openvino":
-                memory += sum(known.weights_bytes + int(SPARE * known.run_bytes[rows]) for rows in buckets)
+                held = known.weights_bytes * (1 if keeps_compiled else 2)
+                memory += sum(held + int(SPARE * known.run_bytes[rows]) for rows in buckets)
                 mapped += known.weights_bytes * len(buckets)
                 # While it is compiled for the first time, an engine holds its weights twice.
-                largest = max(largest, known.weights_bytes)
+                largest = max(largest, known.weights_bytes) if keeps_compiled else 0
             else:
                 memory += WEIGHTS_HELD[policy.runtime] * known.weights_bytes + int(SPARE * known.run_bytes[buckets[-1]])
             mapped += manifest.engines[name].size_bytes
@@ -86,14 +94,16 @@ def threads_a_model(policy: ServingPolicy) -> int:
     return 2 * policy.max_pending_requests
 
 
-def fit(manifest: Manifest, policy: ServingPolicy, room: Room) -> tuple[ServingPolicy, list[Need]]:
+def fit(
+    manifest: Manifest, policy: ServingPolicy, room: Room, keeps_compiled: bool = True
+) -> tuple[ServingPolicy, list[Need]]:
     """The policy with as many rows at once, and then as many slots, as there is memory for, and what it needs.
 
     Raises:
         NotEnoughMemory: not even the least fits; the text has both numbers.
     """
     for candidate in _candidates(policy):
-        found = needs(manifest, candidate)
+        found = needs(manifest, candidate, keeps_compiled)
         if _fits(found, room):
             return candidate, found
     total = sum(need.memory for need in found)
@@ -130,7 +140,8 @@ def _fits(found: list[Need], room: Room) -> bool:
 
 def summary(policy: ServingPolicy, found: list[Need], room: Room) -> str:
     """A line for who starts a server: what was chosen, what it needs, and what there is."""
-    rows = "1 row at once" if policy.rows_at_once == 1 else f"{policy.rows_at_once} rows at once"
+    row_by_row = policy.rows_at_once == 1 or (policy.deterministic and policy.runtime != "onnxruntime")
+    rows = "1 row at once" if row_by_row else f"{policy.rows_at_once} rows at once"
     total = sum(need.memory for need in found)
     return (
         f"{policy.runtime} with {policy.slots} slots, {rows}: needs up to {total / GB:.1f} GB of the "

@@ -53,6 +53,8 @@ class ServingPolicy:
     row by row. With ONNX Runtime on the CPU they never do."""
 
     def __post_init__(self) -> None:
+        if self.slots < 1 or self.rows_at_once < 1:
+            raise IcPortraitError(f"slots, rows_at_once: {self.slots}, {self.rows_at_once}, expected 1 or more of each")
         if self.batching not in BATCHING_MODES:
             raise IcPortraitError(f"batching: {self.batching!r}, expected one of {', '.join(BATCHING_MODES)}")
         if self.deterministic and self.is_simulated:
@@ -78,11 +80,18 @@ class ServingPolicy:
         return cls(**{key: _parse(key, parameters[key], defaults[key]) for key in defaults if key in parameters})
 
 
-def cpu_defaults(preset: Preset) -> dict[str, Any]:
-    """The runtime and its rows at once that measured best on a CPU, as ``ServingPolicy`` takes them (ADR 0010)."""
-    if preset.image_size <= SMALL_IMAGE_SIZE:
-        return {"runtime": "onnxruntime"}
-    return {"runtime": "openvino", "rows_at_once": 1}
+def cpu_defaults(preset: Preset, precision: str, runtime: str | None = None) -> dict[str, Any]:
+    """The runtime and its rows at once that measured best on a CPU, as ``ServingPolicy`` takes them (ADR 0010).
+
+    Args:
+        preset: of the export.
+        precision: of the export; OpenVINO was tried with float32 and float16.
+        runtime: the one to take, where it was asked for.
+    """
+    is_small = preset.image_size <= SMALL_IMAGE_SIZE
+    chosen = runtime or ("onnxruntime" if is_small or precision not in ("fp32", "fp16") else "openvino")
+    # torch may run on a GPU, which gains by batches at every size.
+    return {"runtime": chosen} | ({} if is_small or chosen not in CPU_RUNTIMES else {"rows_at_once": 1})
 
 
 def _parse(key: str, text: str, default: Any) -> Any:

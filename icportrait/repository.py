@@ -181,7 +181,8 @@ def _remove_old(repository: Path) -> None:
 def _make_compiled_folders(repository: Path, manifest: Manifest) -> None:
     """A folder for what is compiled of each engine; what was compiled of other graphs goes."""
     folders = [compiled_folder(repository, manifest, name) for name in ENGINES]
-    for stale in set(folders[0].parent.glob("*")) - set(folders):
+    ours = {path for name in ENGINES for path in folders[0].parent.glob(f"{name}-{'[0-9a-f]' * 12}")}
+    for stale in ours - set(folders):
         shutil.rmtree(stale)
     for folder in folders:
         folder.mkdir(parents=True, exist_ok=True)
@@ -224,9 +225,9 @@ def main(argv: list[str] | None = None) -> int:
     if not (args.export and args.out):
         parser.error("--export and --out are required")
     try:
-        preferred = cpu_defaults(Manifest.read(args.export).preset)
+        exported = Manifest.read(args.export)
         policy = ServingPolicy(
-            **(preferred | ({"runtime": args.runtime} if args.runtime else {})),
+            **cpu_defaults(exported.preset, exported.precision, args.runtime),
             batching=args.batching,
             latency_table=args.latency_table,
             deterministic=args.deterministic,

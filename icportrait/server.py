@@ -12,6 +12,7 @@ import contextlib
 import ctypes
 import http.client
 import json
+import math
 import os
 import random
 import signal
@@ -45,6 +46,8 @@ BROKEN_GRACE_S = 0.5
 """How long answers that are on their way may take once a part has ended."""
 KILLED_S = 5
 """How long killed processes may take to let go of a GPU's memory."""
+KILL_TAKES_S = 30.0
+"""How long after the kernel has counted a kill for want of memory the killed process may still be seen to run."""
 NOT_EPHEMERAL = range(16384, 32768)
 """Ports below those that Linux gives to outgoing connections."""
 
@@ -103,7 +106,9 @@ class TritonServer:
     _process: subprocess.Popen[bytes] | None = None
     _stubs: list[StubProcess] = field(default_factory=list)
     _oom_kills: int = 0
-    """The kernel's count when the server was started."""
+    """The kernel's count when it was last looked at,"""
+    _oom_killed_at: float = -math.inf
+    """and when it was last seen to rise."""
 
     def __enter__(self) -> TritonServer:
         self.start()
@@ -148,7 +153,7 @@ class TritonServer:
             self.say(summary)
         chosen = {"slots": str(fitted.slots), "rows_at_once": str(fitted.rows_at_once)}
         environment = installation.environment() | {POLICY_VARIABLE: json.dumps(chosen)}
-        self._oom_kills = oom_kills()
+        self._oom_kills, self._oom_killed_at = oom_kills(), -math.inf
         self._folder = tempfile.TemporaryDirectory(prefix="icportrait-server-")
         folder = Path(self._folder.name)
         backends = installation.prepare_backends(folder / "backends")
@@ -196,6 +201,7 @@ class TritonServer:
 
     def what_ended(self) -> Ending | None:
         """Which part of the server has ended, and how, though it wasn't stopped; None while all of it runs."""
+        self._look_for_oom_kills()
         if (status := self.poll()) is not None:
             return self._ending("tritonserver", describe(status))
         endings = ((stub.model, stub.ending()) for stub in self._stubs)
@@ -204,8 +210,12 @@ class TritonServer:
         )
 
     def _ending(self, part: str, ending: str) -> Ending:
-        for_memory = ending == describe(-signal.SIGKILL) and oom_kills() > self._oom_kills
+        for_memory = ending == describe(-signal.SIGKILL) and time.monotonic() - self._oom_killed_at < KILL_TAKES_S
         return Ending(f"{part} {'was killed for want of memory' if for_memory else ending}", for_memory)
+
+    def _look_for_oom_kills(self) -> None:
+        if (kills := oom_kills()) > self._oom_kills:
+            self._oom_kills, self._oom_killed_at = kills, time.monotonic()
 
     def stop(self) -> None:
         """Stop the process and everything it started, and remove its shared memory; where that was cut off, go on."""
@@ -236,13 +246,13 @@ class TritonServer:
         self._stubs = stub_processes(self._process.pid)
         expected = {path.parents[1].name for path in self.repository.glob("*/*/model.py")}
         if lost := expected - {stub.model for stub in self._stubs}:
-            raise IcPortraitError(f"model {min(lost)}: its process ended before the server was ready{self._log_hint()}")
+            raise IcPortraitError(f"model {min(lost)}: its process ended before the server was ready{self._cause()}")
 
     def _wait_ready(self) -> None:
         deadline = time.monotonic() + self.ready_timeout_s
         while time.monotonic() < deadline:
             if (status := self.poll()) is not None:
-                raise IcPortraitError(f"tritonserver ended with status {status} before it was ready{self._log_hint()}")
+                raise IcPortraitError(f"tritonserver ended with status {status} before it was ready{self._cause()}")
             if self._is_ready():
                 return
             time.sleep(0.1)
@@ -258,6 +268,15 @@ class TritonServer:
             return False
         finally:
             connection.close()
+
+    def _cause(self) -> str:
+        """What a failed start may be due to: where a part was killed, tritonserver ends by itself, with a status."""
+        if oom_kills() == self._oom_kills:
+            return self._log_hint()
+        return (
+            "; meanwhile the kernel has killed a process for want of memory: end other programs, allow more memory, or "
+            f"serve a smaller preset{self._log_hint()}"
+        )
 
     def _log_hint(self) -> str:
         if self.log_file is None:

@@ -22,6 +22,7 @@ from icportrait.policy import PLAN_RUNTIMES, ServingPolicy
 from icportrait.repository import ENGINE_OWNERS, TRITON_PLAN_NAME
 from icportrait.runtime import cuda
 from icportrait.runtime.cuda import Gpu
+from icportrait.runtime.engine import keeps_compiled
 from icportrait.runtime.flavours import FLAVOURS, TENSORRT
 from icportrait.runtime.plans import PlanHost, PlanManifest, check_content, check_host, find_plans
 from icportrait.runtime.simulated import LATENCY_TABLE_NAME, LatencyTable
@@ -70,7 +71,7 @@ def fit_memory(repository: Path, policy: ServingPolicy) -> tuple[ServingPolicy, 
     except CheckpointError:  # no repository of ours: Triton says what it makes of it
         return policy, ""
     here = room()
-    fitted, found = fit(manifest, policy, here)
+    fitted, found = fit(manifest, policy, here, keeps_compiled(repository, manifest))
     return fitted, summary(fitted, found, here) if manifest.memory else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from icportrait.errors import IcPortraitError
 
 MAX_RESTARTS = 3
 WITHIN_S = 600.0
+AGAIN_WITHIN_S = 24 * 3600.0
+"""A kill for want of memory this long after the last one is another one, and not the same again."""
 POLL_S = 0.1
 
 
@@ -60,7 +63,7 @@ def keep_running(
         IcPortraitError: it didn't start, parts of it end too often, or one was killed for want of memory again.
     """
     restarts: deque[float] = deque()
-    was_killed_for_memory = False
+    killed_at = -math.inf
     window = f"{WITHIN_S / 60:.0f} minutes"
     try:
         while True:
@@ -71,12 +74,13 @@ def keep_running(
             while restarts and clock() - restarts[0] >= WITHIN_S:
                 restarts.popleft()
             may_restart = len(restarts) < MAX_RESTARTS
-            if ended.for_memory and was_killed_for_memory:
+            if ended.for_memory and clock() - killed_at < AGAIN_WITHIN_S:
                 # Start-up has looked at the memory that there was left, and the same has happened.
                 raise IcPortraitError(
                     f"{ended}, for the second time; end other programs, allow more memory, or serve a smaller preset"
                 )
-            was_killed_for_memory |= ended.for_memory
+            if ended.for_memory:
+                killed_at = clock()
             if may_restart:
                 restarts.append(clock())
                 say(f"{ended}; restarting the server, {len(restarts)} of at most {MAX_RESTARTS} times in {window}")

@@ -225,11 +225,12 @@ def picture_figures(pictures: Tensor, pairs: EvaluationPairs, vae: AutoencoderKL
 
 
 def _chunk_figures(pictures: Tensor, pairs: EvaluationPairs, vae: AutoencoderKL) -> dict[str, Tensor]:
-    figures, features = {}, [vae_features(vae, each) for each in (pictures, pairs.target)]
+    figures = {}
+    features, true_features = vae_features(vae, pictures), vae_features(vae, pairs.target)
     for region, mask in (("head", pairs.target_head), ("whole", None)):
         figures[f"{region}_psnr_db"] = psnr(pictures, pairs.target, mask)
         figures[f"{region}_ssim"] = ssim(pictures, pairs.target, mask)
-        figures[f"{region}_feature_distance"] = feature_distance(*features, mask)
+        figures[f"{region}_feature_distance"] = feature_distance(features, true_features, mask)
         figures[f"{region}_delta_e"] = colour_error(pictures, pairs.target, mask)
     for part in IDENTITY_PARTS:
         figures[_part(part)] = mean_colour_error(pictures, pairs.target, pairs.target_part == part, LEAST_PIXELS)

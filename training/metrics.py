@@ -96,7 +96,7 @@ def feature_distance(features: Sequence[Tensor], true_features: Sequence[Tensor]
         if mask is None:
             total += apart.mean(dim=(1, 2))
             continue
-        share = functional.adaptive_avg_pool2d(mask.float(), apart.shape[1:])
+        share = functional.adaptive_avg_pool2d(mask.float(), (apart.shape[1], apart.shape[2]))
         total += (apart * share).sum(dim=(1, 2)) / share.sum(dim=(1, 2))
     return total
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -53,8 +54,7 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
     if policy.runtime == "openvino":
         from icportrait.runtime.ov import OpenVinoEngine
 
-        # The server reads the repository through a link.
-        cache = compiled_folder(directory.resolve().parents[1], manifest, name)
+        cache = compiled_folder(directory.parent.parent, manifest, name)
         return OpenVinoEngine(
             directory / manifest.engines[name].file,
             spec,
@@ -83,12 +83,23 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
 
 def compiled_folder(repository: Path, manifest: Manifest, name: str) -> Path:
     """Where what OpenVINO compiled of an engine is kept: beside its repository, which is written anew more often."""
-    return repository.with_name(f"{repository.name}.compiled") / f"{name}-{manifest.engines[name].sha256[:12]}"
+    # The server reads the repository through a link, and it may be one itself.
+    place = repository.resolve()
+    return place.parent / f"{place.name}.compiled" / f"{name}-{manifest.engines[name].sha256[:12]}"
+
+
+def keeps_compiled(repository: Path, manifest: Manifest) -> bool:
+    """Whether there is a place for what OpenVINO compiles: a repository that was copied may lie without it."""
+    return all(os.access(compiled_folder(repository, manifest, name), os.W_OK | os.X_OK) for name in manifest.engines)
 
 
 def buckets_at_once(spec: ModelSpec, policy: ServingPolicy) -> tuple[int, ...]:
-    """The numbers of rows that an engine of OpenVINO's is compiled for: powers of two; in the deterministic mode 1."""
-    most = 1 if policy.deterministic else min(policy.rows_at_once, spec.batch.max)
+    """The numbers of rows that an engine of OpenVINO's is compiled for: powers of two; in the deterministic mode 1.
+
+    Of the other runtimes' the last is the most that a run computes. ONNX Runtime has no deterministic mode to be in.
+    """
+    row_by_row = policy.deterministic and policy.runtime != "onnxruntime"
+    most = 1 if row_by_row else min(policy.rows_at_once, spec.batch.max)
     return tuple(2**power for power in range(most.bit_length()))
 
 

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
+import fcntl
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ from icportrait.contract import Array, DType, ModelSpec, TensorSpec
 from icportrait.errors import CheckpointError, RuntimeNotAvailable
 from icportrait.runtime.portions import run_in_portions
 
+logger = logging.getLogger(__name__)
 DONT_NEED = 4
 """Of madvise: what a mapping holds may go; whoever reads there again reads the file again."""
 
@@ -59,17 +64,20 @@ class OpenVinoEngine:
         _compare(path, spec.inputs, graph.inputs)
         _compare(path, spec.outputs, graph.outputs)
         self._requests = {}
-        for rows in buckets:
-            graph.reshape({tensor.name: list(tensor.shape(batch=rows)) for tensor in spec.inputs})
-            compiled = core.compile_model(graph, "CPU", settings)
-            if cache and not compiled.get_property("LOADED_FROM_CACHE"):
-                # What was compiled here keeps its weights twice, as written and as packed for the CPU. Of what comes
-                # from a file, the first are a mapping of that.
-                del compiled
+        with _alone_in(cache):
+            for rows in buckets:
+                graph.reshape({tensor.name: list(tensor.shape(batch=rows)) for tensor in spec.inputs})
                 compiled = core.compile_model(graph, "CPU", settings)
-            self._requests[rows] = compiled.create_infer_request()
-        if cache:
-            _let_go_of_mappings(cache)
+                if cache and not compiled.get_property("LOADED_FROM_CACHE"):
+                    # What was compiled here keeps its weights twice, as written and as packed for the CPU. Of what
+                    # comes from a file, the first are a mapping of that.
+                    del compiled
+                    compiled = core.compile_model(graph, "CPU", settings)
+                    if not compiled.get_property("LOADED_FROM_CACHE"):
+                        logger.warning("%s: can't be written; %s holds its weights twice", cache, spec.name)
+                self._requests[rows] = compiled.create_infer_request()
+            if cache:
+                _let_go_of_mappings(cache)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run one batch; see ``Engine.run``."""
@@ -95,6 +103,20 @@ def inference_precision(spec: ModelSpec, capabilities: list[str]) -> str:
     """
     is_half = any(tensor.dtype is DType.FLOAT16 for tensor in spec.inputs)
     return "bf16" if spec.name == "unet" and is_half and "BF16" in capabilities else "f32"
+
+
+@contextmanager
+def _alone_in(folder: Path | None) -> Iterator[None]:
+    """Wait for other processes that use a folder: OpenVINO writes over a file that another may have mapped."""
+    if folder is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
 
 
 def _let_go_of_mappings(folder: Path) -> None:

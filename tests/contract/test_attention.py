@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import onnx
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import export.attention
+from export.attention import AttentionInBlocks
 from export.graphs import export_graph
 from export.verification import Tolerance, check_values
 from icportrait.contract import Axis, DType, ModelSpec, TensorSpec
@@ -41,6 +43,25 @@ def tensor(name: str, tokens: int) -> TensorSpec:
 SPEC = ModelSpec(
     "attention", (tensor("query", QUERIES), tensor("key", KEYS), tensor("value", KEYS)), (tensor("out", QUERIES),)
 )
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [{}, {"scale": 0.3}, {"is_causal": True}, {"attn_mask": torch.linspace(-3, 3, 36).reshape(6, 6)}],
+    ids=str,
+)
+def test_blocks_are_the_same_attention_however_it_is_called(
+    keywords: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export.attention, "MAX_SCORES_BYTES", 4 * 2 * 6 * 3)
+    attention = functional.scaled_dot_product_attention
+    query, key, value = torch.randn(3, 2, 2, 6, 4)
+    expected = attention(query, key, value, **keywords)
+    flat = attention(query[0], key[0], value[0], **keywords)
+    with AttentionInBlocks():
+        assert torch.allclose(attention(query, key, value, **keywords), expected)
+        assert torch.allclose(attention(query=query, key=key, value=value, **keywords), expected)
+        assert torch.allclose(attention(query[0], key[0], value[0], **keywords), flat)
 
 
 @pytest.mark.parametrize(

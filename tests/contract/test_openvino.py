@@ -80,7 +80,7 @@ def test_a_batch_runs_in_whole_buckets_the_largest_first() -> None:
     assert spec.batch.max == 3
     assert buckets_at_once(spec, OPENVINO) == (1, 2)
     assert buckets_at_once(spec, ServingPolicy(rows_at_once=1)) == (1,)
-    assert buckets_at_once(spec, ServingPolicy(deterministic=True)) == (1,)
+    assert buckets_at_once(spec, ServingPolicy(runtime="openvino", deterministic=True)) == (1,)
 
 
 def test_onnx_runtimes_rows_at_once_are_limited_too(demo_export: Path) -> None:
@@ -134,6 +134,12 @@ def test_what_is_mapped_of_compiled_graphs_does_not_stay_in_memory(demo_export: 
     assert mapped > 10_000 and resident < mapped / 10, "in KiB"
     compiled_here, inputs = OpenVinoEngine(demo_export / "unet.onnx", spec, (1,)), spec.dummy_inputs(1)
     assert np.array_equal(engine.run(inputs)["noise_pred"], compiled_here.run(inputs)["noise_pred"])
+
+
+def test_what_cannot_be_kept_is_said(small_export: Path, caplog: pytest.LogCaptureFixture) -> None:
+    unwritable = Path("/proc/self/task")
+    OpenVinoEngine(small_export / "vae_encoder.onnx", engine_specs(SMALL)["vae_encoder"], (1,), cache=unwritable)
+    assert f"{unwritable}: can't be written; vae_encoder holds its weights twice" in caplog.text
 
 
 def test_a_graph_that_is_not_the_contracts_is_refused_by_name(small_export: Path, tmp_path: Path) -> None:

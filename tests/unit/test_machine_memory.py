@@ -93,5 +93,25 @@ def test_this_machine_has_less_than_all_of_its_memory() -> None:
     assert oom_kills() >= 0
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_files_that_were_read_twice_can_be_given_back_too(proc: Path, cgroups: Path, version: int) -> None:
+    (proc / "self" / "cgroup").write_text("0::/\n" if version == 2 else "4:memory:/\n")
+    if version == 2:
+        unified(cgroups, str(8 * GB), current=6 * GB)
+    else:
+        legacy(cgroups / "memory", 8 * GB, usage=6 * GB)
+    prefix, folder = ("", cgroups) if version == 2 else ("total_", cgroups / "memory")
+    (folder / "memory.stat").write_text(f"{prefix}inactive_file {1 * GB}\n{prefix}active_file {3 * GB}\n")
+    assert room(proc, cgroups).free_bytes == 6 * GB
+
+
+def test_a_sandbox_without_the_kernels_files_says_what_it_can(proc: Path, cgroups: Path) -> None:
+    (proc / "vmstat").unlink()
+    (proc / "self" / "cgroup").unlink()
+    (proc / "meminfo").write_text("MemTotal: 2000 kB\nMemFree: 700 kB\nCached: 300 kB\n")
+    assert oom_kills(proc) == 0
+    assert room(proc, cgroups) == Room(1000 * 1024, "this machine")
+
+
 def test_kills_for_memory_are_counted(proc: Path) -> None:
     assert oom_kills(proc) == 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from icportrait.memory import fit, needs, summary
 from icportrait.policy import POLICY_VARIABLE, ServingPolicy, cpu_defaults
 from icportrait.presets import DEMO_128, SD15_512
 from icportrait.repository import assemble, main
+from icportrait.runtime.engine import compiled_folder, keeps_compiled
 from icportrait.server import main as serve
 from icportrait.startup import repository_policy
 from icportrait.triton_backend import ModelContext
@@ -81,6 +83,28 @@ def test_a_graph_holds_a_tensor_from_its_maker_to_its_last_reader(tmp_path: Path
     )
 
 
+def test_sizes_that_the_exporter_left_out_are_found(tmp_path: Path) -> None:
+    """Attention's scores, [batch, 2, 16, 16], behind a reshape whose shape is computed."""
+    info = helper.make_tensor_value_info
+    nodes = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Reshape", ["x", "shape"], ["q"]),
+        helper.make_node("Transpose", ["q"], ["k"], perm=[0, 1, 3, 2]),
+        helper.make_node("MatMul", ["q", "k"], ["scores"]),
+        helper.make_node("Softmax", ["scores"], ["weights"]),
+        helper.make_node("MatMul", ["weights", "q"], ["y"]),
+    ]
+    unknown = [info(name, TensorProto.FLOAT, [None] * 4) for name in ("q", "k", "scores", "weights")]
+    shape = ["batch", 2, 16, 1]
+    graph = helper.make_graph(
+        nodes, "g", [info("x", TensorProto.FLOAT, shape)], [info("y", TensorProto.FLOAT, shape)],
+        value_info=[info("shape", TensorProto.INT64, [4]), *unknown],
+    )  # fmt: skip
+    onnx.save(helper.make_model(graph), tmp_path / "g.onnx")
+    scores = 4 * 2 * 16 * 16
+    assert graph_memory(tmp_path / "g.onnx").row_bytes == 2 * scores + 4 * 2 * 16  # and x, which stays
+
+
 # A repository's
 
 
@@ -115,8 +139,31 @@ def test_more_rows_take_more_and_openvino_weights_for_each_bucket(manifest: Mani
     assert rows[1] - rows[0] == pytest.approx(4 * 0.125) and rows[2] - rows[1] == pytest.approx(4 * 0.25)
     buckets = [total_gb(large, runtime="openvino", rows_at_once=count) for count in (1, 2)]
     assert buckets[1] - buckets[0] == pytest.approx(4 * (1.0 + 0.25))
+    assert total_gb(large, rows_at_once=4, deterministic=True) == pytest.approx(rows[2]), "it runs whole batches"
     deterministic = total_gb(large, runtime="openvino", rows_at_once=2, deterministic=True)
     assert deterministic == pytest.approx(buckets[0])
+
+
+def test_what_openvino_cannot_keep_holds_its_weights_twice(manifest: Manifest) -> None:
+    large, policy = described(manifest, 1.0, 0.1), ServingPolicy(runtime="openvino", rows_at_once=1)
+    kept, unkept = (
+        {need.model: need.memory for need in needs(large, policy, keeps_compiled)} for keeps_compiled in (True, False)
+    )
+    assert unkept["denoise"] - kept["denoise"] == GB  # two engines, of which the first start compiles one at a time
+    assert unkept["vae_decoder"] == kept["vae_decoder"]
+
+
+def test_a_repository_keeps_what_is_compiled_beside_what_its_name_links_to(export: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "repository").symlink_to(tmp_path / "disk", target_is_directory=True)
+    (tmp_path / "disk.compiled" / "another's").mkdir(parents=True)
+    assemble(export, tmp_path / "repository", ServingPolicy(runtime="openvino"))
+    manifest = Manifest.read(export)
+    assert keeps_compiled(tmp_path / "repository", manifest) and keeps_compiled(tmp_path / "disk", manifest)
+    assert (tmp_path / "disk.compiled" / "another's").is_dir()
+    shutil.copytree(tmp_path / "disk", tmp_path / "copy")
+    assert not keeps_compiled(tmp_path / "copy", manifest)
+    assert not compiled_folder(Path("/"), manifest, "unet").exists()
 
 
 def test_a_process_of_torchs_holds_the_whole_checkpoint(manifest: Manifest) -> None:
@@ -164,6 +211,8 @@ def test_address_space_is_each_process_own(manifest: Manifest) -> None:
 
 def test_a_summary_says_what_runs_and_both_numbers(manifest: Manifest) -> None:
     large = described(manifest, 1.0, 0.1)
+    deterministic = ServingPolicy(runtime="openvino", deterministic=True)
+    assert "16 slots, 1 row at once: " in summary(deterministic, [], PLENTY)
     fitted, found = fit(large, ServingPolicy(runtime="openvino", rows_at_once=1), PLENTY)
     total = sum(need.memory for need in found) / GB
     assert summary(fitted, found, Room(20 * GB, "this machine")) == (
@@ -211,4 +260,7 @@ def test_the_command_takes_the_presets_runtime(tmp_path: Path) -> None:
         assert main(["--export", str(tmp_path / "export"), "--out", str(repository)]) == 0
         policy = repository_policy(repository)
         assert (policy.runtime, policy.rows_at_once) == (runtime, rows)
-        assert ServingPolicy(**cpu_defaults(preset)).runtime == runtime
+        assert ServingPolicy(**cpu_defaults(preset, "fp16")).runtime == runtime
+        assert ServingPolicy(**cpu_defaults(preset, "int8")).runtime == "onnxruntime"
+    assert main(["--export", str(tmp_path / "export"), "--out", str(tmp_path / "torch"), "--runtime", "torch"]) == 0
+    assert repository_policy(tmp_path / "torch").rows_at_once == 16, "on a GPU batches are worth having"

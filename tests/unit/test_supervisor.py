@@ -13,9 +13,9 @@ import pytest
 import icportrait.server
 from icportrait.errors import IcPortraitError
 from icportrait.machine_memory import oom_kills
-from icportrait.server import TritonServer
+from icportrait.server import KILL_TAKES_S, TritonServer
 from icportrait.stub_processes import STUB, StubProcess, stub_processes
-from icportrait.supervisor import MAX_RESTARTS, WITHIN_S, Ending, keep_running
+from icportrait.supervisor import AGAIN_WITHIN_S, MAX_RESTARTS, WITHIN_S, Ending, keep_running
 
 
 class Stopped(BaseException):
@@ -85,6 +85,19 @@ def test_what_was_killed_for_memory_is_started_again_once() -> None:
         keep_running(server, said.append, "ready", lambda: server.now, server.sleep)
     assert said.count("ready") == 2
     assert server.calls == ["start", "stop", "start", "stop"]
+
+
+def test_a_kill_for_memory_that_lies_far_back_is_not_the_same_again() -> None:
+    server = FakeServer(*[AGAIN_WITHIN_S + 1] * 3)
+    server.ending = Ending("denoise was killed for want of memory", for_memory=True)
+
+    def sleep(_: float) -> None:
+        server.now = server._ends_at
+        if server.now == float("inf"):
+            raise Stopped
+
+    server.sleep = sleep  # type: ignore[method-assign]
+    assert run(server).count("ready") == 4
 
 
 def test_restarts_that_lie_back_do_not_count() -> None:
@@ -157,6 +170,34 @@ def test_what_the_kernel_killed_for_memory_is_named_as_that(
         monkeypatch.setattr(icportrait.server, "oom_kills", lambda: before + kills)
         assert server.what_ended() == ending
         triton.communicate()
+
+
+def test_a_kill_long_after_another_process_was_killed_for_memory_is_a_kill(
+    stub: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, now = oom_kills(), [0.0]
+    monkeypatch.setattr(icportrait.server.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(icportrait.server, "oom_kills", lambda: before + 1)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as triton:
+        server = TritonServer(
+            Path("repository"), _process=triton, _stubs=stub_processes(os.getpid()), _oom_kills=before
+        )
+        assert server.what_ended() is None
+        now[0] = KILL_TAKES_S + 1
+        stub.kill()
+        os.waitid(os.P_PID, stub.pid, os.WEXITED | os.WNOWAIT)
+        assert server.what_ended() == Ending("the process of model denoise was ended by signal 9")
+        triton.communicate()
+
+
+def test_a_start_during_which_the_kernel_killed_for_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = oom_kills()
+    monkeypatch.setattr(icportrait.server, "oom_kills", lambda: before + 1)
+    with subprocess.Popen(["false"]) as triton:
+        triton.wait()
+        server = TritonServer(Path("repository"), _process=triton, _oom_kills=before)
+        with pytest.raises(IcPortraitError, match="status 1 before it was ready; meanwhile the kernel has killed"):
+            server._wait_ready()
 
 
 def test_a_process_that_got_the_number_later_is_another_one() -> None:
