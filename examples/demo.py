@@ -5,8 +5,13 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 from icportrait_client import PortraitClient, PortraitError, Portraits
 from PIL import Image
@@ -60,7 +65,9 @@ def _demo(args: argparse.Namespace) -> None:
     if is_random:
         print(RANDOM_WEIGHTS, flush=True)
     print("starting tritonserver", flush=True)
-    with TritonServer(args.repository, Ports.free(), args.out / "tritonserver.log", say=print) as server:
+    with TritonServer(
+        args.repository, Ports.free(), args.out / "tritonserver.log", say=partial(print, flush=True)
+    ) as server:
         ready = time.monotonic()
         with PortraitClient(server.grpc_url, timeout_s=TIMEOUT_S) as client:
             of_heads, of_photographs = (
@@ -89,8 +96,8 @@ def _demo(args: argparse.Namespace) -> None:
 
 def _portraits(client: PortraitClient, pair: Pair, name: str, is_random: bool) -> Portraits:
     """Ask for a pair's portrait, and show the steps as they are done."""
-    # Before the first step, both pictures are encoded and warped.
-    with tqdm(desc=f"  {name}", unit="step", leave=False) as bar:
+    # Before the first step, both pictures are encoded and warped: its clock shows that this goes on.
+    with tqdm(desc=f"  {name}", unit="step", leave=False) as bar, _refreshed(bar):
         for progress in client.stream(
             profile=pair.profile,
             reference=pair.reference,
@@ -103,6 +110,24 @@ def _portraits(client: PortraitClient, pair: Pair, name: str, is_random: bool) -
             bar.update(progress.step - bar.n)
     assert progress.portraits
     return progress.portraits
+
+
+@contextmanager
+def _refreshed(bar: tqdm[NoReturn]) -> Iterator[None]:
+    """Draw the bar anew every second."""
+    ended = threading.Event()
+
+    def draw() -> None:
+        while not ended.wait(1):
+            bar.refresh()
+
+    drawing = threading.Thread(target=draw)
+    drawing.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        drawing.join()
 
 
 def weights_note(versions: dict[str, str]) -> str:

@@ -10,10 +10,11 @@ from pathlib import Path
 PROC = Path("/proc")
 CGROUPS = Path("/sys/fs/cgroup")
 KIB = 1024
-# A control group's files in both versions: its limit, what it has, and of its statistics what it could give back.
+# A control group's files in both versions: its limits, what it has, and of its statistics what it could give back. Over
+# memory.high nothing is killed, but all that runs is held up until it has given some back.
 FILES = {
-    "": ("memory.max", "memory.current", ("inactive_file", "active_file")),
-    "memory": ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
+    "": (("memory.max", "memory.high"), "memory.current", ("inactive_file", "active_file")),
+    "memory": (("memory.limit_in_bytes",), "memory.usage_in_bytes", ("total_inactive_file", "total_active_file")),
 }
 
 
@@ -71,21 +72,31 @@ def _groups(proc: Path, cgroups: Path) -> Iterator[tuple[int, str]]:
         kind = "memory" if "memory" in controllers.split(",") else controllers
         if kind not in FILES:
             continue
-        limit_file, usage_file, reclaimable = FILES[kind]
+        limit_files, usage_file, reclaimable = FILES[kind]
         mount = cgroups / kind
         group = mount / path.lstrip("/")
         for folder in (group, *group.parents):
             if not folder.is_relative_to(mount):
                 break
+            limits = [limit for name in limit_files if (limit := _limit(folder / name)) is not None]
             try:
-                limit = int((folder / limit_file).read_text())  # "max" is none
                 usage = int((folder / usage_file).read_text())
                 statistics = _fields(folder / "memory.stat")
             except (OSError, ValueError):
                 continue
+            if not limits:
+                continue
             # As the kernel counts for the whole machine: files that were read twice can be given back, too.
             usage -= sum(statistics.get(name, 0) for name in reclaimable)
-            yield max(0, limit - usage), f"control group {folder}"
+            yield max(0, min(limits) - usage), f"control group {folder}"
+
+
+def _limit(path: Path) -> int | None:
+    """A control group's limit; None where it has none ("max"), or not this file."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
 
 
 def _fields(path: Path) -> dict[str, int]:

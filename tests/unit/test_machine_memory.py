@@ -64,6 +64,15 @@ def test_a_groups_parents_bind_it(proc: Path, cgroups: Path) -> None:
     assert room(proc, cgroups) == Room(5 * GB, f"control group {cgroups}/serving")
 
 
+@pytest.mark.parametrize("limit", ["max", str(9 * GB)])
+def test_a_group_that_is_held_up_before_its_limit_has_less(proc: Path, cgroups: Path, limit: str) -> None:
+    unified(cgroups, limit, current=1 * GB)
+    (cgroups / "memory.high").write_text(f"{6 * GB}\n")
+    assert room(proc, cgroups) == Room(5 * GB, f"control group {cgroups}")
+    (cgroups / "memory.high").write_text("max\n")
+    assert room(proc, cgroups).free_bytes == (8 * GB if limit != "max" else 20 * GB)
+
+
 def test_groups_of_version_1_are_read(proc: Path, cgroups: Path) -> None:
     (proc / "self" / "cgroup").write_text("9:cpu:/elsewhere\n4:memory:/portraits\n0::/\n")
     legacy(cgroups / "memory" / "portraits", 8 * GB, usage=5 * GB, inactive_file=1 * GB)

@@ -171,6 +171,30 @@ def test_a_process_of_torchs_holds_the_whole_checkpoint(manifest: Manifest) -> N
     assert total_gb(large, runtime="torch") - total_gb(empty, runtime="torch") == pytest.approx(3 * 4)
 
 
+def test_onnx_runtime_holds_weights_twice_and_maps_the_engines_files(manifest: Manifest) -> None:
+    policy = ServingPolicy(runtime="onnxruntime")
+    with_weights, without = (needs(described(manifest, weights, 0.0), policy) for weights in (1.0, 0.0))
+    for need, bare in zip(with_weights, without, strict=True):
+        engines = {"tritonserver": 0, "denoise": 2}.get(need.model, 1)
+        assert need.memory - bare.memory == need.address_space - bare.address_space == engines * 2 * GB
+    files = {name: file.size_bytes for name, file in manifest.engines.items()}
+    encoder, decoder = (
+        next(need.address_space - need.memory for need in without if need.model == name)
+        for name in ("vae_encoder", "vae_decoder")
+    )
+    assert encoder - decoder == files["vae_encoder"] - files["vae_decoder"] != 0
+
+
+def test_address_space_holds_openvinos_mapped_weights_for_each_bucket(manifest: Manifest) -> None:
+    policy = ServingPolicy(runtime="openvino", rows_at_once=4)
+    by_model = [
+        {need.model: need.address_space - need.memory for need in needs(described(manifest, weights, 0.0), policy)}
+        for weights in (1.0, 0.0)
+    ]
+    assert by_model[0]["vae_decoder"] - by_model[1]["vae_decoder"] == 3 * GB  # of 1, 2 and 4 rows
+    assert by_model[0]["denoise"] - by_model[1]["denoise"] == 2 * 3 * GB
+
+
 # What fits
 
 
