@@ -7,11 +7,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icportrait.contract import ENGINES, PRECISIONS, QUANTIZED_PRECISIONS, Array, contract_hash, engine_specs
 from icportrait.errors import CheckpointError, IcPortraitError
+from icportrait.policy import cpu_defaults
 from icportrait.presets import DEMO_128, PRESETS
 
 if TYPE_CHECKING:
@@ -55,7 +57,6 @@ def export_checkpoint(
     import diffusers
     import numpy as np
     import onnx
-    import onnxruntime
     import torch
 
     from export.calibration import record_inputs
@@ -79,6 +80,7 @@ def export_checkpoint(
     for module in modules.values():
         cast(module, WEIGHT_TYPES[precision])
     small = checkpoint.preset.image_size <= SMALL_IMAGE_SIZE
+    runtime = cpu_defaults(checkpoint.preset, precision)["runtime"]
     engines = {}
     for name in ENGINES:
         spec, module = specs[name], modules[name]
@@ -90,13 +92,14 @@ def export_checkpoint(
         progress(f"{name}: to ONNX, {plain}")
         files = export_graph(module, spec, directory, opset)
         sizes = (1, spec.batch.max) if small else (1,)
-        verify(files[0], spec, module, plain, opset, [spec.dummy_inputs(size) for size in sizes], progress)
+        batches = [spec.dummy_inputs(size) for size in sizes]
+        verify(files[0], spec, module, plain, opset, batches, progress, runtime)
         if is_quantized:
             inputs = {tensor.name: recorded[tensor.name].astype(tensor.dtype.numpy) for tensor in spec.inputs}
             progress(f"{name}: to {final}, calibrated on {len(inputs[spec.inputs[0].name])} recorded inputs")
             quantize(files, final, inputs)
             batches = [{key: array[:size] for key, array in inputs.items()} for size in sizes]
-            verify(files[0], spec, module, final, opset, batches, progress)
+            verify(files[0], spec, module, final, opset, batches, progress, runtime)
         engines[name] = EngineFile(
             file=files[0].name,
             sha256=file_sha256(*files),
@@ -120,7 +123,7 @@ def export_checkpoint(
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
             "onnx": onnx.__version__,
-            "onnxruntime": onnxruntime.__version__,
+            runtime: version(runtime),
             "numpy": np.__version__,
         },
     )

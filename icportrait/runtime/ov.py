@@ -26,7 +26,13 @@ class OpenVinoEngine:
     """An ONNX graph on the CPU, compiled once for each bucket of rows: with static shapes OpenVINO is much faster."""
 
     def __init__(
-        self, path: Path, spec: ModelSpec, buckets: tuple[int, ...], threads: int = 0, cache: Path | None = None
+        self,
+        path: Path,
+        spec: ModelSpec,
+        buckets: tuple[int, ...],
+        threads: int = 0,
+        cache: Path | None = None,
+        precision: str | None = None,
     ) -> None:
         """Load the graph, compare its inputs and outputs with the specification, and compile it.
 
@@ -37,6 +43,7 @@ class OpenVinoEngine:
             threads: threads for one run; 0 takes one per physical core.
             cache: a directory for compiled graphs, which OpenVINO finds again by a graph's content and its own version.
                 Without one, every start compiles, and weights stay in memory twice.
+            precision: OpenVINO's name of what it computes in; None for what ``inference_precision`` says.
 
         Raises:
             CheckpointError: the file is missing, or its names, types or fixed sizes aren't the specification's.
@@ -49,7 +56,7 @@ class OpenVinoEngine:
             raise CheckpointError(f'{path} is missing; make it with "python -m export"')
         core = openvino.Core()
         self.spec = spec
-        self.precision = inference_precision(spec, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+        self.precision = precision or inference_precision(spec, core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
         self.version = f"openvino-{openvino.__version__.partition('-')[0]}-{self.precision}"
         settings: dict[str, Any] = {
             "INFERENCE_PRECISION_HINT": self.precision,

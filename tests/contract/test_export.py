@@ -171,9 +171,11 @@ def test_a_changed_weight_is_found_and_its_tensor_named(
     path = edited(small_export / f"{name}.onnx", tmp_path / f"{name}.onnx", edit)
     tolerance = export.verification.TOLERANCES["fp32"][name]
     module = engine_modules(small_checkpoint)[name]
-    check_values(small_export / f"{name}.onnx", SPECS[name], module, tolerance, [SPECS[name].dummy_inputs(1)])
-    with pytest.raises(VerificationError, match=message):
-        check_values(path, SPECS[name], module, tolerance, [SPECS[name].dummy_inputs(1)])
+    for runtime in ("onnxruntime", "openvino"):
+        arguments = SPECS[name], module, tolerance, [SPECS[name].dummy_inputs(1)], runtime
+        check_values(small_export / f"{name}.onnx", *arguments)
+        with pytest.raises(VerificationError, match=message):
+            check_values(path, *arguments)
 
 
 def test_end_point_error_is_a_distance_in_cells() -> None:
