@@ -1,4 +1,4 @@
-"""Train one stage: python -m training vae | matching | appearance."""
+"""Train one stage: python -m training vae | matching | appearance | decoder."""
 
 from __future__ import annotations
 

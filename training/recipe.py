@@ -104,6 +104,22 @@ class AppearanceRecipe(Recipe):
 
 
 @dataclass(frozen=True)
+class DecoderRecipe(Recipe):
+    """The autoencoder's decoder once more, on what the UNet predicts."""
+
+    stage: ClassVar[str] = "decoder"
+
+    num_inference_steps: int = 1
+    """Of the portraits that it is trained on."""
+    true_share: float = 0.25
+    """Part of the rows whose latent is the target's own, so that true latents are decoded as well as before."""
+    head_weight: float = 3.0
+    """As in ``AppearanceRecipe``."""
+    likeness_weight: float = 1.0
+    """Of 1 - SSIM, beside the mean absolute error of a pixel in -1..1."""
+
+
+@dataclass(frozen=True)
 class Data:
     """Where the pairs come from."""
 
@@ -118,7 +134,9 @@ class Data:
     """A folder with one folder of views an identity, used in place of rendered pairs."""
 
 
-STAGES: dict[str, type[Recipe]] = {recipe.stage: recipe for recipe in (VaeRecipe, MatchingRecipe, AppearanceRecipe)}
+STAGES: dict[str, type[Recipe]] = {
+    recipe.stage: recipe for recipe in (VaeRecipe, MatchingRecipe, AppearanceRecipe, DecoderRecipe)
+}
 
 
 def load_recipe(path: Path, stage: str, overrides: list[str]) -> tuple[str, Data, Recipe]:

@@ -20,7 +20,7 @@ from training.data import Batch, Source
 from training.grids import flow_colours, picture_grid
 from training.metrics import ssim_map
 from training.portraits import make_portraits, whole_levels
-from training.recipe import AppearanceRecipe, MatchingRecipe, Recipe, RecipeError
+from training.recipe import AppearanceRecipe, DecoderRecipe, MatchingRecipe, Recipe, RecipeError
 from training.stage import Stage
 from training.vae_stage import VaeStage
 
@@ -65,6 +65,27 @@ class _CanvasStage(Stage):
         halves = self.checkpoint.warping_network.matching_features(canvas)
         with torch.autocast(self.device.type, enabled=False):  # bfloat16 can't tell neighbouring cells apart
             return [cost_volume(source, target) for source, target in halves]
+
+    def decoded_loss(
+        self, latent: Tensor, batch: Batch, rows: Tensor, head_weight: float, likeness_weight: float = 1.0
+    ) -> Tensor:
+        """How the decoded pictures of ``latent`` differ from the targets of ``rows``.
+
+        The mean absolute error of a pixel in -1..1, and 1 - SSIM by its weight; pixels of the head count so many times.
+        0 where there are no rows.
+        """
+        if not len(rows):
+            return latent.sum()
+        picture, target = decode(self.checkpoint.vae, latent).float(), batch.target[rows]
+        error = (picture - target).abs().mean(1)
+        likeness = ssim_map((picture + 1) * 127.5, (target + 1) * 127.5)
+        if batch.head is None:
+            return error.mean() + likeness_weight * (1 - likeness.mean())
+        weight = 1 + (head_weight - 1) * batch.head[rows].float()
+        margin = (error.shape[-1] - likeness.shape[-1]) // 2
+        inner = weight[:, margin:-margin, margin:-margin]
+        unlike = ((1 - likeness) * inner).sum() / inner.sum()
+        return (error * weight).sum() / weight.sum() + likeness_weight * unlike
 
     def visibility(self, count: int, generator: torch.Generator) -> Tensor:
         """Masks ``[count, 1, s, s]`` as serving draws them."""
@@ -217,27 +238,9 @@ class AppearanceStage(_CanvasStage):
                 restored = (noisy - noise_level * prediction) / signal
             else:
                 restored = signal * noisy - noise_level * prediction
-            losses["decoded"] = self.decoded_loss(split_canvas(restored)[1][rows], batch, rows)
+            losses["decoded"] = self.decoded_loss(split_canvas(restored)[1][rows], batch, rows, self.recipe.head_weight)
             losses["loss"] = losses["loss"] + self.recipe.decoded_weight * losses["decoded"]
         return losses
-
-    def decoded_loss(self, latent: Tensor, batch: Batch, rows: Tensor) -> Tensor:
-        """How the decoded pictures of ``latent`` differ from the targets of ``rows``.
-
-        The mean absolute error of a pixel in -1..1, and 1 - SSIM; pixels of the head count as in ``weights``. 0 where
-        there are no rows.
-        """
-        if not len(rows):
-            return latent.sum()
-        picture, target = decode(self.checkpoint.vae, latent).float(), batch.target[rows]
-        error = (picture - target).abs().mean(1)
-        likeness = ssim_map((picture + 1) * 127.5, (target + 1) * 127.5)
-        if batch.head is None:
-            return error.mean() + 1 - likeness.mean()
-        weight = 1 + (self.recipe.head_weight - 1) * batch.head[rows].float()
-        margin = (error.shape[-1] - likeness.shape[-1]) // 2
-        inner = weight[:, margin:-margin, margin:-margin]
-        return (error * weight).sum() / weight.sum() + ((1 - likeness) * inner).sum() / inner.sum()
 
     def weights(self, batch: Batch) -> Tensor:
         """Of the errors of latent cells, 1 on average over the batch: ``[B, 1, s, s]``, or a single 1."""
@@ -248,4 +251,42 @@ class AppearanceStage(_CanvasStage):
         return weights / weights.mean()
 
 
-STAGE_CLASSES: dict[str, type[Stage]] = {"vae": VaeStage, "matching": MatchingStage, "appearance": AppearanceStage}
+class DecoderStage(_CanvasStage):
+    """The autoencoder's decoder, by the pictures that it makes of what the UNet predicts.
+
+    A portrait's latent is a mean of what the portrait may be. To a decoder that has only seen encoded pictures it is
+    the latent of a blurred one. This one learns what such a mean stands for; no latent changes by it.
+    """
+
+    recipe: DecoderRecipe
+
+    def modules(self) -> nn.ModuleDict:
+        vae = self.checkpoint.vae
+        return nn.ModuleDict({"decoder": vae.decoder, "post_quant_conv": vae.post_quant_conv})
+
+    def loss(self, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
+        batch, numbers = self.draw(generator)
+        seeds = torch.randint(MAX_SEED, (len(numbers),), generator=generator).tolist()
+        made = make_portraits(
+            self.checkpoint,
+            batch.profile,
+            batch.reference,
+            seeds,
+            num_inference_steps=self.recipe.num_inference_steps,
+            guidance_scale=1.0,
+            mask_ratio=self.recipe.mask_ratio,
+        )
+        is_true = torch.rand(len(numbers), generator=generator) < self.recipe.true_share
+        true = self.encode_known("target", numbers, batch.target)
+        latent = torch.where(is_true.view(-1, 1, 1, 1).to(self.device), true, made.latent.to(self.device))
+        rows = torch.arange(len(numbers), device=self.device)
+        weights = self.recipe.head_weight, self.recipe.likeness_weight
+        return {"loss": self.decoded_loss(latent, batch, rows, *weights)}
+
+
+STAGE_CLASSES: dict[str, type[Stage]] = {
+    "vae": VaeStage,
+    "matching": MatchingStage,
+    "appearance": AppearanceStage,
+    "decoder": DecoderStage,
+}

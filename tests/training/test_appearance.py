@@ -225,12 +225,12 @@ def test_decoded_portraits_are_compared_with_the_targets(appearance: Callable[..
 
     trained.checkpoint.unet.forward = oracle
     losses = trained.loss(0.0, generator())
-    ((latent, batch, rows),) = compared
-    assert rows.tolist() == [0, 1]
+    ((latent, batch, rows, head_weight),) = compared
+    assert rows.tolist() == [0, 1] and head_weight == 2.0
     torch.testing.assert_close(latent, seen["target"][:2], rtol=0, atol=1e-2)
     torch.testing.assert_close(losses["loss"], 0.5 * losses["decoded"], rtol=0, atol=1e-4)
     exact = decode(trained.checkpoint.vae, latent).float().detach()
-    assert float(decoded(latent, replace(batch, target=exact), rows)) == pytest.approx(0, abs=1e-5)
+    assert float(decoded(latent, replace(batch, target=exact), rows, 2.0)) == pytest.approx(0, abs=1e-5)
 
 
 def test_decoded_portraits_teach_the_unet(appearance: Callable[..., Any]) -> None:

@@ -148,3 +148,31 @@ def test_views_without_a_known_correspondence_teach_matching(
     settings: dict[str, Any] = {"batch": 8, "steps": 40, "warmup_steps": 5, "learning_rate": 1e-2, "mask_ratio": 0.0}
     learnt = train(stage("matching", folder, **settings), tmp_path / "run")
     assert mean(learnt[-5:]) < 0.8 * mean(learnt[:3])
+
+
+# The decoder once more
+
+
+def test_the_decoder_learns_what_predictions_stand_for_and_no_latent_changes(
+    tiny_pairs: RenderedPairs, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {"steps": 30, "warmup_steps": 5, "learning_rate": 1e-2, "same_identity_share": 0.0}
+    trained = stage("decoder", tiny_pairs, **settings)
+    before = {name: value.clone() for name, value in trained.checkpoint.vae.state_dict().items()}
+    losses = train(trained, tmp_path)
+    assert mean(losses[-5:]) < 0.9 * mean(losses[:3])
+    changed = {name for name, value in trained.checkpoint.vae.state_dict().items() if not value.equal(before[name])}
+    assert changed and all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+
+
+def test_the_decoder_is_trained_on_what_the_unet_predicts_and_on_true_latents(tiny_pairs: RenderedPairs) -> None:
+    latents = {}
+    for share in (0.0, 1.0):
+        trained = stage("decoder", tiny_pairs, true_share=share)
+        taken: list[Tensor] = []
+        trained.decoded_loss = lambda latent, *_, taken=taken: taken.append(latent) or latent.sum()
+        trained.loss(0.0, generator())
+        (latents[share],) = taken
+    batch, _ = trained.draw(generator())
+    torch.testing.assert_close(latents[1.0], trained.encode(batch.target), rtol=0, atol=2e-3)
+    assert (latents[0.0] - latents[1.0]).abs().mean() > 0.1
