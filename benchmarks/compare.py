@@ -32,7 +32,7 @@ from icportrait.metrics import PREFIX
 from icportrait.policy import SIMULATED, ServingPolicy
 from icportrait.repository import assemble
 from icportrait.runtime.simulated import LatencyTable
-from icportrait.server import Ports, TritonServer
+from icportrait.server import Ports, ServerProcess
 
 BASELINE = "whole"
 """The mode whose capacity the loads are shares of."""
@@ -114,12 +114,11 @@ def estimated_capacity_per_s(latencies: LatencyTable, manifest: Manifest) -> flo
     return 1000 * slots / batch_ms
 
 
-def measure(server: TritonServer, load: LoadSettings) -> dict[str, Any]:
+def measure(server: ServerProcess, load: LoadSettings) -> dict[str, Any]:
     """Put a load on a server: a run's figures, of what was sent and answered after its warm-up."""
     with _Window(server, load) as window:
         run = run_load(load)
-    if ended := server.what_ended():
-        raise IcPortraitError(f"{ended} while it was measured")
+    _check_engine(server)
     if run.interrupted_s is not None:
         raise KeyboardInterrupt
     report = summarise(run)
@@ -142,13 +141,23 @@ def measure(server: TritonServer, load: LoadSettings) -> dict[str, Any]:
     }
 
 
+def _check_engine(server: ServerProcess) -> None:
+    """Raise IcPortraitError where the server has ended, or its engine was started again."""
+    try:
+        starts = server_counters(server.metrics_url).get("gateway_engine_starts_total")
+    except (OSError, http.client.HTTPException) as error:
+        raise IcPortraitError("the server ended while it was measured") from error
+    if starts != 1:
+        raise IcPortraitError("the engine ended while it was measured; the server's log has the cause")
+
+
 class _Window:
     """What the server counts, and the machine's CPUs do, from the end of a run's warm-up to its last sending.
 
     The server publishes its counters four times a second; sums and counts are as old as each other.
     """
 
-    def __init__(self, server: TritonServer, load: LoadSettings) -> None:
+    def __init__(self, server: ServerProcess, load: LoadSettings) -> None:
         self._url = server.metrics_url
         self._samples: list[Mapping[str, float]] = []
         self._timers = [threading.Timer(after_s, self._sample) for after_s in (load.warm_up_s, load.duration_s)]
@@ -213,12 +222,12 @@ def _policy(settings: CompareSettings, mode: str) -> ServingPolicy:
 
 
 @contextlib.contextmanager
-def _serve(folder: Path, mode: str) -> Iterator[TritonServer]:
-    with TritonServer(folder / mode, Ports.free(), folder / f"{mode}.log") as server:
+def _serve(folder: Path, mode: str) -> Iterator[ServerProcess]:
+    with ServerProcess(folder / mode, Ports.free(), folder / f"{mode}.log") as server:
         yield server
 
 
-def _load(settings: CompareSettings, server: TritonServer, rate_per_s: float, seed: int) -> LoadSettings:
+def _load(settings: CompareSettings, server: ServerProcess, rate_per_s: float, seed: int) -> LoadSettings:
     return LoadSettings(
         url=server.grpc_url,
         rate_per_s=rate_per_s,

@@ -21,7 +21,7 @@ from examples.comparison import Pair, Panels, psnr_db, sheet
 from icportrait.errors import IcPortraitError
 from icportrait.manifest import Manifest
 from icportrait.presets import DEMO_128
-from icportrait.server import Ports, TritonServer
+from icportrait.server import Ports, ServerProcess
 
 EXAMPLES = Path(__file__).parent
 HEADS = Pair(*(EXAMPLES / "heads" / f"{name}.png" for name in ("profile", "reference", "ground_truth")))
@@ -65,7 +65,7 @@ def _demo(args: argparse.Namespace) -> None:
     if is_random:
         print(RANDOM_WEIGHTS, flush=True)
     print("starting tritonserver", flush=True)
-    with TritonServer(
+    with ServerProcess(
         args.repository, Ports.free(), args.out / "tritonserver.log", say=partial(print, flush=True)
     ) as server:
         ready = time.monotonic()

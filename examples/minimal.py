@@ -16,6 +16,8 @@ for name, values, kind, dtype in (
 ):
     inputs.append(triton.InferInput(name, [1], kind))
     inputs[-1].set_data_from_numpy(np.array(values, dtype=dtype))
-result = triton.InferenceServerClient(url).infer("ic_portrait", inputs)
+# An http_proxy of the environment isn't for a server nearby.
+options = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", -1)]
+result = triton.InferenceServerClient(url, channel_args=options).infer("ic_portrait", inputs)
 Path(out).write_bytes(result.as_numpy("image")[0])
 print(json.loads(result.as_numpy("metadata")[0])["stage_ms"])

@@ -1,4 +1,4 @@
-"""Who is let in: leases that fronts take before they decode a picture, so that a refusal costs no engine anything.
+"""Who is let in: leases that the gateway takes before it decodes a picture, so that a refusal costs no engine anything.
 
 A request is refused where the queue is full, in slots or in bytes of pictures, or where it has a deadline and that, or
 one that was promised before, couldn't be kept. When it would end is forecast from measured step times (``forecast``).
@@ -26,14 +26,14 @@ UNKNOWN_RETRY_MS = 1000
 
 @dataclass(frozen=True)
 class Demand:
-    """What a request will take, as its front knows it."""
+    """What a request will take, as the gateway knows it."""
 
     rows: int
     steps: int
     priority: int
     deadline_ms: int | None
     arrived_s: float
-    """When the front got it, by ``time.monotonic``."""
+    """When the gateway got it, by ``time.monotonic``."""
     nbytes: int
     """Of its pictures."""
 
@@ -42,12 +42,13 @@ class Demand:
         return math.inf if self.deadline_ms is None else self.arrived_s + self.deadline_ms / 1000
 
     def to_message(self) -> dict[str, float | None]:
+        """``control.LeaseAsked``'s fields."""
         return asdict(self)
 
 
 @dataclass(eq=False)
 class Lease:
-    """A request that was let in, until its front has answered it."""
+    """A request that was let in, until it is answered."""
 
     demand: Demand
     ticket: Ticket | None = None
@@ -118,8 +119,16 @@ class Admission:
         """
         with self._lock:
             self._check(demand)
-            lease = self._leases[key] = Lease(demand)
-            return lease
+            return self._grant(key, demand)
+
+    def grant(self, key: str, demand: Demand) -> Lease:
+        """Let a request in that was let in before, by a loop that has ended."""
+        with self._lock:
+            return self._grant(key, demand)
+
+    def _grant(self, key: str, demand: Demand) -> Lease:
+        lease = self._leases[key] = Lease(demand)
+        return lease
 
     def get(self, key: str) -> Lease | None:
         with self._lock:

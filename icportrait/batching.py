@@ -27,7 +27,7 @@ from functools import partial
 
 import numpy as np
 
-from icportrait.backlog import Backlog
+from icportrait.backlog import Backlog, BacklogError
 from icportrait.contract import Array
 from icportrait.decision import Decider, Decision, Outcomes, stepping_jobs
 from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable
@@ -92,6 +92,8 @@ class Batcher:
         self._decider = Decider(BATCHING_MODES[mode], slots.rows, slots.max_jobs, self.pace)
         self._max_jobs = slots.max_jobs
         self._failures = 0
+        self._unanswered: Outcomes = {}
+        """Those that have left, and why, until the backlog is worked off."""
         self._decision: Decision | None = None
         self._broken: dict[RunningJob, IcPortraitError] = {}
         self._reports_first = not slots.overlaps
@@ -109,6 +111,15 @@ class Batcher:
     @property
     def used_rows(self) -> int:
         return self._table.used_rows
+
+    def standstill(self) -> tuple[float, float]:
+        """How long the loop has been where it is, and how long it may be expected to be there at least, in seconds.
+
+        The first is 0 where there is nothing to do.
+        """
+        since_s, expected_s = self._times.standstill()
+        has_work = self._table.running or self._decider.waiting or not self._arrivals.empty()
+        return (since_s, expected_s) if has_work else (0.0, 0.0)
 
     def submit(
         self,
@@ -172,6 +183,8 @@ class Batcher:
                 self._closed = True
         self._take_arrivals()
         self._revoke()
+        if not can_go_on:
+            self._answer_owed()
         for job in self._table.running:
             if can_go_on and job.ended:
                 self._answer(job, None)
@@ -180,6 +193,15 @@ class Batcher:
             ticket.answer(Unavailable(SHUTTING_DOWN))
         if not can_go_on:
             self._on_failure(sys.maxsize)
+
+    def _answer_owed(self) -> None:
+        """Answer those that have left, and were to be answered in the turn in which the loop has failed."""
+        try:
+            self._backlog.work_off()
+        except Exception:
+            logger.exception("results are lost")
+        for job in self._unanswered:
+            job.ticket.answer(Unavailable(SHUTTING_DOWN))
 
     def _wait(self) -> None:
         """For what comes; deadlines are looked at now and then, since what waits for a held job's slots has one too."""
@@ -242,23 +264,35 @@ class Batcher:
         for start in range(0, len(joining), self._max_jobs):
             part = joining[start : start + self._max_jobs]
             try:
-                self._table.join(part, self._backlog.work_off)
+                failed = self._table.join(part, self._backlog.work_off)
+            except BacklogError:
+                raise
             except Exception as error:
                 self._fail(part, error, "warping")
                 all_joined = False
-            else:
-                for job in part:
-                    job.ticket.is_running = True
+                continue
+            for job in part:
+                job.ticket.is_running = job not in failed
+            for job, cause in failed.items():
+                self._drop([job], cause, "a job's start")
+                all_joined = False
         return all_joined
 
     def _change(self, change: Change, leaving: Outcomes) -> None:
         for job, error in leaving.items():
+            self._unanswered[job] = error
             self._backlog.add(partial(self._answer, job, error))
         self._table.change(change)
 
     def _answer(self, job: RunningJob, error: IcPortraitError | None) -> None:
         error = self._broken.pop(job, error)
-        job.ticket.answer(error or self._result(job, self._table.portrait_latent(job)))
+        try:
+            outcome = error or self._result(job, self._table.portrait_latent(job))
+        except Exception:
+            logger.exception("a result can't be had")
+            outcome = IcPortraitError("a result was lost on this server; its log has the cause")
+        job.ticket.answer(outcome)
+        self._unanswered.pop(job, None)
 
     def _step(self) -> None:
         stepping: list[RunningJob] = []
@@ -276,6 +310,8 @@ class Batcher:
 
         try:
             self._table.step(meanwhile)
+        except BacklogError:
+            raise
         except Exception as error:
             self._revoke()
             self._fail(stepping or stepping_jobs(self._table.running), error, "denoising")
@@ -293,21 +329,31 @@ class Batcher:
         self._times.publish()
 
     def _result(self, job: RunningJob, portrait_latent: Array) -> DenoiseResult:
-        return DenoiseResult(portrait_latent, job.match_confidence, job.conditioned_ns, self._table.stepped_ns)
+        return DenoiseResult(
+            portrait_latent,
+            job.match_confidence,
+            job.joined_ns,
+            job.conditioned_ns,
+            self._table.stepped_ns,
+            1000 * job.warp_s,
+            sum(job.steps_shared) / max(1, len(job.steps_shared)),
+            1000 * job.engine_s,
+        )
 
     def _fail(self, failed: list[RunningJob], error: Exception, what: str) -> None:
-        """Answer jobs at once: the caller's mistake as it is, a failure of ours without what the log has."""
-        if isinstance(error, InvalidRequest):
-            answer: IcPortraitError = error
-        else:
-            self._failures += 1
-            self._metrics.count("engine_failures_total")
-            logger.error("%s failed", what, exc_info=error)
-            answer = IcPortraitError(f"{what} failed on this server; its log has the cause")
+        """Answer jobs at once whose engine failed."""
+        self._failures += 1
+        self._metrics.count("engine_failures_total")
+        self._drop(failed, error, what)
+        self._on_failure(self._failures)
+
+    def _drop(self, failed: list[RunningJob], error: Exception, what: str) -> None:
+        """Answer jobs at once, without what the log has: what goes wrong here is no caller's mistake."""
+        logger.error("%s failed", what, exc_info=error)
+        answer = IcPortraitError(f"{what} failed on this server; its log has the cause")
         self._backlog.work_off()
         self._change(self._table.plan(failed, []), dict.fromkeys(failed, answer))
         self._backlog.work_off()
-        self._on_failure(self._failures)
 
 
 def _may_be_held(job: RunningJob) -> bool:

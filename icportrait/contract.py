@@ -34,6 +34,11 @@ PRECISIONS = ("fp32", "fp16", "bf16", "int8", "fp8")
 QUANTIZED_PRECISIONS = ("int8", "fp8")
 """The UNet's convolutions and linears in this type, by Q/DQ; everything else, and ``F_ref``, in fp16."""
 ENSEMBLE = "portrait_pipeline"
+"""The private pipeline: crops in, pixels out; the gateway decodes and encodes pictures."""
+STANDALONE_ENSEMBLE = "standalone_pipeline"
+"""The same behind any other tritonserver: files in, files out."""
+PARTITION_PARAMETER = "partition"
+"""Of a request to the private pipeline, which Triton hands on to its models: what is kept for whom."""
 Array = NDArray[Any]
 
 
@@ -252,25 +257,26 @@ def engine_specs(preset: Preset, precision: str = "fp32") -> dict[str, ModelSpec
 
 
 def stage_specs(preset: Preset) -> dict[str, ModelSpec]:
-    """The Python stages of the ensemble by name; their tensors are the ensemble's, so the maps need no renaming.
+    """The Python stages by name. ``preprocess`` and ``postprocess`` are the standalone pipeline's alone.
 
-    Triton joins what a decoupled step gives with nothing that went past it: all that ``postprocess`` needs goes through
-    ``denoise``. Each report therefore holds the one before it, the first one the request.
+    ``request`` is JSON: for ``preprocess`` an object of public options, for the others a ``PortraitRequest``.
     """
     one, portraits = Axis.fixed("request", 1), Axis("portraits", 1, 1, preset.max_vae_batch)
-    request, preprocess_report, denoise_report = (
-        TensorSpec(name, DType.BYTES, (one,)) for name in ("request", "preprocess_report", "denoise_report")
-    )
+
+    def text(name: str) -> TensorSpec:
+        return TensorSpec(name, DType.BYTES, (one,))
+
     visibility = visibility_spec(preset, one)
     specs = (
         ModelSpec(
             "preprocess",
-            (TensorSpec("profile", DType.BYTES, (one,)), TensorSpec("reference", DType.BYTES, (one,)), request),
+            (text("profile"), text("reference"), text("request")),
             (
                 pixels_spec(preset, "profile_pixels", one),
                 pixels_spec(preset, "reference_pixels", one),
                 visibility,
-                preprocess_report,
+                text("checked_request"),
+                text("preprocess_report"),
             ),
         ),
         ModelSpec(
@@ -279,22 +285,39 @@ def stage_specs(preset: Preset) -> dict[str, ModelSpec]:
                 latent_spec(preset, "profile_latent", one),
                 latent_spec(preset, "reference_latent", one),
                 visibility,
-                preprocess_report,
+                text("request"),
             ),
-            (latent_spec(preset, "portrait_latent", portraits), denoise_report),
+            (latent_spec(preset, "portrait_latent", portraits), text("denoise_report")),
         ),
         ModelSpec(
             "postprocess",
-            (pixels_spec(preset, "portrait_pixels", portraits), denoise_report),
             (
-                TensorSpec("image", DType.BYTES, (portraits,)),
-                TensorSpec("metadata", DType.BYTES, (one,)),
-                TensorSpec("step", DType.INT32, (one,)),
-                TensorSpec("total_steps", DType.INT32, (one,)),
+                pixels_spec(preset, "portrait_pixels", portraits),
+                text("request"),
+                text("preprocess_report"),
+                text("denoise_report"),
             ),
+            (TensorSpec("image", DType.BYTES, (portraits,)), text("metadata")),
         ),
     )
     return {spec.name: spec for spec in specs}
+
+
+def pipeline_spec(preset: Preset) -> ModelSpec:
+    """The private pipeline: crops, the reference hidden already, and a ``PortraitRequest`` to pixels and a report."""
+    stages, one = stage_specs(preset), Axis.fixed("request", 1)
+    _, _, visibility, request = stages["denoise"].inputs
+    return ModelSpec(
+        ENSEMBLE,
+        (pixels_spec(preset, "profile_pixels", one), pixels_spec(preset, "reference_pixels", one), visibility, request),
+        (stages["postprocess"].inputs[0], stages["denoise"].outputs[1]),
+    )
+
+
+def standalone_spec(preset: Preset) -> ModelSpec:
+    """The standalone pipeline: two picture files and an object of public options to files and metadata."""
+    stages = stage_specs(preset)
+    return ModelSpec(STANDALONE_ENSEMBLE, stages["preprocess"].inputs, stages["postprocess"].outputs)
 
 
 def contract_hash(preset: Preset, precision: str) -> str:

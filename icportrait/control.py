@@ -1,249 +1,273 @@
-"""The line between the fronts' processes and the denoising loop's, beside Triton.
+"""The control line between the gateway and the denoising loop, beside Triton: the loop's end, and the messages.
 
-Triton carries pictures through the ensemble and answers back. What must be said at another moment goes over a socket:
+Triton carries crops to the loop and pixels back. What must be said at another moment goes over a Unix socket that is a
+file, in a directory that only the server's user may enter:
 
-    front -> loop   lease     may this request run? answered at once
-                    cancel    its caller has gone
-                    seen      its last preview has reached the caller
-                    release   it has been answered
-    loop -> front   leased    the lease, or why not
-                    step      so many steps are done
+    gateway -> loop   hello     the protocol's version; the first message
+                      lease     may this request run? answered at once
+                      cancel    its caller has gone
+                      seen      its last preview has reached the caller
+                      release   it has been answered
+                      ping      answered with a pong
+    loop -> gateway   hello     this side's version, at once
+                      leased    the lease, or why not
+                      step      so many steps are done
+                      preview   likewise, and what the portraits look like
+                      pong      whether the loop gets on
 
-Messages are JSON objects with ``op`` and the request's ``key``. A connection that breaks tells either side that the
-other process has ended. The socket lies in Linux's abstract namespace: it has no file, and goes with its process.
+A message is a length in four bytes, the highest first, and a JSON object with ``op``. One that isn't what it should be
+ends its connection. A connection that breaks tells either side that the other process has ended.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
-import os
+import queue
 import socket
 import struct
 import threading
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Client, Connection, Listener
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from icportrait.errors import IcPortraitError, Unavailable, from_wire
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from icportrait.admission import Demand
+from icportrait.metrics import STAGES
 
 logger = logging.getLogger(__name__)
-Message = dict[str, Any]
-OnReply = Callable[[IcPortraitError | None], None]
-LEASE_TIMEOUT_S = 2.0
-NO_LOOP = "the denoising loop has ended; the server must be restarted, which make serve does by itself; try again later"
-LOOP_IS_BUSY = "the denoising loop doesn't answer; try again later"
+VERSION = 1
+LOOP_VARIABLE = "ICPORTRAIT_LOOP"
+"""Of the environment: the control line's socket. A loop's process without it runs standalone."""
+MAX_ASKED_BYTES = 2**16
+"""Of a message to the loop."""
+MAX_UNREAD_BYTES = 256 * 2**20
+"""Of messages that a gateway hasn't read: previews of all requests that can be admitted are less."""
+ACCEPT_AGAIN_S = 0.1
+LENGTH = struct.Struct("!I")
+
+Reply = Mapping[str, Any]
+Key = Annotated[str, Field(min_length=1, max_length=64)]
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Milliseconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
-def address(directory: Path) -> str:
-    """The socket's name, of the server that runs the model in ``directory``.
+class _Message(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    Args:
-        directory: ``<repository>/<model>/<version>`` as the server names it, links not followed: each server of ours
-            serves its repository through a link of its own.
+
+class Hello(_Message):
+    op: Literal["hello"] = "hello"
+    version: int
+
+
+class LeaseAsked(_Message):
+    """``admission.Demand``'s fields; one that is ``replayed`` was granted before this loop began."""
+
+    op: Literal["lease"] = "lease"
+    key: Key
+    rows: Annotated[int, Field(ge=1, le=2**16)]
+    steps: Annotated[int, Field(ge=1, le=2**16)]
+    priority: Annotated[int, Field(ge=0, le=2**16)]
+    deadline_ms: Annotated[int, Field(ge=0, le=2**31)] | None
+    arrived_s: Annotated[float, Field(ge=0.0, le=2.0**40, allow_inf_nan=False)]
+    nbytes: Count
+    replayed: bool = False
+
+    @property
+    def demand(self) -> Demand:
+        return Demand(self.rows, self.steps, self.priority, self.deadline_ms, self.arrived_s, self.nbytes)
+
+
+class Cancel(_Message):
+    op: Literal["cancel"] = "cancel"
+    key: Key
+
+
+class Seen(_Message):
+    op: Literal["seen"] = "seen"
+    key: Key
+
+
+class Release(_Message):
+    """A request's end; with milliseconds by stage where there was an answer with portraits."""
+
+    op: Literal["release"] = "release"
+    key: Key
+    stage_ms: dict[Literal[STAGES], Milliseconds] | None = None  # type: ignore[valid-type]
+
+
+class Ping(_Message):
+    op: Literal["ping"] = "ping"
+    id: Count
+
+
+Asked = LeaseAsked | Cancel | Seen | Release | Ping
+_ASKED: TypeAdapter[Hello | Asked] = TypeAdapter(Annotated[Hello | Asked, Field(discriminator="op")])
+
+
+def parse(data: bytes) -> Hello | Asked:
+    """A message to the loop.
+
+    Raises:
+        pydantic.ValidationError: it isn't what it should be.
     """
-    repository = directory.absolute().parents[1]
-    return f"\0icportrait-{hashlib.sha256(os.fsencode(repository)).hexdigest()[:32]}"
+    return _ASKED.validate_json(data)
+
+
+def frame(message: Reply | BaseModel) -> bytes:
+    """A message as it goes over the line."""
+    text = message.model_dump_json() if isinstance(message, BaseModel) else json.dumps(message, allow_nan=False)
+    data = text.encode()
+    return LENGTH.pack(len(data)) + data
 
 
 class Peer:
-    """One end of a connection; any thread may send."""
+    """The loop's end of one connection. Any thread may send, and never waits for the other side."""
 
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
-        self._sending = threading.Lock()
+    def __init__(self, stream: socket.socket) -> None:
+        """Begin to send.
 
-    def send(self, message: Message) -> bool:
-        """Send, and say whether the other side was there."""
+        Args:
+            stream: connected; the peer closes it.
+        """
+        self._stream = stream
+        self._unread: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._unread_bytes = 0
+        self._closed = False
+        self._writer = threading.Thread(target=self._write, name="control-writer", daemon=True)
+        self._writer.start()
+
+    def send(self, message: Reply | BaseModel) -> bool:
+        """Send soon, and say whether the connection is there still."""
+        data = frame(message)
+        with self._lock:
+            if self._closed:
+                return False
+            self._unread_bytes += len(data)
+            is_read = self._unread_bytes <= MAX_UNREAD_BYTES
+        if is_read:
+            self._unread.put(data)
+        else:
+            logger.error("the control line isn't read: %d bytes wait; it is closed", self._unread_bytes)
+            self.close()
+        return is_read
+
+    def receive(self, on_message: Callable[[Asked], None]) -> None:
+        """Hand every message over, until the connection ends, or one comes that isn't what it should be."""
         try:
-            with self._sending:
-                self._connection.send_bytes(json.dumps(message).encode())
-        except (OSError, ValueError):
-            return False
-        return True
-
-    def receive(self, on_message: Callable[[Message], None]) -> None:
-        """Hand every message over until the connection ends."""
-        with contextlib.suppress(EOFError, OSError):
+            greeting = self._next()
+            if not isinstance(greeting, Hello) or greeting.version != VERSION:
+                logger.error(
+                    "a control line began with %r, expected hello of version %d; it is closed", greeting, VERSION
+                )
+                return
             while True:
-                message = json.loads(self._connection.recv_bytes())
+                message = self._next()
+                if isinstance(message, Hello):
+                    logger.error("a control line said hello twice; it is closed")
+                    return
                 try:
                     on_message(message)
                 except Exception:
-                    logger.exception("a message could not be handled: %s", message.get("op"))
+                    logger.exception("a message could not be handled: %s", message.op)
+        except (ValidationError, ValueError) as error:
+            logger.error("a message on the control line isn't what it should be; it is closed: %s", error)
+        except (EOFError, OSError):
+            pass
 
     def close(self) -> None:
-        """End the connection; whoever receives on it returns."""
+        """End the connection; who receives on it returns."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+        self._unread.put(None)
         # Closing alone would leave a thread that is reading where it is.
-        with contextlib.suppress(OSError), _socket(self._connection) as stream:
-            stream.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):
+            self._stream.shutdown(socket.SHUT_RDWR)
+
+    def _next(self) -> Hello | Asked:
+        (length,) = LENGTH.unpack(self._read(LENGTH.size))
+        if length > MAX_ASKED_BYTES:
+            raise ValueError(f"{length} bytes, expected {MAX_ASKED_BYTES} or fewer")
+        return parse(self._read(length))
+
+    def _read(self, count: int) -> bytes:
+        data = b""
+        while len(data) < count:
+            if not (part := self._stream.recv(count - len(data))):
+                raise EOFError
+            data += part
+        return data
+
+    def _write(self) -> None:
+        while (data := self._unread.get()) is not None:
+            try:
+                self._stream.sendall(data)
+            except OSError:
+                self.close()
+                return
+            with self._lock:
+                self._unread_bytes -= len(data)
 
 
 class ControlServer:
-    """The loop's side: a thread that accepts, and one for each front."""
+    """The loop's side: a thread that accepts, and two for each gateway."""
 
-    def __init__(
-        self, directory: Path, on_message: Callable[[Peer, Message], None], on_gone: Callable[[Peer], None]
-    ) -> None:
+    def __init__(self, path: Path, on_message: Callable[[Peer, Asked], None], on_gone: Callable[[Peer], None]) -> None:
         """Start to listen.
 
         Args:
-            directory: of the denoising model; see ``address``.
-            on_message: called with what comes, for each front from a thread of its own.
-            on_gone: called when a front's connection has ended.
+            path: of the socket; what lies there of an earlier loop is replaced.
+            on_message: called with all that comes but greetings, for each connection from a thread of its own.
+            on_gone: called when a connection has ended, however it did.
         """
-        self._address, self._on_message, self._on_gone = address(directory), on_message, on_gone
-        self._listener = Listener(self._address, "AF_UNIX", backlog=16)
+        self._path, self._on_message, self._on_gone = path, on_message, on_gone
+        path.unlink(missing_ok=True)
+        self._listener = socket.socket(socket.AF_UNIX)
+        self._listener.bind(str(path))
+        self._listener.listen(16)
         self._peers: set[Peer] = set()
         self._closed = False
         self._thread = threading.Thread(target=self._accept, name="control", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Stop, and give the address back."""
+        """Stop, and remove the socket."""
         self._closed = True
-        Client(self._address, "AF_UNIX").close()
+        self._listener.shutdown(socket.SHUT_RDWR)
         self._thread.join()
         self._listener.close()
+        self._path.unlink(missing_ok=True)
         for peer in list(self._peers):
             peer.close()
 
     def _accept(self) -> None:
-        while True:
-            connection = self._listener.accept()
-            if self._closed:
-                connection.close()
-                return
-            if not _is_own_user(connection):
-                logger.warning("another user's process asked for the denoising loop; it was sent away")
-                connection.close()
-                continue
-            peer = Peer(connection)
+        is_failing = False
+        while not self._closed:
+            try:
+                stream, _ = self._listener.accept()
+                threading.Thread(target=self._serve, args=(stream,), name="control-peer", daemon=True).start()
+                is_failing = False
+            except (OSError, RuntimeError) as error:
+                # No descriptors or threads left, which may pass. The log needs it once.
+                if not is_failing and not self._closed:
+                    logger.error("the control line can't be connected to now: %s", error)
+                is_failing = True
+                time.sleep(0 if self._closed else ACCEPT_AGAIN_S)
+
+    def _serve(self, stream: socket.socket) -> None:
+        with stream:
+            with contextlib.suppress(OSError):
+                stream.sendall(frame(Hello(version=VERSION)))
+            peer = Peer(stream)
             self._peers.add(peer)
-            threading.Thread(target=self._serve, args=(peer, connection), name="control-peer", daemon=True).start()
-
-    def _serve(self, peer: Peer, connection: Connection) -> None:
-        peer.receive(lambda message: self._on_message(peer, message))
-        self._peers.discard(peer)
-        connection.close()
+            peer.receive(lambda message: self._on_message(peer, message))
+            self._peers.discard(peer)
+            peer.close()
         self._on_gone(peer)
-
-
-class LoopLine:
-    """A front's side. Connects when it is first needed, and again where the loop has been restarted."""
-
-    def __init__(self, directory: Path, on_step: Callable[[str, int, int], None], on_gone: Callable[[], None]) -> None:
-        """Prepare the line.
-
-        Args:
-            directory: of the front's model; see ``address``.
-            on_step: called with a request's key, the number of steps that are done and of all its steps.
-            on_gone: called when the loop's process has ended.
-        """
-        self._address, self._on_step, self._on_gone = address(directory), on_step, on_gone
-        self._peer: Peer | None = None
-        self._closed = False
-        self._connecting = threading.Lock()
-        self._leases: dict[str, tuple[OnReply, float, Peer | None]] = {}
-        """What waits for a reply, until when, and from whom."""
-
-    def lease(self, key: str, demand: Message, on_reply: OnReply) -> None:
-        """Ask whether a request may run; returns at once.
-
-        Args:
-            key: the request's.
-            demand: ``admission.Demand``'s fields.
-            on_reply: called once, from any thread: with None, or with ``Unavailable`` where it may not run, or the loop
-                has ended or doesn't answer.
-        """
-        peer = self._connect()
-        self._leases[key] = on_reply, time.monotonic() + LEASE_TIMEOUT_S, peer
-        if peer is None or not peer.send({"op": "lease", "key": key, **demand}):
-            self._reply(key, Unavailable(NO_LOOP))
-
-    def expire_leases(self) -> None:
-        """Give up those that the loop has left unanswered for long; to be called now and then."""
-        now = time.monotonic()
-        for key, (_, until_s, _) in list(self._leases.items()):
-            if now > until_s and self._reply(key, Unavailable(LOOP_IS_BUSY)):
-                self.release(key)
-
-    def cancel(self, key: str) -> None:
-        """Say that a request's caller has gone."""
-        self._send({"op": "cancel", "key": key})
-
-    def seen(self, key: str) -> None:
-        """Say that a request's last preview has been sent on."""
-        self._send({"op": "seen", "key": key})
-
-    def release(self, key: str, stage_ms: dict[str, float] | None = None) -> None:
-        """Give a lease back.
-
-        Args:
-            key: the request's.
-            stage_ms: milliseconds by stage where there was an answer with portraits.
-        """
-        self._send({"op": "release", "key": key, "stage_ms": stage_ms})
-
-    def close(self) -> None:
-        """End the connection."""
-        self._closed = True
-        if self._peer:
-            self._peer.close()
-
-    def _send(self, message: Message) -> bool:
-        peer = self._connect()
-        return peer is not None and peer.send(message)
-
-    def _connect(self) -> Peer | None:
-        with self._connecting:
-            if self._peer is None and not self._closed:
-                try:
-                    connection = Client(self._address, "AF_UNIX")
-                except OSError:
-                    return None
-                self._peer = Peer(connection)
-                threading.Thread(
-                    target=self._receive, args=(self._peer, connection), name="control", daemon=True
-                ).start()
-            return self._peer
-
-    def _receive(self, peer: Peer, connection: Connection) -> None:
-        peer.receive(self._handle)
-        self._peer = None
-        connection.close()
-        for key, (*_, asked) in list(self._leases.items()):
-            if asked is peer:  # a loop that was started since may have been asked already
-                self._reply(key, Unavailable(NO_LOOP))
-        if not self._closed:
-            self._on_gone()
-
-    def _handle(self, message: Message) -> None:
-        if message["op"] == "step":
-            self._on_step(message["key"], message["step"], message["total_steps"])
-        else:
-            refusal = message["refusal"]
-            self._reply(message["key"], (from_wire(refusal) or Unavailable(refusal)) if refusal else None)
-
-    def _reply(self, key: str, refusal: IcPortraitError | None) -> bool:
-        """Whether this was the lease's reply: there is one."""
-        on_reply, *_ = self._leases.pop(key, (None, 0.0, None))
-        if on_reply:
-            on_reply(refusal)
-        return on_reply is not None
-
-
-def _socket(connection: Connection) -> socket.socket:
-    return socket.fromfd(connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM)
-
-
-def _is_own_user(connection: Connection) -> bool:
-    """Whether the process at the other end is this user's: an abstract socket has no permissions."""
-    with _socket(connection) as stream:
-        credentials = stream.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    _, user, _ = struct.unpack("3i", credentials)
-    return bool(user == os.getuid())

@@ -1,23 +1,27 @@
-"""The ensemble's denoising step without Triton: leases, requests on their way through the loop, and their previews.
+"""The pipeline's denoising step without Triton: leases, requests on their way through the loop, and their previews.
 
 Answers, previews and progress leave from a thread of their own: the loop doesn't wait for Triton.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import logging
+import math
 import queue
+import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+import numpy as np
 
 from icportrait.admission import Admission, Demand, Lease, Limits
 from icportrait.batching import Batcher
-from icportrait.contract import Array
-from icportrait.control import Message, Peer
+from icportrait.contract import Array, stage_specs
+from icportrait.control import Asked, Cancel, LeaseAsked, Peer, Ping, Reply, Seen
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, Unavailable, to_wire
 from icportrait.metrics import Metrics
 from icportrait.presets import Preset
@@ -25,22 +29,26 @@ from icportrait.request import PortraitRequest
 from icportrait.runtime import Slots
 from icportrait.sampling import NoiseSchedule
 from icportrait.serving import Tensors, bytes_tensor
-from icportrait.ticket import CANCELLED, DenoiseJob, DenoiseResult, Ticket
+from icportrait.ticket import CANCELLED, DenoiseJob, DenoiseResult
 
 logger = logging.getLogger(__name__)
-Answer = Callable[[Tensors | IcPortraitError, bool], None]
-"""Takes what to answer with, and whether it is the last answer."""
+Answer = Callable[[Tensors | IcPortraitError], None]
+"""Takes what to answer with; called once."""
 KEEPS_FAILING = 3
 """So many runs of an engine that fail one after another, and the process is given up."""
 
 
 @dataclass(eq=False)
 class _Entry:
-    """A request that a front has a lease for, until the front gives it back."""
+    """A request with a lease, until that is given back."""
 
+    key: str
     lease: Lease
-    peer: Peer
+    peer: Peer | None
+    """The gateway's; a standalone request has none."""
     is_cancelled: bool = False
+    has_missed_deadline: bool = False
+    """It was counted."""
     denoised_s: float | None = None
     has_unseen_preview: bool = False
     waiting_preview: Callable[[], None] | None = None
@@ -54,7 +62,7 @@ class _Entry:
 
 
 class DenoiseStage:
-    """The denoising loop as an asynchronous stage, and the loop's end of the fronts' lines."""
+    """The denoising loop as an asynchronous stage, and what it says on the control line."""
 
     def __init__(
         self,
@@ -64,6 +72,8 @@ class DenoiseStage:
         mode: str,
         limits: Limits,
         give_up: Callable[[], None] = lambda: None,
+        is_standalone: bool = False,
+        numerics_id: str | None = None,
     ) -> None:
         """Start the loop.
 
@@ -74,7 +84,11 @@ class DenoiseStage:
             mode: see ``Batcher``.
             limits: of the queue.
             give_up: called when the engines keep failing, once all that failed is answered.
+            is_standalone: requests come without a lease, and get theirs as they arrive.
+            numerics_id: equal where equal requests give equal bytes; None where they may not.
         """
+        self._spec = stage_specs(preset)["denoise"]
+        self._is_standalone, self._numerics_id = is_standalone, numerics_id
         self.metrics = Metrics()
         self._deliveries: queue.SimpleQueue[Callable[[], object] | None] = queue.SimpleQueue()
         self._deliverer = threading.Thread(target=self._deliver, name="deliver", daemon=True)
@@ -93,89 +107,119 @@ class DenoiseStage:
         self._deliveries.put(None)
         self._deliverer.join()
 
-    def handle(self, peer: Peer, message: Message) -> None:
-        """A front's message; see ``control``."""
-        op, key = message["op"], message["key"]
-        if op == "lease":
-            demand = Demand(**{name: value for name, value in message.items() if name not in ("op", "key")})
-            peer.send({"op": "leased", "key": key, "refusal": self._lease(peer, key, demand)})
-        elif entry := self._entries.get(key):
-            if op == "cancel":
-                self._cancel(key, entry)
-            elif op == "seen":
+    def handle(self, peer: Peer, message: Asked) -> None:
+        """Do what the gateway asks for; see ``control``."""
+        if isinstance(message, Ping):
+            peer.send(self._pong(message.id))
+        elif isinstance(message, LeaseAsked):
+            peer.send({"op": "leased", "key": message.key, "refusal": self._lease(peer, message)})
+        elif entry := self._entries.get(message.key):
+            if isinstance(message, Cancel):
+                self._cancel(entry)
+            elif isinstance(message, Seen):
                 self._preview_was_seen(entry)
-            elif op == "release":
-                self._release(key, entry, message["stage_ms"])
+            else:
+                self._release(entry, message.stage_ms)
 
     def peer_has_gone(self, peer: Peer) -> None:
-        """A front has ended: nobody waits for its requests."""
+        """A gateway has ended: nobody waits for its requests."""
         for key, entry in list(self._entries.items()):
             if entry.peer is peer:
-                self._cancel(key, entry)
-                del self._entries[key]
+                self._cancel(entry)
+                self._entries.pop(key, None)
 
     def submit(self, tensors: Mapping[str, Array], answer: Answer) -> None:
-        """Queue one request; ``answer`` is called from a thread for answers.
+        """Queue one request; ``answer`` is called once, from a thread for answers.
+
+        Args:
+            tensors: ``contract.stage_specs``' inputs of ``denoise``.
+            answer: takes the outputs, or the error.
 
         Raises:
-            Cancelled: its caller has gone already.
+            Cancelled: it has no lease, or none any more.
+            Unavailable: it is standalone, and the queue is full.
+            IcPortraitError: the pipeline has made something of it that it should not have.
         """
-        preprocess = json.loads(tensors["preprocess_report"][0])
-        request = PortraitRequest.from_json(preprocess["request"])
-        entry = self._entries.get(request.key)
-        if request.key and entry is None:
+        request = self._check(tensors)
+        if self._is_standalone:
+            entry = self._lease_standalone(request)
+        elif (leased := self._entries.get(request.key)) is None:
             raise Cancelled(CANCELLED)
+        else:
+            entry = leased
+        _check_lease(request, entry.lease)
         job = DenoiseJob(request, tensors["profile_latent"], tensors["reference_latent"], tensors["visibility"])
-
-        def deliver(result: DenoiseResult | IcPortraitError, step: int) -> None:
-            is_last = step == request.num_inference_steps or isinstance(result, IcPortraitError)
-
-            def send() -> None:
-                outcome = result if isinstance(result, IcPortraitError) else self._outputs(result, step, preprocess)
-                answer(outcome, is_last)
-
-            self._deliveries.put(send)
+        arrived_ns = time.monotonic_ns()
 
         def on_done(result: DenoiseResult | IcPortraitError) -> None:
             if isinstance(result, DeadlineMissed):
-                self.metrics.count("deadline_misses_total")
-            if entry:
-                entry.denoised_s, entry.lease.is_denoised = time.monotonic(), True
-                with entry.lock:
-                    entry.waiting_preview = None  # nothing may follow the last answer
-            deliver(result, request.num_inference_steps)
+                self._count_missed(entry)
+            entry.denoised_s, entry.lease.is_denoised = time.monotonic(), True
+            with entry.lock:
+                entry.waiting_preview = None  # nothing may follow the last answer
+            self._deliveries.put(lambda: self._answer(entry, answer, result, arrived_ns))
 
         def on_step(step: int, result: Callable[[], DenoiseResult]) -> None:
             if step == 1:
                 self.metrics.observe("first_step_ms", (time.monotonic_ns() - request.arrived_ns) / 1e6)
-            if not entry or not request.is_streamed or step == request.num_inference_steps:
+            if not request.is_streamed or step == request.num_inference_steps or entry.peer is None:
                 return
             if request.preview_every and step % request.preview_every == 0:
-                preview = result()
-                self._show(entry, lambda: deliver(preview, step))
-            elif not entry.has_unseen_preview:
-                total = request.num_inference_steps
-                message = {"op": "step", "key": request.key, "step": step, "total_steps": total}
-                self._deliveries.put(lambda: entry.peer.send(message))
+                self._show(entry, self._preview(entry.peer, request, step, result().portrait_latent))
+            else:
+                message = {"op": "step", "key": request.key, "step": step, "total_steps": request.num_inference_steps}
+                self._tell(entry.peer, message)
 
-        def queue_job() -> Ticket:
-            return self._batcher.submit(
+        with entry.lock:
+            if entry.is_cancelled or entry.lease.ticket:
+                raise Cancelled(CANCELLED)
+            entry.lease.ticket = self._batcher.submit(
                 job,
                 on_done,
                 on_step,
                 priority=request.priority,
                 deadline_s=request.deadline_s,
-                hold_every=request.preview_every,
+                hold_every=request.preview_every if request.is_streamed else 0,
             )
-
-        if entry is None:
-            queue_job()
-            return
         self._batcher.pace.arrived(time.monotonic() - entry.lease.demand.arrived_s)
-        with entry.lock:
-            if entry.is_cancelled:
-                raise Cancelled(CANCELLED)
-            entry.lease.ticket = queue_job()
+
+    def _check(self, tensors: Mapping[str, Array]) -> PortraitRequest:
+        """The request, once all that came with it is known to be what it should be."""
+        try:
+            self._spec.check_inputs(tensors)
+            request = PortraitRequest.from_json(tensors["request"][0])
+        except IcPortraitError as error:
+            # The caller's own request was checked long ago.
+            raise IcPortraitError(f"denoise: {error}") from error
+        if request.arrived_ns > time.monotonic_ns():
+            raise IcPortraitError(f"denoise: arrived_ns: {request.arrived_ns} is in the future")
+        for name in ("profile_latent", "reference_latent", "visibility"):
+            # What lies in a GPU's memory is seen to be broken after its first step.
+            if isinstance(tensors[name], np.ndarray) and not np.isfinite(tensors[name]).all():
+                raise IcPortraitError(f"denoise: {name} has NaN or Inf in it")
+        return request
+
+    def _lease_standalone(self, request: PortraitRequest) -> _Entry:
+        demand = Demand(
+            request.rows,
+            request.num_inference_steps,
+            request.priority,
+            request.deadline_ms,
+            request.arrived_ns / 1e9,
+            nbytes=0,
+        )
+        key = secrets.token_hex(16)
+        return _Entry(key, self._admission.lease(key, demand), None)
+
+    def _pong(self, number: int) -> Reply:
+        since_s, expected_s = self._batcher.standstill()
+        return {
+            "op": "pong",
+            "id": number,
+            "step_age_ms": round(1000 * since_s, 3),
+            "expected_ms": round(1000 * expected_s, 3),
+            "busy": since_s > 0,
+        }
 
     def _deliver(self) -> None:
         while deliver := self._deliveries.get():
@@ -184,34 +228,69 @@ class DenoiseStage:
             except Exception:
                 logger.exception("an answer could not be delivered")
 
-    def _lease(self, peer: Peer, key: str, demand: Demand) -> str:
+    def _lease(self, peer: Peer, asked: LeaseAsked) -> str:
         """Nothing, or why not."""
         try:
-            self._entries[key] = _Entry(self._admission.lease(key, demand), peer)
+            admit = self._admission.grant if asked.replayed else self._admission.lease
+            entry = _Entry(asked.key, admit(asked.key, asked.demand), peer)
         except Unavailable as refusal:
             return to_wire(refusal)
+        if before := self._entries.get(asked.key):
+            before.cancel()  # of a connection whose end isn't known yet
+        self._entries[asked.key] = entry
         return ""
 
-    def _cancel(self, key: str, entry: _Entry) -> None:
+    def _cancel(self, entry: _Entry) -> None:
         if not entry.is_cancelled and entry.denoised_s is None:
             self.metrics.count("cancellations_total")
         entry.cancel()
-        self._admission.release(key)
+        self._admission.release(entry.key)
 
-    def _release(self, key: str, entry: _Entry, stage_ms: dict[str, float] | None) -> None:
-        del self._entries[key]
-        self._admission.release(key)
+    def _release(self, entry: _Entry, stage_ms: Mapping[str, float] | None) -> None:
+        self._entries.pop(entry.key, None)
+        self._admission.release(entry.key)
+        now = time.monotonic()
+        if now > entry.lease.demand.deadline_s:
+            self._count_missed(entry)
         if stage_ms is None:
             entry.cancel()  # whatever still runs of it
             return
-        now = time.monotonic()
         self.metrics.count("answers_total")
-        if now > entry.lease.demand.deadline_s:
-            self.metrics.count("deadline_misses_total")
         if entry.denoised_s is not None:
             self._batcher.pace.answered(now - entry.denoised_s)
         for stage, duration_ms in stage_ms.items():
             self.metrics.observe("stage_ms", duration_ms, stage=stage)
+
+    def _count_missed(self, entry: _Entry) -> None:
+        if not entry.has_missed_deadline:
+            entry.has_missed_deadline = True
+            self.metrics.count("deadline_misses_total")
+
+    def _answer(self, entry: _Entry, answer: Answer, result: DenoiseResult | IcPortraitError, arrived_ns: int) -> None:
+        try:
+            answer(result if isinstance(result, IcPortraitError) else self._outputs(result, arrived_ns))
+        finally:
+            if self._is_standalone:
+                self._release(entry, None if isinstance(result, IcPortraitError) else {})
+
+    def _tell(self, peer: Peer, message: Reply) -> None:
+        self._deliveries.put(lambda: peer.send(message))
+
+    def _preview(self, peer: Peer, request: PortraitRequest, step: int, latent: Array) -> Callable[[], None]:
+        """What sends a preview."""
+
+        def send() -> None:
+            peer.send(
+                {
+                    "op": "preview",
+                    "key": request.key,
+                    "step": step,
+                    "total_steps": request.num_inference_steps,
+                    "latent": base64.b64encode(latent.astype(np.float32).tobytes()).decode(),
+                }
+            )
+
+        return lambda: self._deliveries.put(send)
 
     def _show(self, entry: _Entry, deliver: Callable[[], None]) -> None:
         """Send a preview, or hold the request until the one before it was seen: it alone waits for its decoding."""
@@ -239,16 +318,27 @@ class DenoiseStage:
             # Behind the answers that are on their way.
             self._deliveries.put(self._give_up)
 
-    def _outputs(self, result: DenoiseResult, step: int, preprocess: dict[str, Any]) -> Tensors:
+    def _outputs(self, result: DenoiseResult, arrived_ns: int) -> Tensors:
         report = {
-            "preprocess": preprocess,
-            "step": step,
+            "arrived_ns": arrived_ns,
+            "joined_ns": result.joined_ns,
             "conditioned_ns": result.conditioned_ns,
             "denoised_ns": result.denoised_ns,
-            "match_confidence": result.match_confidence,
+            # No JSON has NaN.
+            "match_confidence": result.match_confidence if math.isfinite(result.match_confidence) else None,
             "engine": self._batcher.engine_version,
+            "numerics_id": self._numerics_id,
+            "warp_ms": round(result.warp_ms, 3),
+            "rows_shared": round(result.rows_shared, 2),
+            "engine_ms": round(result.engine_ms, 3),
         }
         return {
             "portrait_latent": result.portrait_latent,
-            "denoise_report": bytes_tensor(json.dumps(report).encode()),
+            "denoise_report": bytes_tensor(json.dumps(report, allow_nan=False).encode()),
         }
+
+
+def _check_lease(request: PortraitRequest, lease: Lease) -> None:
+    asked, leased = (request.rows, request.num_inference_steps), (lease.demand.rows, lease.demand.steps)
+    if asked != leased:
+        raise IcPortraitError(f"denoise: rows and steps are {asked}, and were {leased} when the lease was asked for")

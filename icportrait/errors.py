@@ -6,6 +6,11 @@
       Unavailable           the server can't take the request now     UNAVAILABLE
         DeadlineMissed      it took the request, and ran out of time  UNAVAILABLE
       Cancelled             the caller went away                      CANCELLED
+      Unauthenticated       no API key, or none of the server's       UNAUTHENTICATED
+      PermissionDenied      the API key doesn't allow it              PERMISSION_DENIED
+      TooMuch               over the key's rate or quota, or a limit  RESOURCE_EXHAUSTED
+      NotFound              there is no such model                    NOT_FOUND
+      Unsupported           the protocol has it, this server doesn't  UNIMPLEMENTED
       CheckpointError       a checkpoint can't be read or adapted     INTERNAL
       VerificationError     an exported graph differs from torch      INTERNAL
       RuntimeNotAvailable   an engine runtime isn't installed         INTERNAL
@@ -54,6 +59,36 @@ class Cancelled(IcPortraitError):
     code = "CANCELLED"
 
 
+class Unauthenticated(IcPortraitError):
+    """The call has no API key, or one that the server doesn't know."""
+
+    code = "UNAUTHENTICATED"
+
+
+class PermissionDenied(IcPortraitError):
+    """The caller's API key doesn't allow what was asked for."""
+
+    code = "PERMISSION_DENIED"
+
+
+class TooMuch(IcPortraitError):
+    """A limit of the gateway, or of the caller's API key, was passed."""
+
+    code = "RESOURCE_EXHAUSTED"
+
+
+class NotFound(IcPortraitError):
+    """The caller named a model that isn't served."""
+
+    code = "NOT_FOUND"
+
+
+class Unsupported(IcPortraitError):
+    """The protocol has what was asked for; this server doesn't offer it."""
+
+    code = "UNIMPLEMENTED"
+
+
 class CheckpointError(IcPortraitError):
     """A checkpoint directory is incomplete, unsafe or of another geometry."""
 
@@ -78,6 +113,8 @@ class NotEnoughMemory(IcPortraitError):
     """A server would need more memory than there is here; the text has both numbers."""
 
 
+DEADLINE_PASSED = ("deadline_ms: passed", "deadline_ms: too near")
+"""How a ``DeadlineMissed`` begins: it is known by that once it has gone over a wire."""
 _BY_CODE: dict[str, type[IcPortraitError]] = {
     "INVALID_ARG": InvalidRequest,
     "UNAVAILABLE": Unavailable,
@@ -102,4 +139,6 @@ def to_caller(error: IcPortraitError) -> str:
 def from_wire(text: str) -> IcPortraitError | None:
     """The error that ``to_wire`` wrote, found in ``text`` behind any prefix; None where there is none."""
     match = _WIRE.search(text)
+    if match and match[1] == DeadlineMissed.code and match[2].startswith(DEADLINE_PASSED):
+        return DeadlineMissed(match[2])
     return _BY_CODE[match[1]](match[2]) if match else None

@@ -55,8 +55,10 @@ class LoopTimes:
         self._slots, self._metrics, self._pace = slots, metrics, pace
         self.rows, self.max_jobs, self.version = slots.rows, slots.max_jobs, slots.version
         self.overlaps, self.clear, self.move, self.to_host = slots.overlaps, slots.clear, slots.move, slots.to_host
-        self._engine_s = self._outside_s = 0.0
+        self.engine_s = self._outside_s = 0.0
         """Of the last run, and since the last step."""
+        self._moved_s, self._expected_s = time.perf_counter(), 0.0
+        """When a run began or ended or the loop found nothing to do, and how long the run is expected to take."""
         # When an engine ended, or the loop found something to do; and the same, of steps alone.
         self._free_since_s = self._step_since_s = time.perf_counter()
         self._alarm = StepAlarm()
@@ -66,8 +68,8 @@ class LoopTimes:
 
     def condition(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]], meanwhile: Callable[[], None]) -> Array:
         """See ``Slots.condition``."""
-        confidences = self._run(lambda beside: self._slots.condition(jobs, rows, beside), meanwhile)
-        self._warpings_s.append(self._engine_s)
+        confidences = self._run(lambda beside: self._slots.condition(jobs, rows, beside), meanwhile, 0.0)
+        self._warpings_s.append(self.engine_s)
         return confidences
 
     def predict(self, canvas_latent: Array, timestep: Array, meanwhile: Callable[[], None]) -> Array:
@@ -78,10 +80,11 @@ class LoopTimes:
             meanwhile()
             self._alarm.back()
 
-        noise_pred = self._run(lambda beside: self._slots.predict(canvas_latent, timestep, beside), alarmed)
+        expected_s = self._pace.step_s(len(timestep))
+        noise_pred = self._run(lambda beside: self._slots.predict(canvas_latent, timestep, beside), alarmed, expected_s)
         now_s = self._free_since_s
         self._alarm.end(now_s)
-        self._last_step = (len(timestep), now_s - self._step_since_s, self._outside_s, self._engine_s)
+        self._last_step = (len(timestep), now_s - self._step_since_s, self._outside_s, self.engine_s)
         self._outside_s, self._step_since_s = 0.0, now_s
         return noise_pred
 
@@ -100,8 +103,14 @@ class LoopTimes:
 
     def resume(self) -> None:
         """Begin anew: the loop has waited for work."""
-        self._free_since_s = self._step_since_s = time.perf_counter()
+        self._free_since_s = self._step_since_s = self._moved_s = time.perf_counter()
         self._outside_s = 0.0
+
+    def standstill(self) -> tuple[float, float]:
+        """Since when the loop has been where it is, and how long an engine's run that it waits for may be expected to
+        take, in seconds; 0 where that isn't known. From any thread.
+        """
+        return time.perf_counter() - self._moved_s, self._expected_s
 
     def publish(self) -> None:
         """Count the last step and the warpings before it, once there is time for it."""
@@ -115,14 +124,18 @@ class LoopTimes:
             self._metrics.observe("step_ms", 1000 * engine_s)
             self._metrics.observe("step_outside_engine_ms", 1000 * outside_s)
 
-    def _run(self, engine: Callable[[Callable[[], None]], Array], meanwhile: Callable[[], None]) -> Array:
+    def _run(
+        self, engine: Callable[[Callable[[], None]], Array], meanwhile: Callable[[], None], expected_s: float
+    ) -> Array:
         """Time an engine; what can't run beside it counts as outside of it."""
         if not self.overlaps:
             meanwhile()
-        began_s = time.perf_counter()
+        began_s = self._moved_s = time.perf_counter()
+        self._expected_s = expected_s
         self._outside_s += began_s - self._free_since_s
         try:
             return engine(meanwhile if self.overlaps else lambda: None)
         finally:
-            self._free_since_s = time.perf_counter()
-            self._engine_s = self._free_since_s - began_s
+            self._free_since_s = self._moved_s = time.perf_counter()
+            self._expected_s = 0.0
+            self.engine_s = self._free_since_s - began_s

@@ -10,21 +10,24 @@ import resource
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from icportrait.contract import ENGINES, MODEL_ENGINES, engine_specs
+from icportrait.contract import ENGINES, MODEL_ENGINES, DType, engine_specs, stage_specs
 from icportrait.errors import NotEnoughMemory
 from icportrait.machine_memory import Room
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.runtime.engine import buckets_at_once
-from icportrait.triton_config import FRONTS
 
 PROCESS_BYTES = {"onnxruntime": 150 * 10**6, "openvino": 150 * 10**6, "torch": 400 * 10**6}
 """A model's process with its runtime and no engine: torch brings diffusers along."""
 SERVER_BYTES = 600 * 10**6
-"""Tritonserver, the fronts, preprocess and postprocess, with pictures under way."""
+"""Tritonserver, the gateway and its pictures' processes, with pictures under way."""
 ADDRESS_BYTES = 1200 * 10**6
 """Of address space that a process takes beyond its memory: libraries, threads, allocators' reserves."""
-PYTHON_MODELS = len(FRONTS) + 3 + len(MODEL_ENGINES)
+PYTHON_MODELS = 1 + len(MODEL_ENGINES)
+THREADS_A_MODEL = 32
+"""Of Triton's pool."""
+REGION_BYTES = 4 * 2**20
+"""Shared between Triton and a model's process beyond its tensors."""
 WEIGHTS_HELD = {"onnxruntime": 2, "torch": 1}
 """How often a runtime holds weights."""
 LEAST_SLOTS = 2
@@ -85,13 +88,23 @@ def needs(manifest: Manifest, policy: ServingPolicy, keeps_compiled: bool = True
 
 def _server_need(policy: ServingPolicy) -> Need:
     stack, _ = resource.getrlimit(resource.RLIMIT_STACK)
-    stacks = PYTHON_MODELS * threads_a_model(policy) * (8 * 2**20 if stack == resource.RLIM_INFINITY else stack)
+    stacks = PYTHON_MODELS * THREADS_A_MODEL * (8 * 2**20 if stack == resource.RLIM_INFINITY else stack)
     return Need("tritonserver", SERVER_BYTES, stacks + ADDRESS_BYTES)
 
 
-def threads_a_model(policy: ServingPolicy) -> int:
-    """Of Triton's pool: each request of a front holds one until its first answer, and each answer needs one."""
-    return 2 * policy.max_pending_requests
+def shared_memory(manifest: Manifest, policy: ServingPolicy) -> int:
+    """Bytes in /dev/shm at most: a batch of either VAE engine, and the crops' latents of all admitted requests."""
+    specs = engine_specs(manifest.preset, manifest.precision)
+    batches = sum(
+        tensor.nbytes(specs[name].batch.max)
+        for name in MODEL_ENGINES
+        for tensor in (*specs[name].inputs, *specs[name].outputs)
+    )
+    denoise = stage_specs(manifest.preset)["denoise"]
+    latents = sum(tensor.nbytes(1) for tensor in denoise.inputs if tensor.dtype is not DType.BYTES)
+    portraits = specs["vae_decoder"].inputs[0].nbytes(policy.slots)
+    requests = policy.slots + policy.max_queued_slots
+    return PYTHON_MODELS * REGION_BYTES + batches + requests * latents + portraits
 
 
 def fit(

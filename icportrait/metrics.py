@@ -22,6 +22,8 @@ STAGES = ("preprocess", "conditioning", "denoise", "decode", "postprocess")
 
 _MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0, 30_000.0)
 _SHORT_MS = (0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
+LARGEST = 24 * 3600 * 1000.0
+"""A day in milliseconds; what is measured as more was measured wrong."""
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -93,7 +95,8 @@ class Metrics:
             self._counts[name, tuple(labels.items())] += 1
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """Add a value to a histogram."""
+        """Add a value to a histogram, brought into 0 to ``LARGEST``: the sums are counters, which only grow."""
+        value = min(max(value, 0.0), LARGEST) if value == value else LARGEST
         with self._lock:
             histogram = self._histograms[name, tuple(labels.items())]
             histogram[bisect_left(FAMILIES[name].bounds, value)] += 1

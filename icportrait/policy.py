@@ -34,7 +34,7 @@ class ServingPolicy:
     max_queued_bytes: int = 256 * 2**20
     """Of the pictures of all admitted requests; likewise."""
     max_pending_requests: int = 128
-    """Requests one front holds, running or waiting, a thread for each; likewise."""
+    """Requests that the gateway holds, running or waiting; likewise."""
     engine_threads: int = 0
     """Threads one engine computes with; 0 leaves it to the runtime."""
     rows_at_once: int = 16
@@ -48,6 +48,8 @@ class ServingPolicy:
     """The simulated device's, a path: absolute, or within the folder of the model that reads it."""
     cache_bytes: int = 256 * 2**20
     """Latents that the VAE encoder's Python model keeps of pictures it has encoded; 0 keeps none."""
+    cache_s: float = 3600.0
+    """For how long it keeps one. It finds it again for requests of the same API key only."""
     deterministic: bool = False
     """A row's bits don't depend on what shares its batch: plans always run one and the same bucket, OpenVINO and torch
     row by row. With ONNX Runtime on the CPU they never do."""

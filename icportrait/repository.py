@@ -14,7 +14,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from icportrait.contract import ENGINES, ENSEMBLE, MODEL_ENGINES, engine_specs
+from icportrait.contract import ENGINES, ENSEMBLE, MODEL_ENGINES, STANDALONE_ENSEMBLE, engine_specs
 from icportrait.errors import CheckpointError, IcPortraitError, PlanError
 from icportrait.graph_memory import graph_memory
 from icportrait.manifest import EngineMemory, Manifest
@@ -26,7 +26,7 @@ from icportrait.runtime.flavours import TENSORRT
 from icportrait.runtime.plans import BatchRange, PlanManifest, fitting_plans
 from icportrait.runtime.simulated import LATENCY_TABLE_NAME, LatencyTable
 from icportrait.scheduling import BATCHING_MODES
-from icportrait.triton_config import model_configs, write_configs
+from icportrait.triton_config import PRIVATE_MODELS, STANDALONE_MODELS, model_configs, write_configs
 
 ROOT = Path(__file__).parents[1]
 TEMPLATE = ROOT / "triton_repo"
@@ -35,12 +35,18 @@ ENGINE_OWNERS = {name: name if name in MODEL_ENGINES else "denoise" for name in 
 """Which Triton model runs an engine."""
 TRITON_PLAN_NAME = "model.plan"
 """Under which Triton's own backend looks for a plan."""
+ENSEMBLES = (ENSEMBLE, STANDALONE_ENSEMBLE)
 Plans = dict[str, dict[Path, PlanManifest]]
 """By engine."""
 
 
 def assemble(
-    export: Path, repository: Path, policy: ServingPolicy, template: Path = TEMPLATE, plans: Path | None = None
+    export: Path,
+    repository: Path,
+    policy: ServingPolicy,
+    template: Path = TEMPLATE,
+    plans: Path | None = None,
+    standalone: bool = False,
 ) -> Manifest:
     """Write ``repository`` from the template's models and an export's engines, replacing what was there.
 
@@ -50,6 +56,7 @@ def assemble(
         policy: the deployment's settings; the repository gets a copy of its latency table.
         template: the folder of ``model.py`` files.
         plans: directory written by ``python -m engines build``, for a runtime that runs plans.
+        standalone: for another tritonserver than the gateway's own.
 
     Raises:
         CheckpointError: the export is incomplete, was made for another contract or runtime, or a graph isn't the one
@@ -77,13 +84,16 @@ def assemble(
     described = dataclasses.replace(manifest, memory=_memory(manifest, export, policy))
     written = dataclasses.replace(policy, latency_table=LATENCY_TABLE_NAME) if policy.is_simulated else policy
     configs = model_configs(manifest.preset, manifest.precision, written, ranges)
-    models = sorted(path.parent.parent.name for path in template.glob("*/1/model.py"))
-    if {*models, ENSEMBLE} != set(configs):
-        raise CheckpointError(f"{template}: has models {', '.join(models)}, expected {', '.join(sorted(configs))}")
+    found_models = {path.parent.parent.name for path in template.glob("*/1/model.py")}
+    if expected := set(configs) - set(ENSEMBLES) - found_models:
+        raise CheckpointError(f"{template}: model {min(expected)} is missing")
+    served = STANDALONE_MODELS if standalone else PRIVATE_MODELS
+    configs = {name: configs[name] for name in served}
+    (ensemble,) = set(ENSEMBLES) & set(served)
     _remove_old(repository)
     if policy.runtime == "openvino":
         _make_compiled_folders(repository, manifest)
-    for model in models:
+    for model in sorted(set(served) - {ensemble}):
         version = repository / model / "1"
         version.mkdir(parents=True)
         if model in ranges:
@@ -102,7 +112,7 @@ def assemble(
                 for plan in found.get(name, {}):
                     _place_plan(plan, version / plan.name)
     # An ensemble has no files of its own, but Triton wants its version folder.
-    (repository / ENSEMBLE / "1").mkdir(parents=True)
+    (repository / ensemble / "1").mkdir(parents=True)
     write_configs(repository, configs)
     return manifest
 
@@ -173,7 +183,7 @@ def _batch_ranges(manifest: Manifest, plans: Plans) -> dict[str, tuple[BatchRang
 
 def _remove_old(repository: Path) -> None:
     """Remove an earlier repository, and nothing that isn't one."""
-    if repository.exists() and any(repository.iterdir()) and not (repository / ENSEMBLE / "config.pbtxt").is_file():
+    if repository.exists() and any(repository.iterdir()) and not (repository / "denoise" / "config.pbtxt").is_file():
         raise IcPortraitError(f"{repository}: isn't empty and no model repository; choose another folder")
     shutil.rmtree(repository, ignore_errors=True)
 
@@ -216,6 +226,9 @@ def main(argv: list[str] | None = None) -> int:
         action="store_true",
         help="a seed's bytes don't depend on what runs beside it, at a price (with ONNX Runtime they never do)",
     )
+    parser.add_argument(
+        "--standalone", action="store_true", help="for another tritonserver, without this project's gateway"
+    )
     parser.add_argument("--configs", action="store_true", help="only rewrite what is generated and committed")
     args = parser.parse_args(argv)
     if args.configs:
@@ -232,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
             latency_table=args.latency_table,
             deterministic=args.deterministic,
         )
-        manifest = assemble(args.export, args.out, policy, plans=args.plans)
+        manifest = assemble(args.export, args.out, policy, plans=args.plans, standalone=args.standalone)
     except (IcPortraitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

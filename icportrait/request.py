@@ -12,9 +12,11 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from typing import Any
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from icportrait.contract import Array, DType
 from icportrait.errors import InvalidRequest
@@ -62,6 +64,35 @@ class RequestInput:
             raise InvalidRequest(f"{self.name}: {text[:40]!r}, expected one of {', '.join(self.choices)}")
         return text
 
+    def to_tensor(self, value: Any) -> Array:
+        """The tensor of a value that came as JSON: one number or text, or a list of them.
+
+        Raises:
+            InvalidRequest: it is of another type, or too large for this input's.
+        """
+        values = value if isinstance(value, list) else [value]
+        dtype = np.dtype(self.dtype.numpy)
+        expected = {"O": str, "i": int, "f": int | float}[dtype.kind]
+        limit = np.iinfo(dtype).max if dtype.kind == "i" else np.finfo(np.float32).max
+        for item in values:
+            is_small = isinstance(item, str) or (isinstance(item, int | float) and abs(item) <= limit)
+            if not isinstance(item, expected) or isinstance(item, bool) or not is_small:
+                raise InvalidRequest(f"{self.name}: {str(item)[:40]}, expected {self.dtype.triton}")
+        return np.array([item.encode() if isinstance(item, str) else item for item in values], dtype)
+
+    def check(self, value: Any) -> None:
+        """Look at a Python value as at a tensor's; None is absent.
+
+        Raises:
+            InvalidRequest: it is out of range, or none of the choices.
+        """
+        if value is None:
+            return
+        if self.choices and value not in self.choices:
+            raise InvalidRequest(f"{self.name}: {value[:40]!r}, expected one of {', '.join(self.choices)}")
+        for number in (value if isinstance(value, tuple) else [value]) if not self.choices else []:
+            self._in_range(number)
+
     def _in_range(self, value: float) -> float:
         below = self.minimum is not None and not value >= self.minimum
         above = self.maximum is not None and not value <= self.maximum
@@ -100,6 +131,8 @@ OUTPUTS = (
 class PortraitRequest:
     """A checked request without its pictures, as it travels beside the tensors through the ensemble."""
 
+    __pydantic_config__ = ConfigDict(extra="forbid", allow_inf_nan=False)
+
     seed: int
     num_portraits: int
     num_inference_steps: int
@@ -115,9 +148,9 @@ class PortraitRequest:
     preview_every: int = 0
     """Steps from one preview to the next on a stream; 0 is without."""
     arrived_ns: int = 0
-    """When the front got it, a ``time.monotonic_ns`` reading."""
+    """When the gateway got it, a ``time.monotonic_ns`` reading."""
     key: str = ""
-    """By which the fronts and the denoising loop know it beside the ensemble."""
+    """By which the gateway and the denoising loop know it beside the ensemble."""
     is_streamed: bool = False
     """Its caller is told of every step."""
     profile_box: tuple[float, float, float, float] | None = None
@@ -134,14 +167,31 @@ class PortraitRequest:
         return math.inf if self.deadline_ms is None else self.arrived_ns / 1e9 + self.deadline_ms / 1e3
 
     def to_json(self) -> bytes:
-        return json.dumps(asdict(self)).encode()
+        return json.dumps(vars(self)).encode()
 
     @classmethod
     def from_json(cls, data: bytes | str) -> PortraitRequest:
-        fields = json.loads(data)
-        for box in ("profile_box", "reference_box"):
-            fields[box] = tuple(fields[box]) if fields[box] else None
-        return cls(**fields)
+        """Read what ``to_json`` wrote, and check every type and range anew.
+
+        Raises:
+            InvalidRequest: it isn't a request.
+        """
+        try:
+            request = _adapter().validate_json(data, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            where = ".".join(map(str, first["loc"])) or "request"
+            raise InvalidRequest(f"{where}: {first['msg']}") from error
+        for field in INPUTS:
+            field.check(getattr(request, field.name, None))
+        if not 0 <= request.arrived_ns <= MAX_SEED:
+            raise InvalidRequest(f"arrived_ns: {request.arrived_ns}, expected 0..{MAX_SEED}")
+        return request
+
+
+@cache
+def _adapter() -> TypeAdapter[PortraitRequest]:
+    return TypeAdapter(PortraitRequest)
 
 
 def parse_request(
@@ -177,6 +227,25 @@ def parse_request(
     profile, reference = values.pop("profile"), values.pop("reference")
     request = PortraitRequest(**values, arrived_ns=time.monotonic_ns(), key=key, is_streamed=is_streamed)
     return request, profile, reference
+
+
+def parse_options(data: bytes | str) -> dict[str, Array]:
+    """The public inputs that a JSON object names, as tensors, for ``parse_request`` to check.
+
+    Raises:
+        InvalidRequest: it isn't an object, or a value has a type or size that its input can't hold.
+    """
+    try:
+        options = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("request: no JSON, expected an object of options") from error
+    if not isinstance(options, dict):
+        raise InvalidRequest(f"request: {type(options).__name__}, expected a JSON object of options")
+    known = {field.name: field for field in INPUTS}
+    if pictures := sorted({"profile", "reference"} & set(options)):
+        raise InvalidRequest(f"{pictures[0]}: given as an option, expected a tensor of its own")
+    unknown = {name: np.zeros(1) for name in options if name not in known}
+    return unknown | {name: known[name].to_tensor(value) for name, value in options.items() if name in known}
 
 
 def client_contract_text() -> str:

@@ -47,9 +47,15 @@ class Queued(Ranked, Protocol):
 
 
 def rank(item: Ranked, now_s: float, aging_s: float = AGING_S) -> tuple[int, float, float]:
-    """The order of waiting requests, the smallest first: class, then deadline, then arrival."""
+    """The order of waiting requests, the smallest first: class, then deadline, then arrival.
+
+    A request that has waited through all classes is before every one that hasn't, and among its like in the order of
+    arrival: none of them waits for ever, whatever deadlines come after it.
+    """
     aged = math.floor((now_s - item.arrived_s) / aging_s)
-    return max(0, item.priority - aged), item.deadline_s, item.arrived_s
+    if aged > item.priority:
+        return -1, item.arrived_s, item.arrived_s
+    return item.priority - aged, item.deadline_s, item.arrived_s
 
 
 Item = TypeVar("Item", bound=Queued)

@@ -1,7 +1,8 @@
-"""The stages of the Triton ensemble as plain objects that are tested without Triton.
+"""The pipeline's stages but the engines' and the loop, as plain objects that are tested without Triton.
 
+The gateway runs them in its processes; in the standalone pipeline, ``preprocess`` and ``postprocess`` do so in Triton.
 A stage takes tensors by name and gives tensors by name. What a stage wants to tell the caller travels as a small JSON
-report beside the tensors; ``PostprocessStage`` joins the reports into the answer's metadata. Times in the reports are
+report beside the tensors; ``AnswerMetadata`` joins the reports into the answer's metadata. Times in the reports are
 ``time.monotonic_ns`` readings, which all processes of a machine share, so that a stage's time includes the way to it.
 """
 
@@ -28,7 +29,7 @@ from icportrait.manifest import Manifest
 from icportrait.masking import hide, reference_visibility
 from icportrait.policy import ServingPolicy
 from icportrait.presets import Preset
-from icportrait.request import PortraitRequest, parse_request
+from icportrait.request import PortraitRequest, parse_options, parse_request
 from icportrait.sampling import NoiseSchedule
 
 Tensors = dict[str, Array]
@@ -42,7 +43,7 @@ def bytes_tensor(*values: bytes) -> Array:
 
 
 class FrontStage:
-    """The public inputs to the ensemble's: everything that can be refused without looking into the pictures."""
+    """The public inputs to the stages': everything that can be refused without looking into the pictures."""
 
     def __init__(self, manifest: Manifest, policy: ServingPolicy, is_stream: bool) -> None:
         """Take what requests are checked against.
@@ -57,8 +58,8 @@ class FrontStage:
         self._slots = min(policy.slots, manifest.preset.max_unet_batch)
         self._is_stream = is_stream
 
-    def __call__(self, tensors: Mapping[str, Array], key: str = "") -> tuple[PortraitRequest, Tensors]:
-        """The public inputs by name -> the request, and ``profile``, ``reference`` and ``request``, each [1].
+    def check(self, tensors: Mapping[str, Array], key: str = "") -> tuple[PortraitRequest, bytes, bytes]:
+        """The public inputs by name -> the request, and the profile's and the reference's files.
 
         Args:
             tensors: the public inputs.
@@ -79,6 +80,11 @@ class FrontStage:
             )
         self._schedule.plan(request.scheduler, request.num_inference_steps)
         check_slots(request, self._slots)
+        return request, profile, reference
+
+    def __call__(self, tensors: Mapping[str, Array], key: str = "") -> tuple[PortraitRequest, Tensors]:
+        """As ``check``, with ``profile``, ``reference`` and ``request`` as tensors, each [1]."""
+        request, profile, reference = self.check(tensors, key)
         return request, {
             "profile": bytes_tensor(profile),
             "reference": bytes_tensor(reference),
@@ -97,7 +103,7 @@ class PreprocessStage:
         self._lock = threading.Lock()
 
     def __call__(self, tensors: Mapping[str, Array]) -> Tensors:
-        """``profile``, ``reference``, ``request`` [1] -> what ``contract.stage_specs`` lists for ``preprocess``.
+        """``profile``, ``reference``, ``request`` [1] -> ``contract.pipeline_spec``'s inputs but one, and a report.
 
         Raises:
             InvalidRequest: a picture can't be read or is too large, or a crop box is invalid.
@@ -112,7 +118,6 @@ class PreprocessStage:
         (profile_crop, profile), (reference_crop, reference) = prepared
         visibility = reference_visibility(self._preset, request.mask_ratio, request.seed)
         report = {
-            "request": tensors["request"][0].decode(),
             "crops": {"profile": profile_crop.to_dict(), "reference": reference_crop.to_dict()},
             "started_ns": started_ns,
             "ended_ns": time.monotonic_ns(),
@@ -143,8 +148,25 @@ class PreprocessStage:
         return prepared
 
 
-class PostprocessStage:
-    """Pixels to files, and the metadata."""
+class StandalonePreprocessStage:
+    """Two picture files and a JSON object of public options to pixels, the options checked first."""
+
+    def __init__(self, manifest: Manifest, policy: ServingPolicy) -> None:
+        self._check, self._prepare = FrontStage(manifest, policy, is_stream=False), PreprocessStage(manifest.preset)
+
+    def __call__(self, tensors: Mapping[str, Array]) -> Tensors:
+        """What ``contract.stage_specs`` lists for ``preprocess``.
+
+        Raises:
+            InvalidRequest: an option or a picture isn't what it should be.
+        """
+        pictures = {name: tensors[name] for name in ("profile", "reference")}
+        _, checked = self._check(parse_options(tensors["request"][0]) | pictures)
+        return {**self._prepare(checked), "checked_request": checked["request"]}
+
+
+class AnswerMetadata:
+    """What an answer says of itself."""
 
     def __init__(self, manifest: Manifest, policy: ServingPolicy) -> None:
         self._size = manifest.preset.image_size
@@ -157,16 +179,18 @@ class PostprocessStage:
             "weights": "random" if "random_weights" in manifest.source else "checkpoint",
         }
 
-    def __call__(self, tensors: Mapping[str, Array]) -> Tensors:
-        """``portrait_pixels`` [n, S, S, 3], ``denoise_report`` [1] -> ``image`` [n]; ``metadata`` and the steps [1]."""
-        started_ns = time.monotonic_ns()
-        denoise = json.loads(tensors["denoise_report"][0])
-        preprocess = denoise["preprocess"]
-        request = PortraitRequest.from_json(preprocess["request"])
-        images = [encode_picture(pixels, request.output_format) for pixels in tensors["portrait_pixels"]]
-        if request.encoding == "base64":
-            images = [base64.b64encode(image) for image in images]
-        metadata: dict[str, Any] = {
+    def __call__(
+        self, request: PortraitRequest, prepared: Mapping[str, Any], denoised: Mapping[str, Any], decoded_ns: int
+    ) -> dict[str, Any]:
+        """The metadata as of now, when the pictures are encoded.
+
+        Args:
+            request: the one that is answered.
+            prepared: ``crops``, ``started_ns`` and ``ended_ns`` of its pictures' preparation.
+            denoised: the pipeline's ``denoise_report``.
+            decoded_ns: when its portraits' pixels were there.
+        """
+        return {
             **self._label,
             "seed": request.seed,
             "num_portraits": request.num_portraits,
@@ -176,24 +200,41 @@ class PostprocessStage:
             "mask_ratio": request.mask_ratio,
             "size": [self._size, self._size],
             "output_format": request.output_format,
-            "crops": preprocess["crops"],
-            "match_confidence": denoise["match_confidence"],
-            "stage_ms": _stage_ms(
-                preprocess=preprocess["ended_ns"] - preprocess["started_ns"],
-                conditioning=denoise["conditioned_ns"] - preprocess["ended_ns"],
-                denoise=denoise["denoised_ns"] - denoise["conditioned_ns"],
-                decode=started_ns - denoise["denoised_ns"],
-                postprocess=time.monotonic_ns() - started_ns,
+            "crops": prepared["crops"],
+            "match_confidence": denoised["match_confidence"],
+            "stage_ms": _milliseconds(
+                preprocess=prepared["ended_ns"] - prepared["started_ns"],
+                conditioning=denoised["conditioned_ns"] - prepared["ended_ns"],
+                denoise=denoised["denoised_ns"] - denoised["conditioned_ns"],
+                decode=decoded_ns - denoised["denoised_ns"],
+                postprocess=time.monotonic_ns() - decoded_ns,
             ),
-            "versions": {**self._versions, "engine": denoise["engine"]},
-        }
-        return {
-            "image": bytes_tensor(*images),
-            "metadata": bytes_tensor(json.dumps(metadata).encode()),
-            "step": np.array([denoise["step"]], np.int32),
-            "total_steps": np.array([request.num_inference_steps], np.int32),
+            **_milliseconds(
+                encode_ms=denoised["arrived_ns"] - prepared["ended_ns"],
+                queue_ms=denoised["joined_ns"] - denoised["arrived_ns"],
+            ),
+            **{name: denoised[name] for name in ("warp_ms", "rows_shared", "engine_ms", "numerics_id")},
+            "versions": {**self._versions, "engine": denoised["engine"]},
         }
 
 
-def _stage_ms(**stages_ns: int) -> dict[str, float]:
-    return {stage: round(duration / 1e6, 3) for stage, duration in stages_ns.items()}
+class PostprocessStage:
+    """Pixels to files, and the metadata."""
+
+    def __init__(self, manifest: Manifest, policy: ServingPolicy) -> None:
+        self._metadata = AnswerMetadata(manifest, policy)
+
+    def __call__(self, tensors: Mapping[str, Array]) -> Tensors:
+        """``portrait_pixels`` [n, S, S, 3], ``request`` and the reports [1] -> ``image`` [n], ``metadata`` [1]."""
+        decoded_ns = time.monotonic_ns()
+        request = PortraitRequest.from_json(tensors["request"][0])
+        prepared, denoised = (json.loads(tensors[name][0]) for name in ("preprocess_report", "denoise_report"))
+        images = [encode_picture(pixels, request.output_format) for pixels in tensors["portrait_pixels"]]
+        if request.encoding == "base64":
+            images = [base64.b64encode(image) for image in images]
+        metadata = self._metadata(request, prepared, denoised, decoded_ns)
+        return {"image": bytes_tensor(*images), "metadata": bytes_tensor(json.dumps(metadata).encode())}
+
+
+def _milliseconds(**durations_ns: int) -> dict[str, float]:
+    return {name: round(duration / 1e6, 3) for name, duration in durations_ns.items()}

@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count
 
 import numpy as np
 
 from icportrait.backlog import Backlog
 from icportrait.contract import Array
+from icportrait.loop_times import LoopTimes
 from icportrait.presets import Preset
 from icportrait.row_latents import Advance, RowLatents, Start
-from icportrait.runtime.slots import Slots
 from icportrait.ticket import Ticket
 
 
@@ -27,7 +28,13 @@ class RunningJob:
     rows: list[int]
     """Its slots: one for each portrait, then, with guidance, one more for each with ``F_ref`` = 0."""
     match_confidence: float = math.nan
+    joined_ns: int = 0
     conditioned_ns: int = 0
+    warp_s: float = 0.0
+    engine_s: float = 0.0
+    """Of the engines' time so far, its rows' part."""
+    steps_shared: list[int] = field(default_factory=list)
+    """Rows in use at each step so far."""
     step: int = 0
     """How many are done, or are being done."""
     start: Start | None = field(default=None, repr=False)
@@ -65,7 +72,7 @@ class SlotTable:
     backlog, and a job's start is staged before it joins.
     """
 
-    def __init__(self, slots: Slots, preset: Preset, backlog: Backlog) -> None:
+    def __init__(self, slots: LoopTimes, preset: Preset, backlog: Backlog) -> None:
         """Begin without jobs.
 
         Args:
@@ -119,27 +126,39 @@ class SlotTable:
             self._latents.move_rest(job.rows[index], target)
             job.rows[index] = target
 
-    def join(self, jobs: Sequence[RunningJob], meanwhile: Callable[[], None]) -> None:
+    def join(self, jobs: Sequence[RunningJob], meanwhile: Callable[[], None]) -> dict[RunningJob, Exception]:
         """Run the warping network over jobs and fill their rows.
 
         Args:
             jobs: at most ``Slots.max_jobs`` of a change's ``joining``.
             meanwhile: see ``Slots.condition``.
+
+        Returns:
+            Those whose start couldn't be made, and why; their rows hold nothing of use.
         """
         inputs, rows = [job.ticket.job.inputs for job in jobs], [job.portrait_rows for job in jobs]
+        failed: dict[RunningJob, Exception] = {}
+        began_ns = time.monotonic_ns()
 
         def fill() -> None:
             meanwhile()
             for job in jobs:
-                self._latents.fill(job.rows, job.start or self._start(job.ticket))
+                try:
+                    self._latents.fill(job.rows, job.start or self._start(job.ticket))
+                except Exception as error:
+                    failed[job] = error
                 job.start = None
 
         confidences = self._slots.condition(inputs, rows, fill)
         now = time.monotonic_ns()
+        portraits = sum(map(len, rows))
         for job, confidence in zip(jobs, confidences, strict=True):
-            job.match_confidence, job.conditioned_ns = float(confidence), now
+            job.match_confidence, job.joined_ns, job.conditioned_ns = float(confidence), began_ns, now
+            job.warp_s = self._slots.engine_s
+            job.engine_s = job.warp_s * len(job.portrait_rows) / portraits
             if unconditional := job.unconditional_rows:
                 self._slots.clear(unconditional)
+        return failed
 
     def _start(self, ticket: Ticket) -> Start:
         request, profile_latent = ticket.job.request, self._slots.to_host(ticket.job.profile_latent)
@@ -165,6 +184,13 @@ class SlotTable:
         self._latents.advance(self._slots.predict(canvas, timestep, meanwhile))
         self.stepped_ns = time.monotonic_ns()
         self._backlog.add(self._latents.complete)
+        self._backlog.add(partial(self._charge, self.running, self.used_rows, self._slots.engine_s))
+
+    def _charge(self, running: Sequence[RunningJob], rows: int, engine_s: float) -> None:
+        """Add a step's time to all that have rows, held ones too: those are computed with the others."""
+        for job in running:
+            job.steps_shared.append(rows)
+            job.engine_s += engine_s * len(job.rows) / rows
 
     def is_broken(self, job: RunningJob) -> bool:
         """Whether the last step gave NaN or Inf for a job."""

@@ -9,15 +9,17 @@ from __future__ import annotations
 import ctypes
 import ctypes.util
 import multiprocessing
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from icportrait.errors import CheckpointError, PlanError, RuntimeNotAvailable
+from icportrait.errors import CheckpointError, NotEnoughMemory, PlanError, RuntimeNotAvailable
 from icportrait.installation import Installation
+from icportrait.leftovers import SHM
 from icportrait.machine_memory import room
 from icportrait.manifest import Manifest
-from icportrait.memory import fit, summary
+from icportrait.memory import fit, shared_memory, summary
 from icportrait.policy import PLAN_RUNTIMES, ServingPolicy
 from icportrait.repository import ENGINE_OWNERS, TRITON_PLAN_NAME
 from icportrait.runtime import cuda
@@ -28,8 +30,13 @@ from icportrait.runtime.plans import PlanHost, PlanManifest, check_content, chec
 from icportrait.runtime.simulated import LATENCY_TABLE_NAME, LatencyTable
 
 
-def repository_policy(repository: Path) -> ServingPolicy:
-    """The policy that a repository was assembled with, as its configuration says; Triton reads the same file."""
+def repository_policy(repository: Path, overrides: Mapping[str, str] = {}) -> ServingPolicy:
+    """The policy that a repository was assembled with, as its configuration says; Triton reads the same file.
+
+    Args:
+        repository: the model repository.
+        overrides: parameters that go before its own.
+    """
     from google.protobuf import text_format
     from tritonclient.grpc import model_config_pb2 as pb
 
@@ -40,8 +47,9 @@ def repository_policy(repository: Path) -> ServingPolicy:
         UnicodeDecodeError,
         text_format.ParseError,
     ):  # no repository of ours: Triton says what it makes of it
-        return ServingPolicy()
-    return ServingPolicy.from_parameters({key: value.string_value for key, value in config.parameters.items()})
+        return ServingPolicy.from_parameters(overrides)
+    own = {key: value.string_value for key, value in config.parameters.items()}
+    return ServingPolicy.from_parameters(own | dict(overrides))
 
 
 def simulation_note(repository: Path) -> str:
@@ -73,6 +81,28 @@ def fit_memory(repository: Path, policy: ServingPolicy) -> tuple[ServingPolicy, 
     here = room()
     fitted, found = fit(manifest, policy, here, keeps_compiled(repository, manifest))
     return fitted, summary(fitted, found, here) if manifest.memory else ""
+
+
+def check_shared_memory(repository: Path, policy: ServingPolicy) -> None:
+    """Compare what the models' processes share with Triton at most with what /dev/shm has room for.
+
+    Args:
+        repository: the model repository.
+        policy: how it is to be served.
+
+    Raises:
+        NotEnoughMemory: there is less.
+    """
+    try:
+        manifest = Manifest.read(repository / "denoise" / "1")
+    except CheckpointError:  # no repository of ours: Triton says what it makes of it
+        return
+    needed, free = shared_memory(manifest, policy), shutil.disk_usage(SHM).free
+    if free < needed:
+        raise NotEnoughMemory(
+            f"{SHM} has {free / 2**20:.0f} MB left, and the models' processes share up to {needed / 2**20:.0f} MB with "
+            "tritonserver there; remove what others have left in it, or allow it more: of a container with --shm-size"
+        )
 
 
 def check_plans(repository: Path, runtime: str, installation: Installation) -> None:

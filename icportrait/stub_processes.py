@@ -75,3 +75,9 @@ def _arguments(pid: int) -> list[str]:
         return os.fsdecode((PROC / str(pid) / "cmdline").read_bytes()).split("\0")
     except OSError:
         return []
+
+
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped the process; one that a debugger holds isn't."""
+    fields = _stat(pid)
+    return fields is not None and fields[STATE] == "T"

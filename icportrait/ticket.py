@@ -48,8 +48,18 @@ class DenoiseResult:
 
     portrait_latent: Array
     match_confidence: float
+    joined_ns: int
+    """When its warping began,"""
     conditioned_ns: int
+    """when that had ended,"""
     denoised_ns: int
+    """and its last step."""
+    warp_ms: float
+    """The warping network's run, with all that joined beside it."""
+    rows_shared: float
+    """Rows in use, on average over its steps."""
+    engine_ms: float
+    """The engines' time that it is charged with: of each run its rows' part."""
 
 
 OnDone = Callable[[DenoiseResult | IcPortraitError], None]

@@ -11,17 +11,19 @@ from __future__ import annotations
 import json
 import logging
 import os
+import select
 from collections.abc import Callable, Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from threading import Event, Thread, Timer
 from typing import Any, TypeVar
 
 import numpy as np
 
-from icportrait.control import ControlServer
+from icportrait.contract import PARTITION_PARAMETER
+from icportrait.control import LOOP_VARIABLE, ControlServer
 from icportrait.denoise_stage import KEEPS_FAILING, Answer, DenoiseStage
-from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable, to_caller, to_wire
+from icportrait.errors import ContractError, IcPortraitError, Unavailable, to_caller, to_wire
 from icportrait.manifest import Manifest
 from icportrait.metrics import PREFIX, Kind, Labels, Metrics, description
 from icportrait.policy import POLICY_VARIABLE, ServingPolicy
@@ -53,6 +55,9 @@ class ModelContext:
         self.input_names = [tensor["name"] for tensor in config["input"]]
         self.directory = Path(args["model_repository"]) / args["model_version"]
         self.policy = ServingPolicy.from_parameters(parameters)
+        loop = os.environ.get(LOOP_VARIABLE)
+        self.loop_path = Path(loop) if loop else None
+        """Of the control line; None without a gateway."""
         self.manifest = Manifest.read(self.directory)
 
     @cached_property
@@ -83,15 +88,23 @@ class ModelContext:
 class StageModel:
     """A Python model around a synchronous stage; its ``model.py`` says which in ``load``."""
 
-    def load(self, context: ModelContext) -> Callable[[Tensors], Tensors]:
+    error_text: Callable[[IcPortraitError], str] = staticmethod(to_wire)
+    """See ``_respond``."""
+
+    def load(self, context: ModelContext) -> Callable[..., Tensors]:
         raise NotImplementedError
 
     def initialize(self, args: dict[str, str]) -> None:
+        end_with_parent()
         self.context = ModelContext(args)
         self._stage = self.load(self.context)
 
     def execute(self, requests: list[Any]) -> list[Any]:
-        return [_respond(self._attempt(request)) for request in requests]
+        return [_respond(self._attempt(request), self.error_text) for request in requests]
+
+    def finalize(self) -> None:
+        # Metrics that live longer than this end tritonserver 2.51's stub with SIGSEGV.
+        del self._stage
 
     def _attempt(self, request: Any) -> Tensors | IcPortraitError:
         return attempt(self.context.name, lambda: self._stage(self.context.inputs(request)))
@@ -100,12 +113,14 @@ class StageModel:
 class EngineModel(StageModel):
     """A Python model around one engine; the requests that Triton batched run as one batch."""
 
+    takes_partitions = False
+    """The stage is also told the partition of each row, which the gateway gives as a request's parameter."""
     _failures = 0
 
     def execute(self, requests: list[Any]) -> list[Any]:
         answers = attempt(self.context.name, lambda: self._run(requests))
         if isinstance(answers, IcPortraitError):
-            self._failures += not isinstance(answers, InvalidRequest)
+            self._failures += 1
             if self._failures == KEEPS_FAILING:
                 give_up()
             return [_respond(answers) for _ in requests]
@@ -115,9 +130,16 @@ class EngineModel(StageModel):
     def _run(self, requests: list[Any]) -> list[Tensors]:
         """Every request's outputs, in the host's memory: what comes next, the loop or a file's encoder, works there."""
         inputs = [self.context.inputs(request) for request in requests]
-        ends = np.cumsum([next(iter(tensors.values())).shape[0] for tensors in inputs])
-        names = self.context.input_names
-        outputs = self._stage({name: self._join([tensors[name] for tensors in inputs]) for name in names})
+        counts = [next(iter(tensors.values())).shape[0] for tensors in inputs]
+        ends, names = np.cumsum(counts), self.context.input_names
+        batch = {name: self._join([tensors[name] for tensors in inputs]) for name in names}
+        if self.takes_partitions:
+            partitions = [
+                _partition(request) for request, count in zip(requests, counts, strict=True) for _ in range(count)
+            ]
+            outputs = self._stage(batch, partitions)
+        else:
+            outputs = self._stage(batch)
         parts = {name: np.split(output, ends[:-1]) for name, output in outputs.items()}
         return [{name: arrays[index] for name, arrays in parts.items()} for index in range(len(requests))]
 
@@ -126,38 +148,66 @@ class EngineModel(StageModel):
         return np.concatenate(parts) if on_host else join(parts, self.context.stream)
 
 
+def _partition(request: Any) -> str:
+    return str(json.loads(request.parameters() or "{}").get(PARTITION_PARAMETER, ""))
+
+
 class DenoiseModel:
-    """The decoupled Python model around the denoising loop."""
+    """The Python model around the denoising loop: it answers each request once, as it ends."""
 
     def load(self, context: ModelContext) -> DenoiseStage:
         raise NotImplementedError
 
     def initialize(self, args: dict[str, str]) -> None:
-        self.context = ModelContext(args)
-        self._stage = self.load(self.context)
-        self._line = ControlServer(self.context.directory, self._stage.handle, self._stage.peer_has_gone)
+        end_with_parent()
+        self.context = context = ModelContext(args)
+        self._stage = self.load(context)
+        self._line = (
+            ControlServer(context.loop_path, self._stage.handle, self._stage.peer_has_gone)
+            if context.loop_path
+            else None
+        )
         self._publisher = MetricsPublisher(self._stage.metrics)
 
     def execute(self, requests: list[Any]) -> None:
         for request in requests:
-            answer = answer_with(request.get_response_sender())
+            answer = answer_with(request.get_response_sender(), to_wire if self._line else to_caller)
             failed = attempt(
                 self.context.name,
                 lambda: self._stage.submit(self.context.inputs(request), answer),  # noqa: B023
             )
             if isinstance(failed, IcPortraitError):
-                answer(failed, True)
+                answer(failed)
 
     def finalize(self) -> None:
-        self._line.close()
+        if self._line:
+            self._line.close()
         self._stage.close()
         self._publisher.close()
+
+
+@cache
+def end_with_parent() -> None:
+    """End this process as soon as tritonserver has died.
+
+    Its stub notices that after a second or two, and then may wait for ever for an answer to the last metrics.
+    """
+    try:
+        parent = os.pidfd_open(os.getppid())
+    except OSError:  # a kernel without, or one that forbids it
+        return
+
+    def wait() -> None:
+        select.select([parent], [], [])
+        os._exit(os.EX_UNAVAILABLE)
+
+    Thread(target=wait, name="parent", daemon=True).start()
 
 
 def give_up() -> None:
     """End this process, once its last answers have left: its engines keep failing, as CUDA's do after some errors.
 
-    The fronts see their line break and refuse; what runs the server sees a model's process end.
+    The gateway sees the control line break and the process end, and starts the server again.
     """
     logger.critical("the engines keep failing; this process ends, so that the server is restarted")
     Timer(GIVE_UP_AFTER_S, os._exit, [os.EX_SOFTWARE]).start()
@@ -179,23 +229,35 @@ class MetricsPublisher:
         """Publish once more, and end."""
         self._stopping.set()
         self._thread.join()
+        # Metrics that live longer than their model end tritonserver 2.51's stub with SIGSEGV.
+        self._published.clear()
+        self._families.clear()
 
     def _run(self) -> None:
-        stops = False
+        stops = is_failing = False
         while not stops:
             stops = self._stopping.wait(PUBLISH_EVERY_S)
-            try:
-                self._publish()
-            except Exception:
-                logger.exception("metrics could not be published")
-                return
+            failures = self._publish()
+            if failures and not is_failing:
+                logger.error("%d metrics could not be published", len(failures), exc_info=failures[0])
+            is_failing = bool(failures)
 
-    def _publish(self) -> None:
-        for series, (kind, value) in self._metrics.series().items():
-            metric, before = self._published.get(series) or (self._make(series, kind), 0.0)
-            if value != before:
-                metric.set(value) if kind is Kind.GAUGE else metric.increment(value - before)
-            self._published[series] = metric, value
+    def _publish(self) -> list[Exception]:
+        """What went wrong; the series that it went wrong with are tried again the next time."""
+        failures = []
+        try:
+            values = self._metrics.series()
+        except Exception as error:
+            return [error]
+        for series, (kind, value) in values.items():
+            try:
+                metric, before = self._published.get(series) or (self._make(series, kind), 0.0)
+                if value != before:
+                    metric.set(value) if kind is Kind.GAUGE else metric.increment(value - before)
+                self._published[series] = metric, value
+            except Exception as error:
+                failures.append(error)
+        return failures
 
     def _make(self, series: tuple[str, Labels], kind: Kind) -> Any:
         import triton_python_backend_utils as pb_utils
@@ -210,40 +272,44 @@ class MetricsPublisher:
 
 
 def attempt(where: str, run: Callable[[], Result]) -> Result | IcPortraitError:
-    """``run``'s value, or the error to answer with: the one place where a model's exceptions end."""
+    """``run``'s value, or the error to answer with: the one place where a model's exceptions end.
+
+    A tensor that breaks its specification here is a failure of ours: callers have nothing to do with such tensors.
+    """
     try:
         return run()
     except IcPortraitError as error:
-        return error
+        if not isinstance(error, ContractError):
+            return error
+        logger.exception("%s failed", where)
     except Exception:
         logger.exception("%s failed", where)
-        return IcPortraitError(f"{where} failed on this server; its log has the cause")
+    return IcPortraitError(f"{where} failed on this server; its log has the cause")
 
 
-def _respond(outcome: Tensors | IcPortraitError, restore_code: bool = False) -> Any:
-    """Triton's response; ``restore_code`` gives the error to a caller, else its code is kept for the way there."""
+def _respond(outcome: Tensors | IcPortraitError, text: Callable[[IcPortraitError], str] = to_wire) -> Any:
+    """Triton's response; ``text`` makes an error's, by default one that keeps its code."""
     import triton_python_backend_utils as pb_utils
 
     if isinstance(outcome, IcPortraitError):
-        text = to_caller(outcome) if restore_code else to_wire(outcome)
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(text, getattr(pb_utils.TritonError, outcome.code)))
+        code = getattr(pb_utils.TritonError, outcome.code)
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(text(outcome), code))
     return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in outcome.items()])
 
 
-def answer_with(sender: Any, restore_code: bool = False) -> Answer:
-    """What answers a request through Triton's sender; see ``_respond`` for ``restore_code``."""
+def answer_with(sender: Any, text: Callable[[IcPortraitError], str] = to_wire) -> Answer:
+    """What answers a request, once, through Triton's sender; see ``_respond`` for ``text``."""
     import triton_python_backend_utils as pb_utils
 
-    def send(outcome: Tensors | IcPortraitError, is_last: bool) -> None:
-        flags = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL if is_last else 0
-        sender.send(_respond(outcome, restore_code), flags=flags)
+    def send(outcome: Tensors | IcPortraitError) -> None:
+        sender.send(_respond(outcome, text), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
-    def answer(outcome: Tensors | IcPortraitError, is_last: bool) -> None:
+    def answer(outcome: Tensors | IcPortraitError) -> None:
         try:
-            send(outcome, is_last)
+            send(outcome)
         except Exception:
             # Such as shared memory that is full: an error needs next to none of it.
             logger.exception("an answer could not be sent")
-            send(Unavailable("the answer could not be sent, for want of shared memory; try again later"), True)
+            send(Unavailable("the answer could not be sent, for want of shared memory; try again later"))
 
     return answer

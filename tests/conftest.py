@@ -19,7 +19,7 @@ from tests.exports import DEMO_CHECKPOINT, ROOT, shared_export
 
 if TYPE_CHECKING:
     from icportrait.nn import Checkpoint
-    from icportrait.server import TritonServer
+    from icportrait.server import ServerProcess
 
 # Read when torch is imported, here and in what tests start: more threads than that stall beside another process.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -71,13 +71,13 @@ def small_export() -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory, demo_export: Path) -> Iterator[TritonServer]:
+def server(tmp_path_factory: pytest.TempPathFactory, demo_export: Path) -> Iterator[ServerProcess]:
     from icportrait.repository import assemble
-    from icportrait.server import Ports, TritonServer
+    from icportrait.server import Ports, ServerProcess
 
     folder = tmp_path_factory.mktemp("server")
     assemble(demo_export, folder / "repository", ServingPolicy())
-    with TritonServer(folder / "repository", Ports.free(), folder / "server.log") as running:
+    with ServerProcess(folder / "repository", Ports.free(), folder / "server.log") as running:
         yield running
 
 

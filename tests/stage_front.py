@@ -1,19 +1,23 @@
-"""A front's side of the denoising stage, and the stage on slots without engines."""
+"""The gateway's side of the denoising stage, and the stage on slots without engines."""
 
 from __future__ import annotations
 
+import base64
 import json
 import queue
+import select
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from multiprocessing import Pipe
 from typing import Any
 
+import numpy as np
+
 from icportrait.admission import Demand, Limits
-from icportrait.control import Peer
+from icportrait.control import LENGTH, Asked, Peer, parse
 from icportrait.denoise_stage import DenoiseStage
 from icportrait.errors import IcPortraitError, from_wire
 from icportrait.presets import DEMO_128
@@ -21,15 +25,15 @@ from icportrait.request import PortraitRequest
 from icportrait.serving import bytes_tensor
 from tests.label_slots import SCHEDULE, LabelSlots, labelled
 
-Answers = queue.SimpleQueue[tuple[Any, bool]]
+Answers = queue.SimpleQueue[Any]
 
 
 @contextmanager
 def open_stage(
-    slots_limit: int = 64, give_up: Callable[[], None] = lambda: None, mode: str = "in-flight"
+    slots_limit: int = 64, give_up: Callable[[], None] = lambda: None, mode: str = "in-flight", **options: Any
 ) -> Iterator[tuple[LabelSlots, DenoiseStage]]:
     slots = LabelSlots()
-    stage = DenoiseStage(slots, SCHEDULE, DEMO_128, mode, Limits(slots_limit, 10**6), give_up)
+    stage = DenoiseStage(slots, SCHEDULE, DEMO_128, mode, Limits(slots_limit, 10**6), give_up, **options)
     try:
         yield slots, stage
     finally:
@@ -39,29 +43,34 @@ def open_stage(
 
 
 class Front:
-    """Leases requests of a stage and submits them, as a front and the ensemble would."""
+    """Leases requests of a stage and submits them, as the gateway and the ensemble would."""
 
     nbytes = 10
     """Of a request's pictures."""
 
     def __init__(self, stage: DenoiseStage) -> None:
         self._stage = stage
-        self._messages, theirs = Pipe()
+        self._messages, theirs = socket.socketpair()
         self.peer = Peer(theirs)
         self._theirs = theirs
-        self._steps: list[dict[str, Any]] = []
+        self._told: list[dict[str, Any]] = []
 
     def __enter__(self) -> Front:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.peer.close()
         self._messages.close()
         self._theirs.close()
 
     def say(self, op: str, key: str, **fields: Any) -> None:
-        self._stage.handle(self.peer, {"op": op, "key": key, **fields})
+        message = parse(json.dumps({"op": op, "key": key, **fields}).encode())
+        assert isinstance(message, Asked)
+        self._stage.handle(self.peer, message)
 
-    def ask(self, key: str, request: PortraitRequest, nbytes: int = nbytes) -> IcPortraitError | None:
+    def ask(
+        self, key: str, request: PortraitRequest, nbytes: int = nbytes, replayed: bool = False
+    ) -> IcPortraitError | None:
         """Ask for a lease; the refusal where there is one."""
         demand = Demand(
             request.rows,
@@ -71,10 +80,10 @@ class Front:
             (request.arrived_ns or time.monotonic_ns()) / 1e9,
             nbytes,
         )
-        self.say("lease", key, **json.loads(json.dumps(demand.to_message())))
-        while (reply := self.message())["op"] == "step":
-            self._steps.append(reply)
-        assert (reply["op"], reply["key"]) == ("leased", key)
+        self.say("lease", key, **demand.to_message(), replayed=replayed)
+        while (reply := self._next())["op"] != "leased":
+            self._told.append(reply)
+        assert reply["key"] == key
         refusal = from_wire(reply["refusal"])
         assert refusal or reply["refusal"] == ""
         return refusal
@@ -86,30 +95,44 @@ class Front:
         self.say("release", key, stage_ms=stage_ms)
 
     def message(self) -> dict[str, Any]:
-        assert self._messages.poll(10), "nothing was said"
-        return json.loads(self._messages.recv_bytes())
+        """The next one that was said."""
+        return self._told.pop(0) if self._told else self._next()
 
     def messages(self) -> list[dict[str, Any]]:
         """What was said and not taken yet."""
-        while self._messages.poll(0):
-            self._steps.append(self.message())
-        found, self._steps = self._steps, []
+        while select.select([self._messages], [], [], 0.05)[0]:
+            self._told.append(self._next())
+        found, self._told = self._told, []
         return found
 
+    def _next(self) -> dict[str, Any]:
+        assert select.select([self._messages], [], [], 10)[0], "nothing was said"
+        (length,) = LENGTH.unpack(self._messages.recv(LENGTH.size, socket.MSG_WAITALL))
+        message: dict[str, Any] = json.loads(self._messages.recv(length, socket.MSG_WAITALL))
+        if message["op"] == "preview":
+            latent = np.frombuffer(base64.b64decode(message["latent"]), np.float32)
+            message["latent"] = latent.reshape(-1, DEMO_128.latent_channels, *2 * [DEMO_128.latent_size])
+        return message
+
     def submit(
-        self, key: str, request: PortraitRequest, label: float = 1.0, on_answer: Callable[..., None] | None = None
+        self,
+        key: str,
+        request: PortraitRequest,
+        /,
+        label: float = 1.0,
+        on_answer: Callable[[Any], None] | None = None,
+        **changed: Any,
     ) -> Answers:
-        """Submit what preprocessing and encoding would give, and collect what is answered."""
+        """Submit what encoding would give, tensors ``changed`` where that is said, and collect what is answered."""
         answers: Answers = queue.SimpleQueue()
 
-        def answer(outcome: Any, is_last: bool) -> None:
-            answers.put((outcome, is_last))
+        def answer(outcome: Any) -> None:
+            answers.put(outcome)
             if on_answer:
-                on_answer(outcome, is_last)
+                on_answer(outcome)
 
         request = replace(request, key=key, arrived_ns=request.arrived_ns or time.monotonic_ns())
-        report = {"request": request.to_json().decode(), "crops": {"profile": 1}, "ended_ns": time.monotonic_ns()}
-        tensors = {**labelled(request, label).inputs, "preprocess_report": bytes_tensor(json.dumps(report).encode())}
+        tensors = {**labelled(request, label).inputs, "request": bytes_tensor(request.to_json()), **changed}
         self._stage.submit(tensors, answer)
         return answers
 

@@ -80,13 +80,15 @@ class StreamCall:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         while not self.ended:
-            yield self.next()
+            # The last, which says that no more come, has no outputs.
+            if answer := self.next():
+                yield answer
 
 
-def series(url: str) -> dict[str, float]:
-    """What a server's metrics endpoint says of this project's own series."""
+def series(url: str, start: str = "icportrait_") -> dict[str, float]:
+    """What a server's metrics endpoint says, of this project's own series or of those that begin otherwise."""
     with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as answer:
-        lines = [line for line in answer.read().decode().splitlines() if line.startswith("icportrait_")]
+        lines = [line for line in answer.read().decode().splitlines() if line.startswith(start)]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 

@@ -12,7 +12,7 @@ from icportrait.contract import ENGINES
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.repository import assemble
-from icportrait.server import Ports, TritonServer
+from icportrait.server import Ports, ServerProcess
 from tests.e2e.supervised import Supervised, supervised
 from tests.trivial_engines import write_trivial_export
 
@@ -42,16 +42,13 @@ def simulated_repository(folder: Path, times_ms: dict[str, float], **policy: obj
 
 
 @pytest.fixture(scope="session")
-def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     """One slot for all, and places for two in the queue."""
     folder = tmp_path_factory.mktemp("slow")
     times_ms = {"unet": SLOW_STEP_MS, "vae_decoder": SLOW_STEP_MS / 5}
     repository = simulated_repository(folder, times_ms, slots=1, max_queued_slots=2)
-    with TritonServer(repository, Ports.free(), folder / "server.log") as running:
+    with ServerProcess(repository, Ports.free(), folder / "server.log") as running:
         yield running
-        # tritonserver keeps what a cancelled stream had for ever: told to stop, it would wait for that for 30 s.
-        assert running._process
-        running._process.kill()
 
 
 @pytest.fixture(scope="session")

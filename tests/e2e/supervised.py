@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
+import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from icportrait.server import HOST, SHM, Ports
+from icportrait.leftovers import SHM
+from icportrait.server import HOST, Ports
 from icportrait.stub_processes import stub_processes
 from tests.conftest import ROOT
 
@@ -32,23 +36,34 @@ class Supervised:
         threading.Thread(target=self._read, daemon=True).start()
 
     def next_line(self, start: str, timeout_s: float = LINE_TIMEOUT_S) -> str:
-        """The next line that begins so."""
-        while not (line := self._lines.get(timeout=timeout_s)).startswith(start):
+        """The next line that begins so, a pattern."""
+        while not re.match(start, line := self._lines.get(timeout=timeout_s)):
             pass
         return line.strip()
 
     @property
     def tritonserver(self) -> int:
-        (pid,) = children(self.process.pid)
+        (pid,) = [pid for pid in children(self.process.pid) if name(pid) == "tritonserver"]
         return pid
 
-    def kill(self, model: str) -> None:
-        """Kill the process of a model."""
-        (pid,) = [stub.pid for stub in stub_processes(self.tritonserver) if stub.model == model]
-        os.kill(pid, signal.SIGKILL)
+    @property
+    def picture_workers(self) -> list[int]:
+        """Those that decode and encode pictures."""
+        return [pid for pid in children(self.process.pid) if b"spawn_main" in arguments(pid)]
+
+    def pid_of(self, part: str) -> int:
+        """The process of a model, or ``tritonserver``'s."""
+        if part == "tritonserver":
+            return self.tritonserver
+        (pid,) = [stub.pid for stub in stub_processes(self.tritonserver) if stub.model == part]
+        return pid
+
+    def kill(self, part: str) -> None:
+        os.kill(self.pid_of(part), signal.SIGKILL)
 
     def shm_regions(self) -> set[Path]:
-        return set(SHM.glob(f"icportrait_{self.process.pid}_{self.ports.grpc}_*"))
+        tokens = [path.name.rpartition("-")[2] for path in self.folder.glob("icportrait-server-run-*")]
+        return {region for token in tokens for region in SHM.glob(f"icportrait_{token}_*")}
 
     def errors(self) -> str:
         """What it and tritonserver wrote to standard error."""
@@ -61,7 +76,12 @@ class Supervised:
 
 @contextmanager
 def supervised(
-    repository: Path, folder: Path, *, wait: bool = True, ready_timeout_s: float = LINE_TIMEOUT_S
+    repository: Path,
+    folder: Path,
+    *,
+    wait: bool = True,
+    ready_timeout_s: float = LINE_TIMEOUT_S,
+    flags: tuple[str, ...] = (),
 ) -> Iterator[Supervised]:
     """Start it, and stop it where the test hasn't.
 
@@ -70,12 +90,13 @@ def supervised(
         folder: for its log and its temporary files.
         wait: until it is ready.
         ready_timeout_s: for how long; nothing is said in the meantime.
+        flags: of the command, beside its ports.
     """
     ports = Ports.free()
     arguments = [f"--{name}-port={port}" for name, port in vars(ports).items()]
-    command = [sys.executable, "-m", "icportrait.server", f"--repository={repository}", *arguments]
-    environment = {**os.environ, "TMPDIR": str(folder)}
+    command = [sys.executable, "-m", "icportrait.server", f"--repository={repository}", *arguments, *flags]
     with (
+        temporary_folder(folder) as environment,
         (folder / "server.log").open("w") as log,
         subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, cwd=ROOT, env=environment) as process,
     ):
@@ -87,6 +108,31 @@ def supervised(
         finally:
             process.terminate()
             process.wait(STOP_TIMEOUT_S)
+
+
+@contextmanager
+def temporary_folder(folder: Path) -> Iterator[dict[str, str]]:
+    """The environment of a process that keeps its temporary files in ``folder``, whose own name may be too long for a
+    socket's path.
+    """
+    with tempfile.TemporaryDirectory(prefix="ic-") as short:
+        link = Path(short) / "t"
+        link.symlink_to(folder, target_is_directory=True)
+        yield {**os.environ, "TMPDIR": str(link)}
+
+
+def name(pid: int) -> str:
+    """A process's, from /proc; nothing where it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    return ""
+
+
+def arguments(pid: int) -> bytes:
+    """A process's command line, from /proc; nothing where it has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    return b""
 
 
 def children(pid: int) -> list[int]:

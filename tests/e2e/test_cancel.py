@@ -9,14 +9,14 @@ import pytest
 import tritonclient.grpc as grpc_client
 from tritonclient.utils import InferenceServerException
 
-from icportrait.server import TritonServer
+from icportrait.server import ServerProcess
 from tests.e2e.caller import infer, settled, tensors, until_metric
 
 ACTIVE = "icportrait_active_slots"
 STEPS = "icportrait_step_ms_count"
 
 
-def test_without_a_cancel_the_next_one_waits(slow: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_without_a_cancel_the_next_one_waits(slow: ServerProcess, pictures: dict[str, bytes]) -> None:
     """What the test below would see if nothing were cancelled."""
     before = settled(slow.metrics_url)[STEPS]
     with grpc_client.InferenceServerClient(slow.grpc_url) as client:
@@ -29,7 +29,7 @@ def test_without_a_cancel_the_next_one_waits(slow: TritonServer, pictures: dict[
 
 
 @pytest.mark.parametrize("runs", [False, True])
-def test_a_cancelled_unary_call_frees_its_slot(slow: TritonServer, pictures: dict[str, bytes], runs: bool) -> None:
+def test_a_cancelled_unary_call_frees_its_slot(slow: ServerProcess, pictures: dict[str, bytes], runs: bool) -> None:
     """While it is on its way to the loop, and while it is denoised."""
     before = settled(slow.metrics_url)[STEPS]
     with grpc_client.InferenceServerClient(slow.grpc_url) as client:

@@ -1,6 +1,6 @@
 """Error codes reach callers of every protocol, whichever of our models an error comes from.
 
-The real server and fronts, before a denoising step that answers by the request's seed.
+The real server, before a denoising step that answers by the request's seed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tritonclient.utils import InferenceServerException
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.repository import assemble
-from icportrait.server import Ports, TritonServer
+from icportrait.server import Ports, ServerProcess
 from tests.e2e.caller import StreamCall, infer, tensors
 from tests.trivial_engines import write_trivial_export
 
@@ -37,14 +37,16 @@ class Stage:
     metrics = Metrics()
 
     def handle(self, peer, message):
-        if message["op"] == "lease":
-            peer.send({"op": "leased", "key": message["key"], "refusal": ""})
+        if message.op == "lease":
+            peer.send({"op": "leased", "key": message.key, "refusal": ""})
+        elif message.op == "ping":
+            peer.send({"op": "pong", "id": message.id, "busy": False, "step_age_ms": 0.0, "expected_ms": 0.0})
 
     def peer_has_gone(self, peer):
         pass
 
     def submit(self, tensors, answer):
-        request = json.loads(json.loads(tensors["preprocess_report"][0])["request"])
+        request = json.loads(tensors["request"][0])
         raise ERRORS[request["seed"]]
 
     def close(self):
@@ -56,27 +58,26 @@ class TritonPythonModel(DenoiseModel):
         return Stage()
 """
 CODES = [
-    # Of gRPC, and of HTTP, where tritonserver 2.51 has no status for a cancelled request; and the text with its code,
-    # which is all that HTTP generate and a stream's answer have.
+    # Of gRPC, and of HTTP; and the text with its code, which is all that a stream's answer has.
     ("INVALID_ARGUMENT", 400, "one"),
     ("UNAVAILABLE", 503, "UNAVAILABLE: two"),
-    ("CANCELLED", 400, "CANCELLED: three"),
+    ("CANCELLED", 499, "CANCELLED: three"),
     ("INTERNAL", 500, "INTERNAL: four"),
 ]
 
 
 @pytest.fixture(scope="module")
-def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("failing")
     write_trivial_export(folder / "export", DEMO_128)
     assemble(folder / "export", folder / "repository", ServingPolicy())
     (folder / "repository" / "denoise" / "1" / "model.py").write_text(FAILING)
-    with TritonServer(folder / "repository", Ports.free(), folder / "server.log") as running:
+    with ServerProcess(folder / "repository", Ports.free(), folder / "server.log") as running:
         yield running
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_code_is_the_same_over_every_protocol(failing: TritonServer, pictures: dict[str, bytes], seed: int) -> None:
+def test_a_code_is_the_same_over_every_protocol(failing: ServerProcess, pictures: dict[str, bytes], seed: int) -> None:
     code, status, text = CODES[seed]
     values: dict[str, Any] = {"seed": seed, **pictures}
     with pytest.raises(InferenceServerException) as unary:
@@ -94,7 +95,7 @@ def test_a_code_is_the_same_over_every_protocol(failing: TritonServer, pictures:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_a_stream_that_asks_for_codes_gets_them(failing: TritonServer, pictures: dict[str, bytes], seed: int) -> None:
+def test_a_stream_that_asks_for_codes_gets_them(failing: ServerProcess, pictures: dict[str, bytes], seed: int) -> None:
     """Triton's header for it; without, a stream has the text alone."""
     code, _, text = CODES[seed]
     answers: list[Any] = []
@@ -105,7 +106,7 @@ def test_a_stream_that_asks_for_codes_gets_them(failing: TritonServer, pictures:
     assert (answers[0].status(), answers[0].message()) == (f"StatusCode.{code}", text)
 
 
-def test_http_streams_tell_the_error_as_an_event(failing: TritonServer) -> None:
+def test_http_streams_tell_the_error_as_an_event(failing: ServerProcess) -> None:
     body = {"profile": "a", "reference": "b", "encoding": "base64", "seed": -1}
     url = f"http://{failing.http_url}/v2/models/ic_portrait_stream/generate_stream"
     with pytest.raises(urllib.error.HTTPError) as refusal:

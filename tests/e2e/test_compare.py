@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 from icportrait.contract import ENGINES
 from icportrait.presets import DEMO_128
 from tests.conftest import ROOT
+from tests.e2e.supervised import temporary_folder
 from tests.trivial_engines import write_trivial_export
 
 STEP_MS = 20.0
@@ -20,17 +20,18 @@ def test_two_modes_get_the_same_load_and_are_told_apart(tmp_path: Path) -> None:
     write_trivial_export(tmp_path / "export", DEMO_128)
     table = {"device": "test device", "engines": {name: {"1": 2.0} for name in ENGINES} | {"unet": {"1": STEP_MS}}}
     (tmp_path / "table.json").write_text(json.dumps(table))
-    (tmp_path / "temporary").mkdir()
+    (tmp_path / "t").mkdir()
     command = [sys.executable, "-m", "benchmarks", "compare", "--export", str(tmp_path / "export")]
     options = "--modes in-flight whole --loads 0.5 --duration 2 --rounds 1 --json"
-    answer = subprocess.run(
-        [*command, "--latency-table", str(tmp_path / "table.json"), *options.split()],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=200,
-        env={**os.environ, "TMPDIR": str(tmp_path / "temporary")},
-    )
+    with temporary_folder(tmp_path / "t") as environment:
+        answer = subprocess.run(
+            [*command, "--latency-table", str(tmp_path / "table.json"), *options.split()],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env=environment,
+        )
     assert answer.returncode == 0, answer.stderr
     report = json.loads(answer.stdout)
     assert report["simulated"] is True
@@ -50,4 +51,4 @@ def test_two_modes_get_the_same_load_and_are_told_apart(tmp_path: Path) -> None:
     (load,) = report["loads"]
     assert load["ratios"]["whole"]["p50_ms"] > 1, "who comes while a batch runs waits for its end"
     assert "round 1 of 1, whole at 0.5" in answer.stderr
-    assert list((tmp_path / "temporary").iterdir()) == []
+    assert list((tmp_path / "t").iterdir()) == []

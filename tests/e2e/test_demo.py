@@ -19,7 +19,7 @@ from examples.comparison import CAPTION_PX, NAMES_PX, PANEL_PX, psnr_db, sheet
 from examples.demo import HEADS, RANDOM_WEIGHTS, SYNTHETIC_ONLY, weights_note
 from icportrait.policy import ServingPolicy
 from icportrait.repository import assemble
-from icportrait.server import TritonServer
+from icportrait.server import ServerProcess
 from tests.conftest import ROOT
 from tests.e2e.caller import infer
 from training.flow_picture import flow_picture
@@ -86,7 +86,7 @@ def test_the_flows_colours_tell_directions_apart_and_leave_rest_white() -> None:
 
 
 def test_a_sweep_asks_for_sixteen_portraits_and_shows_each(
-    server: TritonServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    server: ServerProcess, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "strip.png"
     options = ["--url", server.grpc_url, "--seed", "5", "--steps", "3", "--json"]

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from icportrait.nn import Checkpoint, ReferencePipeline
-from icportrait.server import TritonServer
+from icportrait.server import ServerProcess
 from tests.e2e.caller import infer
 from tests.exports import DEMO_CHECKPOINT
 from training.evaluation_pairs import EvaluationPairs, evaluation_pairs
@@ -32,7 +32,7 @@ def test_the_checkpoint_is_small() -> None:
 
 
 def test_served_portraits_are_as_near_the_truth_as_the_reference_pipelines(
-    demo_checkpoint: Checkpoint, server: TritonServer, pairs: EvaluationPairs
+    demo_checkpoint: Checkpoint, server: ServerProcess, pairs: EvaluationPairs
 ) -> None:
     pipeline = ReferencePipeline.of(demo_checkpoint)
     served, expected = [], []
@@ -53,7 +53,7 @@ def test_served_portraits_are_as_near_the_truth_as_the_reference_pipelines(
     assert psnr(torch.stack(served), pairs.target, pairs.target_head).mean() > max(copies) + 2
 
 
-def test_callers_at_once_get_the_bytes_that_each_gets_alone(server: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_callers_at_once_get_the_bytes_that_each_gets_alone(server: ServerProcess, pictures: dict[str, bytes]) -> None:
     """Of 18 rows on 16 slots, joining and leaving while others run."""
     swapped = {"profile": pictures["reference"], "reference": pictures["profile"]}
     requests = [

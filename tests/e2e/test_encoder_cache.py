@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from icportrait.row_cache import HITS, MISSES
-from icportrait.server import TritonServer
+from icportrait.server import ServerProcess
 from tests.conftest import EXAMPLES
 from tests.e2e.caller import infer
 
@@ -22,7 +22,7 @@ def unseen(pictures: dict[str, bytes]) -> dict[str, Any]:
     return {**pictures, "profile_box": [0.031, 0.0, 0.877, 0.9], "reference_box": [0.053, 0.0, 0.899, 0.9]}
 
 
-def counts(server: TritonServer) -> tuple[int, int]:
+def counts(server: ServerProcess) -> tuple[int, int]:
     """Hits and misses so far, from the metrics endpoint."""
     connection = http.client.HTTPConnection(server.metrics_url, timeout=10)
     connection.request("GET", "/metrics")
@@ -32,12 +32,12 @@ def counts(server: TritonServer) -> tuple[int, int]:
     return int(float(values[HITS])), int(float(values[MISSES]))
 
 
-def since(server: TritonServer, before: tuple[int, int]) -> tuple[int, int]:
+def since(server: ServerProcess, before: tuple[int, int]) -> tuple[int, int]:
     hits, misses = counts(server)
     return hits - before[0], misses - before[1]
 
 
-def test_a_returning_profile_is_not_encoded_again(server: TritonServer, unseen: dict[str, Any]) -> None:
+def test_a_returning_profile_is_not_encoded_again(server: ServerProcess, unseen: dict[str, Any]) -> None:
     before = counts(server)
     infer(server.grpc_url, seed=1, **QUICK, **unseen)
     assert since(server, before) == (0, 2)
@@ -52,7 +52,7 @@ def test_a_returning_profile_is_not_encoded_again(server: TritonServer, unseen: 
     assert again == portraits != others
 
 
-def test_callers_at_once_share_what_is_known(server: TritonServer, unseen: dict[str, Any]) -> None:
+def test_callers_at_once_share_what_is_known(server: ServerProcess, unseen: dict[str, Any]) -> None:
     seeds = range(100, 106)
     infer(server.grpc_url, seed=99, **QUICK, **unseen)
     before = counts(server)

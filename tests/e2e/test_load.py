@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from benchmarks.settings import LoadSettings
-from icportrait.server import Ports, TritonServer
+from icportrait.server import Ports, ServerProcess
 from tests.conftest import ROOT
 
 
@@ -16,7 +16,7 @@ def load(url: str, options: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
 
 
-def test_a_light_load_is_all_served_and_reported(server: TritonServer) -> None:
+def test_a_light_load_is_all_served_and_reported(server: ServerProcess) -> None:
     answer = load(server.grpc_url, "--rate 2 --duration 6 --warm-up 1 --steps 1 2 --seed 3 --json")
     assert answer.returncode == 0, answer.stderr
     report = json.loads(answer.stdout)
@@ -47,7 +47,7 @@ def test_a_light_load_is_all_served_and_reported(server: TritonServer) -> None:
     assert " sent, " in answer.stderr
 
 
-def test_classes_and_deadlines_reach_the_server_and_goodput_counts_what_kept_them(server: TritonServer) -> None:
+def test_classes_and_deadlines_reach_the_server_and_goodput_counts_what_kept_them(server: ServerProcess) -> None:
     pictures = "--profile examples/heads/profile.png examples/hopper.jpg"
     options = f"{pictures} --rate 4 --duration 2 --warm-up 0 --steps 1 2 --priority 0 --json"
     kept = json.loads(load(server.grpc_url, f"{options} --deadline-ms 60000").stdout)
@@ -60,14 +60,14 @@ def test_classes_and_deadlines_reach_the_server_and_goodput_counts_what_kept_the
     assert all(reason.startswith("deadline_ms: ") for reason in missed["refusals"])
 
 
-def test_what_the_server_refuses_is_counted_with_its_first_message(server: TritonServer) -> None:
+def test_what_the_server_refuses_is_counted_with_its_first_message(server: ServerProcess) -> None:
     answer = load(server.grpc_url, "--profile pyproject.toml --rate 8 --duration 1 --warm-up 0 --steps 1 1")
     assert answer.returncode == 0, answer.stderr
     assert "INVALID_ARGUMENT" in answer.stdout
     assert "profile" in answer.stdout.split("INVALID_ARGUMENT")[1].splitlines()[0]
 
 
-def test_a_model_that_is_not_there_is_named(server: TritonServer) -> None:
+def test_a_model_that_is_not_there_is_named(server: ServerProcess) -> None:
     answer = load(server.grpc_url, "--model nobody")
     assert answer.returncode == 1
     assert answer.stderr == f"error: {server.grpc_url}: model 'nobody' isn't ready there\n"

@@ -23,7 +23,7 @@ from icportrait.nn.pipeline import ReferenceResult
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.repository import assemble
-from icportrait.server import Ports, TritonServer
+from icportrait.server import Ports, ServerProcess
 from tests.conftest import EXAMPLES, ROOT
 from tests.e2e.caller import infer, until_metric
 
@@ -61,7 +61,7 @@ def reference_portraits(checkpoint: Checkpoint, pictures: dict[str, bytes], **op
     ids=["default", "guided euler, two portraits", "ddim, a quarter hidden"],
 )
 def test_served_portraits_equal_the_reference_pipelines(
-    server: TritonServer, demo_checkpoint: Checkpoint, pictures: dict[str, bytes], options: dict
+    server: ServerProcess, demo_checkpoint: Checkpoint, pictures: dict[str, bytes], options: dict
 ) -> None:
     images, metadata = infer(server.grpc_url, seed=CLEAR_SEED, **pictures, **options)
     expected = reference_portraits(demo_checkpoint, pictures, **options)
@@ -84,7 +84,7 @@ def test_without_f_ref_they_would_not(demo_checkpoint: Checkpoint, pictures: dic
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
-    server: TritonServer, pictures: dict[str, bytes]
+    server: ServerProcess, pictures: dict[str, bytes]
 ) -> None:
     first, again, other = (
         infer(server.grpc_url, seed=seed, num_inference_steps=STEPS, **pictures)[0] for seed in (5, 5, 6)
@@ -93,14 +93,14 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(
     assert first != other
 
 
-def test_portrait_i_has_its_own_noise(server: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_portrait_i_has_its_own_noise(server: ServerProcess, pictures: dict[str, bytes]) -> None:
     images, metadata = infer(server.grpc_url, seed=8, num_portraits=8, num_inference_steps=2, **pictures)
     assert len(set(images)) == 8
     assert metadata["num_portraits"] == 8
     assert infer(server.grpc_url, seed=8, num_inference_steps=2, **pictures)[0] == images[:1]
 
 
-def test_profile_and_reference_each_shape_the_picture(server: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_profile_and_reference_each_shape_the_picture(server: ServerProcess, pictures: dict[str, bytes]) -> None:
     profile, reference = pictures["profile"], pictures["reference"]
     portraits = [
         pixels(infer(server.grpc_url, profile=a, reference=b, seed=5, num_inference_steps=STEPS)[0][0])
@@ -111,18 +111,18 @@ def test_profile_and_reference_each_shape_the_picture(server: TritonServer, pict
 
 
 def test_the_torch_runtime_serves_the_same_portrait(
-    tmp_path: Path, server: TritonServer, demo_export: Path, pictures: dict[str, bytes]
+    tmp_path: Path, server: ServerProcess, demo_export: Path, pictures: dict[str, bytes]
 ) -> None:
     assemble(demo_export, tmp_path / "repository", ServingPolicy(runtime="torch", engine_threads=1))
     assert not list((tmp_path / "repository").rglob("*.onnx"))
-    with TritonServer(tmp_path / "repository", Ports.free(), tmp_path / "server.log") as torch_server:
+    with ServerProcess(tmp_path / "repository", Ports.free(), tmp_path / "server.log") as torch_server:
         images, metadata = infer(torch_server.grpc_url, seed=5, num_inference_steps=STEPS, **pictures)
     assert metadata["versions"]["engine"].startswith("torch-")
     expected, of_server = infer(server.grpc_url, seed=5, num_inference_steps=STEPS, **pictures)
     assert psnr(pixels(images[0]), pixels(expected[0])) >= 50, (metadata, of_server)
 
 
-def test_the_twenty_line_script_gets_a_picture(server: TritonServer, tmp_path: Path) -> None:
+def test_the_twenty_line_script_gets_a_picture(server: ServerProcess, tmp_path: Path) -> None:
     script = EXAMPLES / "minimal.py"
     lines = [line for line in script.read_text().splitlines() if line and not line.startswith(("#", '"""'))]
     assert len(lines) <= 20
@@ -133,7 +133,7 @@ def test_the_twenty_line_script_gets_a_picture(server: TritonServer, tmp_path: P
         assert picture.size == (128, 128)
 
 
-def test_a_deadline_that_cannot_be_kept_is_refused_at_once(server: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_a_deadline_that_cannot_be_kept_is_refused_at_once(server: ServerProcess, pictures: dict[str, bytes]) -> None:
     """150 steps take seconds here, as the server knows once it has served a request."""
     infer(server.grpc_url, num_inference_steps=1, **pictures)
     with pytest.raises(InferenceServerException, match="deadline_ms: 300, and it would take about") as refused:
@@ -143,7 +143,7 @@ def test_a_deadline_that_cannot_be_kept_is_refused_at_once(server: TritonServer,
     assert len(images) == 1
 
 
-def test_a_late_request_joins_what_is_running(server: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_a_late_request_joins_what_is_running(server: ServerProcess, pictures: dict[str, bytes]) -> None:
     """A short request that comes while a long one is denoised doesn't wait for its end."""
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(infer, server.grpc_url, num_inference_steps=60, guidance_scale=1.0, **pictures)

@@ -15,8 +15,8 @@ import tritonclient.http as http_client
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from icportrait.server import TritonServer
-from tests.e2e.caller import generate, infer, tensors
+from icportrait.server import ServerProcess
+from tests.e2e.caller import generate, infer, series, tensors
 
 MARK = b"http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
 
@@ -45,16 +45,16 @@ BAD: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-def engine_runs(server: TritonServer) -> int:
-    with grpc_client.InferenceServerClient(server.grpc_url) as client:
-        names = ("vae_encoder", "denoise", "vae_decoder")
-        statistics = [client.get_inference_statistics(name).model_stats[0] for name in names]
-    return sum(model.inference_count for model in statistics)
+def engine_runs(server: ServerProcess) -> float:
+    """Requests of the engines' models so far."""
+    counts = series(server.metrics_url, "nv_inference_count")
+    names = ("vae_encoder", "denoise", "vae_decoder")
+    return sum(counts[f'nv_inference_count{{model="{name}",version="1"}}'] for name in names)
 
 
 @pytest.mark.parametrize(("change", "message"), BAD, ids=[next(iter(change)) for change, _ in BAD])
 def test_a_bad_request_is_invalid_argument_over_grpc_and_runs_no_engine(
-    server: TritonServer, pictures: dict[str, bytes], change: dict[str, Any], message: str
+    server: ServerProcess, pictures: dict[str, bytes], change: dict[str, Any], message: str
 ) -> None:
     before = engine_runs(server)
     with pytest.raises(InferenceServerException) as refusal:
@@ -66,7 +66,7 @@ def test_a_bad_request_is_invalid_argument_over_grpc_and_runs_no_engine(
     assert engine_runs(server) == before
 
 
-def test_a_picture_over_32_megapixels_is_refused(server: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_a_picture_over_32_megapixels_is_refused(server: ServerProcess, pictures: dict[str, bytes]) -> None:
     with pytest.raises(InferenceServerException, match=r"profile: .*32 megapixels") as refusal:
         infer(server.grpc_url, **{**pictures, "profile": png((8000, 4100))})
     assert refusal.value.status() == "StatusCode.INVALID_ARGUMENT"
@@ -82,7 +82,7 @@ def test_a_picture_over_32_megapixels_is_refused(server: TritonServer, pictures:
     ],
 )
 def test_a_wrong_type_shape_or_name_is_invalid_argument_and_named(
-    server: TritonServer, pictures: dict[str, bytes], name: str, array: np.ndarray, kind: str
+    server: ServerProcess, pictures: dict[str, bytes], name: str, array: np.ndarray, kind: str
 ) -> None:
     wrong = grpc_client.InferInput(name, array.shape, kind)
     wrong.set_data_from_numpy(array)
@@ -94,13 +94,13 @@ def test_a_wrong_type_shape_or_name_is_invalid_argument_and_named(
     assert refusal.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
-def test_a_missing_picture_is_invalid_argument_and_named(server: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_a_missing_picture_is_invalid_argument_and_named(server: ServerProcess, pictures: dict[str, bytes]) -> None:
     with pytest.raises(InferenceServerException, match="reference") as refusal:
         infer(server.grpc_url, profile=pictures["profile"])
     assert refusal.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
-def test_metadata_says_what_was_done(server: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_metadata_says_what_was_done(server: ServerProcess, pictures: dict[str, bytes]) -> None:
     _, metadata = infer(
         server.grpc_url,
         seed=4,
@@ -123,7 +123,7 @@ def test_metadata_says_what_was_done(server: TritonServer, pictures: dict[str, b
     assert metadata["versions"]["engine"].startswith("onnxruntime-")
 
 
-def test_an_absent_seed_is_drawn_and_reported(server: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_an_absent_seed_is_drawn_and_reported(server: ServerProcess, pictures: dict[str, bytes]) -> None:
     (image,), metadata = infer(server.grpc_url, num_inference_steps=2, **pictures)
     (other,), _ = infer(server.grpc_url, num_inference_steps=2, **pictures)
     (again,), _ = infer(server.grpc_url, num_inference_steps=2, seed=metadata["seed"], **pictures)
@@ -133,14 +133,14 @@ def test_an_absent_seed_is_drawn_and_reported(server: TritonServer, pictures: di
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
 def test_files_are_of_the_asked_format_and_carry_the_generated_media_mark(
-    server: TritonServer, pictures: dict[str, bytes], output_format: str
+    server: ServerProcess, pictures: dict[str, bytes], output_format: str
 ) -> None:
     (image,), _ = infer(server.grpc_url, seed=1, num_inference_steps=2, output_format=output_format, **pictures)
     assert Image.open(io.BytesIO(image)).format == output_format.upper()
     assert MARK in image
 
 
-def test_binary_http_gives_what_grpc_gives(server: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_binary_http_gives_what_grpc_gives(server: ServerProcess, pictures: dict[str, bytes]) -> None:
     values = {"seed": 2, "num_inference_steps": 2, "profile_box": [0.0, 0.0, 1.0, 0.8], **pictures}
     with http_client.InferenceServerClient(server.http_url) as client:
         result = client.infer("ic_portrait", tensors(values, http_client))
@@ -150,7 +150,7 @@ def test_binary_http_gives_what_grpc_gives(server: TritonServer, pictures: dict[
     assert refusal.value.status() == "400"
 
 
-def test_http_generate_takes_and_gives_base64(server: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_http_generate_takes_and_gives_base64(server: ServerProcess, pictures: dict[str, bytes]) -> None:
     texts = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
     options = {"seed": 2, "num_inference_steps": 2}
     status, answer = generate(server.http_url, encoding="base64", **options, **texts)
@@ -173,7 +173,7 @@ def test_http_generate_takes_and_gives_base64(server: TritonServer, pictures: di
     ],
 )
 def test_http_generate_refuses_with_status_400(
-    server: TritonServer, pictures: dict[str, bytes], change: dict[str, Any], message: str
+    server: ServerProcess, pictures: dict[str, bytes], change: dict[str, Any], message: str
 ) -> None:
     texts = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
     status, answer = generate(server.http_url, **{"encoding": "base64", **texts, **change})
@@ -182,7 +182,7 @@ def test_http_generate_refuses_with_status_400(
 
 
 def test_the_streaming_model_answers_and_refuses_on_one_stream(
-    server: TritonServer, pictures: dict[str, bytes]
+    server: ServerProcess, pictures: dict[str, bytes]
 ) -> None:
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     values = {"seed": 2, "num_inference_steps": 2, **pictures}
@@ -201,7 +201,7 @@ def test_the_streaming_model_answers_and_refuses_on_one_stream(
         client.stop_stream()
 
 
-def test_a_request_after_refusals_is_served(server: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_a_request_after_refusals_is_served(server: ServerProcess, pictures: dict[str, bytes]) -> None:
     for change, _ in BAD[:3]:
         with pytest.raises(InferenceServerException):
             infer(server.grpc_url, **{**pictures, **change})

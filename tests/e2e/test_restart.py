@@ -1,9 +1,11 @@
-"""A part of the real server ends: callers are told at once, and the supervisor starts it again, but not for ever."""
+"""A part of the real server ends or hangs: it is started again, not for ever, and all that was let in is served."""
 
 from __future__ import annotations
 
 import os
+import re
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,12 +18,12 @@ from tritonclient.utils import InferenceServerException
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.repository import assemble
-from tests.e2e.caller import infer, settled, until_metric
+from tests.e2e.caller import infer, series, settled, until_metric
 from tests.e2e.conftest import simulated_repository
 from tests.e2e.supervised import LINE_TIMEOUT_S, STOP_TIMEOUT_S, Supervised, supervised
 from tests.trivial_engines import write_trivial_export
 
-ACTIVE = "icportrait_active_slots"
+ACTIVE, READY, PENDING = "icportrait_active_slots", "icportrait_gateway_ready", "icportrait_gateway_pending_requests"
 
 
 def outcome(url: str, pictures: dict[str, bytes], steps: int) -> str:
@@ -33,35 +35,82 @@ def outcome(url: str, pictures: dict[str, bytes], steps: int) -> str:
     return "served"
 
 
-def test_parts_that_end_are_started_again_three_times_and_callers_are_told(
-    tmp_path: Path, pictures: dict[str, bytes]
+REPLAYS = "icportrait_gateway_replays_total"
+Signal = signal.Signals
+CALLERS = 16
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [("denoise", Signal.SIGKILL), ("vae_encoder", Signal.SIGSTOP), ("tritonserver", Signal.SIGKILL)],
+        [("tritonserver", Signal.SIGSTOP), ("vae_decoder", Signal.SIGKILL), ("denoise", Signal.SIGSTOP)],
+        [("vae_encoder", Signal.SIGKILL), ("vae_decoder", Signal.SIGSTOP)],
+    ],
+    ids=lambda parts: "-".join(f"{name}:{number.name}" for name, number in parts),
+)
+def test_a_part_that_is_killed_or_stopped_costs_those_who_were_let_in_time_and_nothing_else(
+    tmp_path: Path, pictures: dict[str, bytes], parts: list[tuple[str, Signal]]
 ) -> None:
-    repository = simulated_repository(tmp_path, {"unet": 20})
-    with supervised(repository, tmp_path) as server, ThreadPoolExecutor() as threads:
-        assert outcome(server.url, pictures, steps=1) == "served"
-        for count, model in enumerate(("denoise", "vae_decoder", "ic_portrait"), 1):
-            running = threads.submit(outcome, server.url, pictures, 150)
-            until_metric(server.metrics_url, ACTIVE, 1)
-            regions = server.shm_regions()
+    repository = simulated_repository(tmp_path, {"unet": 10})
+    with supervised(repository, tmp_path) as server, ThreadPoolExecutor(CALLERS) as threads:
+        for count, (part, number) in enumerate(parts, 1):
+            calls = [threads.submit(outcome, server.url, pictures, 100) for _ in range(CALLERS)]
+            until_metric(server.metrics_url, ACTIVE, CALLERS)
+            regions, replays = server.shm_regions(), series(server.metrics_url)[REPLAYS]
             assert regions
-            server.kill(model)
-            new = threads.submit(outcome, server.url, pictures, 1)
-            for call in (running, new):
-                answer = call.result(LINE_TIMEOUT_S)
-                assert answer.startswith("StatusCode.UNAVAILABLE"), model
-                assert model != "denoise" or "the denoising loop has ended" in answer
-            assert server.next_line("the process") == (
-                f"the process of model {model} was ended by signal 9; "
-                f"restarting the server, {count} of at most 3 times in 10 minutes"
-            )
+            os.kill(server.pid_of(part), number)
+            until_metric(server.metrics_url, READY, 0)
+            asked_s = time.monotonic()
+            assert re.search(r"UNAVAILABLE: the engine is being .*retry_after_ms: ", outcome(server.url, pictures, 1))
+            assert time.monotonic() - asked_s < 1
+            assert re.search(f"; restarting the server, {count} of at most 3", server.next_line(r".*; restarting"))
             assert server.next_line("ready").startswith(f"ready: gRPC {server.url}")
             assert not regions & server.shm_regions()
-            assert len(list(tmp_path.glob("icportrait-server-*"))) == 1
-            if count == 1:
-                check_a_deadline_that_passes_while_its_request_runs(server, pictures)
-            assert outcome(server.url, pictures, steps=1) == "served"
+            assert len(list(tmp_path.glob("icportrait-server-run-*"))) == 1
+            assert {call.result(LINE_TIMEOUT_S) for call in calls} == {"served"}, (part, number)
+            assert series(server.metrics_url)[REPLAYS] > replays
+    assert "Traceback" not in server.errors()
 
+
+@pytest.mark.parametrize("number", [Signal.SIGKILL, Signal.SIGSTOP])
+def test_picture_processes_that_are_killed_or_stopped_cost_callers_time_and_nothing_else(
+    tmp_path: Path, pictures: dict[str, bytes], number: Signal
+) -> None:
+    """All of them, while callers keep them busy with pictures that come for the first time."""
+    repository = simulated_repository(tmp_path, {"unet": 1})
+    # Of no meaning to a decoder.
+    new = [{name: data + index.to_bytes(2, "big") for name, data in pictures.items()} for index in range(200)]
+    with supervised(repository, tmp_path) as server, ThreadPoolExecutor(CALLERS) as threads:
+        workers = server.picture_workers
+        assert len(workers) >= 2
+        calls = [threads.submit(outcome, server.url, each, 1) for each in new]
+        until_metric(server.metrics_url, PENDING, CALLERS)
+        for pid in workers:
+            os.kill(pid, number)
+        assert {call.result(LINE_TIMEOUT_S) for call in calls} == {"served"}
+        until_metric(server.metrics_url, "icportrait_gateway_picture_workers_lost_total", len(workers))
+        assert not set(workers) & set(server.picture_workers)
+
+
+def test_parts_that_end_too_often_end_the_server_and_callers_are_told(
+    tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    repository = simulated_repository(tmp_path, {"unet": 10})
+    with supervised(repository, tmp_path) as server, ThreadPoolExecutor() as threads:
+        assert outcome(server.url, pictures, steps=1) == "served"
+        for count in range(1, 4):
+            server.kill("denoise")
+            assert server.next_line("the process") == (
+                "the process of model denoise was ended by signal 9; "
+                f"restarting the server, {count} of at most 3 times in 10 minutes"
+            )
+            server.next_line("ready")
+        check_a_deadline_that_passes_while_its_request_runs(server, pictures)
+        running = threads.submit(outcome, server.url, pictures, 150)
+        until_metric(server.metrics_url, ACTIVE, 1)
         os.kill(server.tritonserver, signal.SIGKILL)
+        assert running.result(LINE_TIMEOUT_S).startswith("StatusCode.UNAVAILABLE")
         assert server.process.wait(STOP_TIMEOUT_S) == 1
         assert outcome(server.url, pictures, steps=1).startswith("StatusCode.UNAVAILABLE")
         assert not server.shm_regions()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import tritonclient.grpc as grpc_client
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
@@ -21,7 +23,7 @@ from icportrait.errors import IcPortraitError
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.repository import assemble
-from icportrait.server import HOST, Ports, TritonServer
+from icportrait.server import HOST, Ports, ServerProcess
 from tests.conftest import EXAMPLES
 from tests.e2e.caller import infer, until_metric
 from tests.e2e.conftest import simulated_repository
@@ -55,7 +57,7 @@ def test_ctrl_c_ends_the_server_and_leaves_nothing(trivial: Path, tmp_path: Path
     with supervised(trivial, tmp_path) as server:
         assert server.ready.startswith(f"ready: gRPC {HOST}:{server.ports.grpc}")
         processes, regions = descendants(server.process.pid), server.shm_regions()
-        assert len(processes) >= 8, "tritonserver and a stub for each Python model"
+        assert len(processes) >= 6, "tritonserver, a stub for each Python model, and two for pictures"
         assert regions
         server.process.send_signal(signal.SIGINT)
         assert server.process.wait(STOP_TIMEOUT_S) == 0
@@ -64,25 +66,43 @@ def test_ctrl_c_ends_the_server_and_leaves_nothing(trivial: Path, tmp_path: Path
     assert not list(tmp_path.glob("icportrait-server-*"))
 
 
-def test_requests_that_run_when_the_server_is_told_to_end_are_told_so_and_do_not_hold_it(
-    tmp_path: Path, pictures: dict[str, bytes]
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_server_that_is_told_to_end_answers_what_it_has_let_in_and_refuses_the_rest(
+    tmp_path: Path, pictures: dict[str, bytes], number: int
 ) -> None:
     repository = simulated_repository(tmp_path, {"unet": 20})
-    with supervised(repository, tmp_path) as server, ThreadPoolExecutor(2) as threads:
-
-        def call(_: int) -> str:
-            with pytest.raises(InferenceServerException) as refusal:
-                infer(server.url, num_inference_steps=150, num_portraits=8, **pictures)
-            return str(refusal.value.status())
-
-        outcomes = [threads.submit(call, index) for index in range(2)]
+    with supervised(repository, tmp_path) as server, ThreadPoolExecutor(3) as threads:
+        runs, waits = (
+            threads.submit(infer, server.url, num_inference_steps=60, num_portraits=8, guidance_scale=3.0, **pictures)
+            for _ in range(2)
+        )
         until_metric(server.metrics_url, "icportrait_active_slots", 16)
+        until_metric(server.metrics_url, "icportrait_queued_slots", 16)
         processes = descendants(server.process.pid)
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(number)
+        until_metric(server.metrics_url, "icportrait_gateway_ready", 0)
+        with grpc_client.InferenceServerClient(server.url) as client:
+            assert client.is_server_live() and not client.is_server_ready()
+        with pytest.raises(InferenceServerException, match=r"the server is stopping; .*; retry_after_ms: ") as refusal:
+            infer(server.url, num_inference_steps=1, **pictures)
+        assert refusal.value.status() == "StatusCode.UNAVAILABLE"
+        assert [len(call.result(30)[0]) for call in (runs, waits)] == [8, 8]
         assert server.process.wait(STOP_TIMEOUT_S) == 0
-        assert {outcome.result(30) for outcome in outcomes} <= {"StatusCode.UNAVAILABLE", "StatusCode.CANCELLED"}
         assert until_gone(processes) == []
         assert not server.shm_regions()
+
+
+def test_what_takes_longer_than_a_server_may_to_end_is_told_so(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    repository = simulated_repository(tmp_path, {"unet": 20})
+    flags = ("--stop-timeout-s=0.2",)
+    with supervised(repository, tmp_path, flags=flags) as server, ThreadPoolExecutor(1) as threads:
+        call = threads.submit(infer, server.url, num_inference_steps=150, **pictures)
+        until_metric(server.metrics_url, "icportrait_active_slots", 1)
+        server.process.send_signal(signal.SIGTERM)
+        with pytest.raises(InferenceServerException, match="the server has stopped") as refusal:
+            call.result(30)
+        assert refusal.value.status() == "StatusCode.UNAVAILABLE"
+        assert server.process.wait(STOP_TIMEOUT_S) == 0
 
 
 def test_a_signal_while_starting_ends_it_too(trivial: Path, tmp_path: Path) -> None:
@@ -96,32 +116,52 @@ def test_a_signal_while_starting_ends_it_too(trivial: Path, tmp_path: Path) -> N
     assert not list(tmp_path.glob("icportrait-server-*"))
 
 
-def test_the_server_dies_with_its_parent(trivial: Path, tmp_path: Path) -> None:
+def test_a_server_that_is_killed_takes_all_along_and_what_it_leaves_goes_at_the_next_start(
+    trivial: Path, tmp_path: Path
+) -> None:
     with supervised(trivial, tmp_path) as server:
-        processes = descendants(server.process.pid)
+        processes, regions = descendants(server.process.pid), server.shm_regions()
+        (folder,) = tmp_path.glob("icportrait-server-run-*")
         server.process.kill()
         server.process.wait()
         assert until_gone(processes) == []
+    assert folder.exists()
+    with supervised(trivial, tmp_path) as server:
+        assert not folder.exists()
+        assert not [region for region in regions if region.exists()]
 
 
-def test_the_server_listens_on_loopback_only(server: TritonServer) -> None:
-    # As the kernel writes 127.0.0.1, and as it writes it for a socket that could also speak IPv6.
-    loopback = {"0100007F", "0000000000000000FFFF00000100007F"}
+def listening() -> dict[str, tuple[int, str]]:
+    """Ports and addresses, as the kernel writes them, that this machine's sockets listen on; by inode."""
     found = {}
     for line in (PROC_NET / "tcp").read_text().splitlines() + (PROC_NET / "tcp6").read_text().splitlines():
-        _, local, _, state, *_ = line.split()
+        _, local, _, state, _, _, _, _, _, inode, *_ = line.split()
         address, _, port = local.partition(":")
         if state == "0A":
-            found[int(port, 16)] = address
-    for port in vars(server.ports).values():
-        assert found[port] in loopback
+            found[f"socket:[{inode}]"] = int(port, 16), address
+    return found
+
+
+def test_the_gateway_alone_listens_and_on_loopback_only(server: ServerProcess) -> None:
+    # As the kernel writes 127.0.0.1, and as it writes it for a socket that could also speak IPv6.
+    loopback = {"0100007F", "0000000000000000FFFF00000100007F"}
+    assert server.process
+    sockets, found = listening(), set()
+    for pid in (server.process.pid, *descendants(server.process.pid)):
+        for path in Path(f"/proc/{pid}/fd").iterdir():
+            with contextlib.suppress(OSError):
+                if name := sockets.get(str(path.readlink())):
+                    found.add((pid, *name))
+    assert {address for _, _, address in found} <= loopback
+    assert {port for _, port, _ in found} == set(vars(server.ports).values())
+    assert {pid for pid, _, _ in found} == {server.process.pid}
 
 
 def test_a_model_that_fails_to_load_ends_the_start_with_the_cause(trivial: Path, tmp_path: Path) -> None:
     shutil.copytree(trivial, tmp_path / "repository")
     (tmp_path / "repository" / "denoise" / "1" / "unet.onnx").unlink()
-    with pytest.raises(IcPortraitError, match=r"tritonserver ended with status 1[\s\S]*unet.onnx is missing"):
-        TritonServer(tmp_path / "repository", Ports.free(), tmp_path / "server.log").start()
+    with pytest.raises(IcPortraitError, match=r"unet.onnx is missing[\s\S]*tritonserver ended with status 1"):
+        ServerProcess(tmp_path / "repository", Ports.free(), tmp_path / "server.log").start()
 
 
 def test_a_server_at_its_limit_serves_on_and_a_refusal_does_not_cost_its_place(
@@ -138,7 +178,7 @@ def test_a_server_at_its_limit_serves_on_and_a_refusal_does_not_cost_its_place(
         return "served"
 
     bad = b'{"profile": "a", "reference": "b", "other": "\xff"}'
-    with TritonServer(trivial, Ports.free(), tmp_path / "server.log") as server:
+    with ServerProcess(trivial, Ports.free(), tmp_path / "server.log") as server:
         with ThreadPoolExecutor(12) as threads:
             outcomes = list(threads.map(call, [server.grpc_url] * 12))
         assert set(outcomes) == {"served", "StatusCode.UNAVAILABLE"}
@@ -154,7 +194,7 @@ def test_a_server_at_its_limit_serves_on_and_a_refusal_does_not_cost_its_place(
         assert call(server.grpc_url) == "served"
 
 
-def test_the_client_and_its_command_work_on_the_real_server(server: TritonServer, tmp_path: Path) -> None:
+def test_the_client_and_its_command_work_on_the_real_server(server: ServerProcess, tmp_path: Path) -> None:
     out = tmp_path / "portrait.webp"
     command = [Path(sys.executable).with_name("icportrait"), "generate", "--url", server.grpc_url, "-o", out]
     sources = ["--profile", EXAMPLES / "hopper.jpg", "--reference", EXAMPLES / "astronaut.jpg"]

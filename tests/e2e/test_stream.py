@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from icportrait.server import TritonServer
+from icportrait.server import ServerProcess
 from tests.e2e.caller import StreamCall, infer, settled, until_metric
 
 
-def call(server: TritonServer, pictures: dict[str, bytes], **values: Any) -> StreamCall:
+def call(server: ServerProcess, pictures: dict[str, bytes], **values: Any) -> StreamCall:
     return StreamCall(server.grpc_url, guidance_scale=1.0, **pictures, **values)
 
 
@@ -24,7 +24,7 @@ def size(picture: bytes) -> tuple[int, int]:
     return Image.open(io.BytesIO(picture)).size
 
 
-def test_every_step_is_told_and_the_portrait_comes_last(slow: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_every_step_is_told_and_the_portrait_comes_last(slow: ServerProcess, pictures: dict[str, bytes]) -> None:
     with call(slow, pictures, num_inference_steps=6) as stream:
         *progress, last = stream
     assert [(answer["step"].item(), answer["total_steps"].item()) for answer in progress] == [
@@ -38,7 +38,7 @@ def test_every_step_is_told_and_the_portrait_comes_last(slow: TritonServer, pict
 
 @pytest.mark.parametrize("preview_every", [1, 4])
 def test_previews_come_as_often_as_asked_and_in_order(
-    slow: TritonServer, pictures: dict[str, bytes], preview_every: int
+    slow: ServerProcess, pictures: dict[str, bytes], preview_every: int
 ) -> None:
     with call(slow, pictures, num_inference_steps=10, num_portraits=1, preview_every=preview_every) as stream:
         *answers, last = stream
@@ -50,14 +50,14 @@ def test_previews_come_as_often_as_asked_and_in_order(
     assert last["metadata"] is not None
 
 
-def test_previews_cost_no_step(slow: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_previews_cost_no_step(slow: ServerProcess, pictures: dict[str, bytes]) -> None:
     before = settled(slow.metrics_url)["icportrait_step_ms_count"]
     with call(slow, pictures, num_inference_steps=12, preview_every=2) as stream:
         list(stream)
     assert settled(slow.metrics_url)["icportrait_step_ms_count"] - before == 12
 
 
-def test_the_unary_model_has_no_previews(slow: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_the_unary_model_has_no_previews(slow: ServerProcess, pictures: dict[str, bytes]) -> None:
     with pytest.raises(
         InferenceServerException, match="preview_every: 3, expected 0: ic_portrait answers once"
     ) as refusal:
@@ -65,7 +65,7 @@ def test_the_unary_model_has_no_previews(slow: TritonServer, pictures: dict[str,
     assert refusal.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
-def test_a_stream_that_is_cancelled_frees_its_slot(slow: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_a_stream_that_is_cancelled_frees_its_slot(slow: ServerProcess, pictures: dict[str, bytes]) -> None:
     """After its third preview; the slot, which is the only one, is then another's."""
     before = settled(slow.metrics_url)
     with call(slow, pictures, num_inference_steps=150, preview_every=1) as stream:
@@ -80,7 +80,7 @@ def test_a_stream_that_is_cancelled_frees_its_slot(slow: TritonServer, pictures:
     assert after["icportrait_active_slots"] == 0
 
 
-def test_refusals_come_with_their_code_and_when_to_try_again(slow: TritonServer, pictures: dict[str, bytes]) -> None:
+def test_refusals_come_with_their_code_and_when_to_try_again(slow: ServerProcess, pictures: dict[str, bytes]) -> None:
     with call(slow, pictures, num_inference_steps=0) as stream, pytest.raises(InferenceServerException) as invalid:
         stream.next()
     assert invalid.value.message().startswith("num_inference_steps: 0, expected 1..150")
@@ -112,7 +112,7 @@ def test_refusals_come_with_their_code_and_when_to_try_again(slow: TritonServer,
 
 
 def test_http_generate_stream_tells_of_every_step_and_gives_the_portrait(
-    slow: TritonServer, pictures: dict[str, bytes]
+    slow: ServerProcess, pictures: dict[str, bytes]
 ) -> None:
     values = {name: base64.b64encode(data).decode() for name, data in pictures.items()}
     body = {**values, "encoding": "base64", "num_inference_steps": 4, "preview_every": 2, "guidance_scale": 1.0}

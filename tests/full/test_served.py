@@ -57,8 +57,8 @@ def ask(url: str) -> Portraits:
 
 
 def peak_bytes(pid: int) -> int:
-    """The sum of what each process below took at its most, which all together never took more than."""
-    status = [Path(f"/proc/{each}/status").read_text() for each in descendants(pid)]
+    """The sum of what it and each process below took at its most, which all together never took more than."""
+    status = [Path(f"/proc/{each}/status").read_text() for each in (pid, *descendants(pid))]
     return sum(int(text.partition("VmHWM:")[2].split()[0]) * 1024 for text in status)
 
 

@@ -307,6 +307,16 @@ def test_what_nothing_was_promised_to_or_is_late_anyway_is_no_reason_to_refuse()
     server.lease("new", rows=4, steps=3, deadline_ms=2000, priority=0)
 
 
+def test_what_was_let_in_before_is_let_in_whatever_waits_and_counts() -> None:
+    server = Server(slots=4, limit=0)
+    server.run("running", rows=4, steps=100)
+    server.refused(rows=1)
+    demand = Demand(rows=2, steps=5, priority=1, deadline_ms=1, arrived_s=server.now_s - 9, nbytes=10**12)
+    assert server.admission.grant("again", demand).demand is demand
+    assert server.admission.queued_slots == 2 and server.admission.get("again")
+    server.refused(rows=1)
+
+
 @pytest.mark.usefixtures("no_margin")
 def test_a_request_that_is_gone_leaves_its_time_to_others() -> None:
     server = Server(slots=4)

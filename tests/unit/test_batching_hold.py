@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -17,7 +18,14 @@ import numpy as np
 import pytest
 
 from icportrait.batching import Batcher
-from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, InvalidRequest, Unavailable
+from icportrait.errors import (
+    Cancelled,
+    ContractError,
+    DeadlineMissed,
+    IcPortraitError,
+    InvalidRequest,
+    Unavailable,
+)
 from icportrait.metrics import Metrics
 from icportrait.ticket import DenoiseJob, DenoiseResult, Ticket
 from tests.label_slots import BASE, LabelSlots, alone, label_batcher, labelled, steps_of, submit
@@ -305,18 +313,101 @@ def test_engines_that_fail_at_once_fail_those_that_ran_and_no_other() -> None:
         assert np.array_equal(again.result(60).portrait_latent, alone(steps_of(3)[0]))
 
 
-def test_a_job_whose_start_cannot_be_made_fails_alone() -> None:
-    with label_batcher() as (slots, batcher):
+@pytest.mark.parametrize("waits", [False, True], ids=["at once", "from the queue"])
+def test_a_job_whose_start_cannot_be_made_fails_alone(waits: bool) -> None:
+    """Neither those that run nor those that are warped with it fail, and the engines are none the worse."""
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with label_batcher(on_failure=told.put) as (slots, batcher):
         slots.gate.clear()
-        runs = submit(batcher, labelled(replace(BASE, num_portraits=8, guidance_scale=2.0), 1.0))
+        first = replace(BASE, num_portraits=8, guidance_scale=2.0) if waits else BASE
+        runs = submit(batcher, labelled(first, 1.0))
         slots.is_warping.wait(60)
-        bad = steps_of(3)[0]
+        before, bad, after = steps_of(3, 3, 3)
         object.__setattr__(bad, "profile_latent", np.zeros((1, 4, 16, 16), np.float32))
-        waiting = submit(batcher, bad)
+        joining = [submit(batcher, entry) for entry in (before, bad, after)]
         slots.gate.set()
-        with pytest.raises(IcPortraitError, match="warping failed"):
-            waiting.result(60)
+        with pytest.raises(IcPortraitError, match="a job's start failed on this server") as failed:
+            joining[1].result(60)
+        assert failed.value.code == "INTERNAL"
         assert isinstance(runs.result(60), DenoiseResult)
+        for future, entry in ((joining[0], before), (joining[2], after)):
+            assert np.array_equal(future.result(60).portrait_latent, alone(entry))
+        assert slots.runs.startswith("wsssw" if waits else "wsw")
+    assert told.empty()
+
+
+@pytest.mark.parametrize("where", ["condition", "predict"])
+def test_a_tensor_that_breaks_its_specification_in_an_engine_is_our_fault(where: str) -> None:
+    class Breaking(LabelSlots):
+        def condition(self, jobs, rows, meanwhile):
+            if where == "condition":
+                raise ContractError("unet: axis 3 is 200")
+            return super().condition(jobs, rows, meanwhile)
+
+        def predict(self, canvas_latent, timestep, meanwhile):
+            if where == "predict":
+                raise ContractError("unet: axis 3 is 200")
+            return super().predict(canvas_latent, timestep, meanwhile)
+
+    with label_batcher(slots=Breaking()) as (_, batcher):
+        with pytest.raises(IcPortraitError, match="failed on this server; its log has the cause") as failed:
+            submit(batcher, steps_of(2)[0]).result(60)
+        assert failed.value.code == "INTERNAL"
+
+
+def test_those_that_have_ended_are_answered_with_their_portraits_though_the_loop_fails_in_that_turn() -> None:
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    class Stuck(LabelSlots):
+        def move(self, source, target):
+            raise RuntimeError("no more moves")
+
+    first, second = steps_of(2, 9)
+    with label_batcher(slots=Stuck(), on_failure=told.put) as (slots, batcher):
+        slots.gate.clear()
+        submit(batcher, steps_of(1)[0])
+        slots.is_warping.wait(60)
+        ends, runs = submit(batcher, first), submit(batcher, second)
+        slots.gate.set()
+        assert np.array_equal(ends.result(60).portrait_latent, alone(first))
+        with pytest.raises(Unavailable):
+            runs.result(60)
+        assert told.get(timeout=10) == sys.maxsize
+
+
+def test_a_result_that_cannot_be_had_is_that_jobs_error_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    lost, other = steps_of(2, 2)
+    with label_batcher() as (slots, batcher):
+        result = batcher._result
+        monkeypatch.setattr(
+            batcher, "_result", lambda job, latent: 1 / 0 if job.ticket.job is lost else result(job, latent)
+        )
+        slots.gate.clear()
+        first = submit(batcher, steps_of(1)[0])
+        slots.is_warping.wait(60)
+        futures = [submit(batcher, lost), submit(batcher, other)]
+        slots.gate.set()
+        with pytest.raises(IcPortraitError, match="a result was lost on this server") as failed:
+            futures[0].result(60)
+        assert failed.value.code == "INTERNAL"
+        assert np.array_equal(futures[1].result(60).portrait_latent, alone(other))
+        assert isinstance(first.result(60), DenoiseResult)
+
+
+def test_a_loop_in_pieces_answers_all_and_is_not_taken_for_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it puts off fails while an engine runs."""
+    told: queue.SimpleQueue[int] = queue.SimpleQueue()
+    with label_batcher(on_failure=told.put) as (slots, batcher):
+        monkeypatch.setattr(batcher._table._latents, "complete", lambda: 1 / 0)
+        slots.gate.clear()
+        futures = [submit(batcher, steps_of(1)[0])]
+        slots.is_warping.wait(60)
+        futures += [submit(batcher, entry) for entry in steps_of(1, 2, 9)]
+        slots.gate.set()
+        for future in futures:
+            with pytest.raises(Unavailable, match="shutting down"):
+                future.result(60)
+        assert told.get(timeout=10) == sys.maxsize and told.empty()
 
 
 def test_failing_beside_jobs_that_are_held_is_counted_in_a_row() -> None:

@@ -1,387 +1,298 @@
-"""The line between fronts and the denoising loop, over real sockets and between real processes."""
+"""The loop's end of the control line, over real sockets and between real processes."""
 
 from __future__ import annotations
 
+import json
 import os
 import queue
+import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from multiprocessing.connection import Client, Connection, Listener
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import icportrait.control
-from icportrait.control import ControlServer, LoopLine, Message, Peer, address
+from icportrait.control import (
+    LENGTH,
+    MAX_ASKED_BYTES,
+    VERSION,
+    Asked,
+    Cancel,
+    ControlServer,
+    LeaseAsked,
+    Peer,
+    Ping,
+    Release,
+    Seen,
+    frame,
+)
 from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable, to_wire
+from tests.label_slots import BASE
+from tests.private_client import Line
 from tests.stage_front import until
 
+HELLO = {"op": "hello", "version": VERSION}
 DEMAND = {"rows": 2, "steps": 5, "priority": 1, "deadline_ms": None, "arrived_s": 1.5, "nbytes": 10}
-LOOP = """
-import pathlib, sys
-from icportrait.control import ControlServer
+LEASE = {"op": "lease", "key": "a", **DEMAND}
+GATEWAY = """
+import socket, sys
+from icportrait.control import frame
 
-def answer(peer, message):
-    if message["op"] == "lease" and not message["key"].startswith("mute"):
-        peer.send({"op": "leased", "key": message["key"], "refusal": ""})
-
-server = ControlServer(pathlib.Path(sys.argv[1]), answer, lambda peer: None)
+line = socket.socket(socket.AF_UNIX)
+line.connect(sys.argv[1])
+line.sendall(frame({"op": "hello", "version": 1}) + frame({"op": "cancel", "key": "from afar"}))
 print("ready", flush=True)
 sys.stdin.read()
 """
-FRONT = """
-import pathlib, sys
-from icportrait.control import LoopLine
-
-line = LoopLine(pathlib.Path(sys.argv[1]), lambda *step: None, lambda: None)
-line.lease("from afar", {"rows": 1}, lambda refusal: print("leased", flush=True))
-sys.stdin.read()
-"""
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    return tmp_path / "repository"
-
-
-@contextmanager
-def process(code: str, directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another Python, once it has said that it is ready; it ends at its input's end."""
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(directory)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    ) as started:
-        assert started.stdout and started.stdout.readline()
-        try:
-            yield started
-        finally:
-            started.kill()
 
 
 class Loop:
-    """A server in this process, which notes what it hears and lets everybody in."""
+    """A server in this process, which notes what it hears, lets everybody in and answers pings."""
 
-    def __init__(self, repository: Path, refusal: str = "") -> None:
-        self.heard: queue.SimpleQueue[Message] = queue.SimpleQueue()
+    def __init__(self, path: Path, refusal: str = "") -> None:
+        self.heard: queue.SimpleQueue[Asked] = queue.SimpleQueue()
         self.gone: queue.SimpleQueue[Peer] = queue.SimpleQueue()
         self.peers: list[Peer] = []
         self._refusal = refusal
-        self._server = ControlServer(repository / "denoise" / "1", self._note, self.gone.put)
+        self._server = ControlServer(path, self._note, self.gone.put)
 
-    def _note(self, peer: Peer, message: Message) -> None:
-        self.peers.append(peer)
+    def _note(self, peer: Peer, message: Asked) -> None:
+        if peer not in self.peers:
+            self.peers.append(peer)
+        if isinstance(message, LeaseAsked):
+            peer.send({"op": "leased", "key": message.key, "refusal": self._refusal})
+        if isinstance(message, Ping):
+            peer.send({"op": "pong", "id": message.id})
+        if isinstance(message, Cancel) and message.key == "ours":
+            raise RuntimeError("the loop's mistake")
         self.heard.put(message)
-        if message["op"] == "lease":
-            peer.send({"op": "leased", "key": message["key"], "refusal": self._refusal})
 
     def close(self) -> None:
         self._server.close()
 
 
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "loop"
+
+
 @contextmanager
-def loop(repository: Path, refusal: str = "") -> Iterator[Loop]:
-    opened = Loop(repository, refusal)
+def loop(path: Path, refusal: str = "") -> Iterator[Loop]:
+    opened = Loop(path, refusal)
     yield opened
     opened.close()
 
 
 @contextmanager
-def line(
-    repository: Path, on_step: Callable[..., object] = lambda *_: None, on_gone: Callable[[], object] = lambda: None
-) -> Iterator[LoopLine]:
-    opened = LoopLine(repository / "ic_portrait" / "1", on_step, on_gone)
+def line(path: Path, **options: Any) -> Iterator[Line]:
+    opened = Line(str(path), **options)
     yield opened
     opened.close()
 
 
-Reply = IcPortraitError | None
+def ends(gateway: Line) -> None:
+    """Waits for the line's end."""
+    while gateway.said.get(timeout=10) is not None:
+        pass
 
 
-class Asked:
-    """A lease that was asked for, and its replies."""
-
-    def __init__(self, front: LoopLine, key: str = "a") -> None:
-        self.replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
-        front.lease(key, DEMAND, self.replies.put)
-
-    def reply(self) -> Reply:
-        return self.replies.get(timeout=10)
-
-    def unavailable(self) -> str:
-        """The refusal's text. It has come by itself: nothing here gives up on leases that aren't answered."""
-        refusal = self.reply()
-        assert isinstance(refusal, Unavailable)
-        return str(refusal)
+def test_either_side_says_its_version_first(path: Path) -> None:
+    with loop(path) as server, line(path) as gateway:
+        assert gateway.said.get(timeout=10) == HELLO
+        assert gateway.ping(3) == {"op": "pong", "id": 3}
+        assert server.heard.get(timeout=10) == Ping(id=3)
 
 
-def test_a_lease_is_asked_for_with_what_the_request_takes_and_granted(repository: Path) -> None:
-    with loop(repository) as server, line(repository) as front:
-        assert Asked(front).reply() is None
-        assert server.heard.get(timeout=10) == {"op": "lease", "key": "a", **DEMAND}
-
-
-@pytest.mark.parametrize("error", [Unavailable("the queue is full; retry_after_ms: 40"), InvalidRequest("no")])
-def test_a_lease_is_refused_with_the_loops_own_code_and_text(repository: Path, error: IcPortraitError) -> None:
-    with loop(repository, to_wire(error)) as server, line(repository) as front:
-        refusal = Asked(front).reply()
+@pytest.mark.parametrize("error", [None, Unavailable("the queue is full; retry_after_ms: 40"), InvalidRequest("no")])
+def test_a_lease_is_granted_or_refused_with_the_loops_own_code_and_text(
+    path: Path, error: IcPortraitError | None
+) -> None:
+    with loop(path, to_wire(error) if error else "") as server, line(path) as gateway:
+        refusal = gateway.lease(replace(BASE, key="a"), nbytes=7, replayed=True)
         assert type(refusal) is type(error) and str(refusal) == str(error)
-        assert server.heard.get(timeout=10)["op"] == "lease"
+        asked = server.heard.get(timeout=10)
+        assert isinstance(asked, LeaseAsked) and asked.replayed and asked.demand.nbytes == 7
+        assert (asked.demand.rows, asked.demand.steps) == (BASE.rows, BASE.num_inference_steps)
 
 
-def test_all_that_a_front_says_arrives_in_order(repository: Path) -> None:
-    with loop(repository) as server, line(repository) as front:
-        front.cancel("a")
-        front.seen("b")
-        front.release("c")
-        front.release("d", {"decode": 2.5})
-        assert [server.heard.get(timeout=10) for _ in range(4)] == [
+def test_all_that_a_gateway_says_arrives_in_order(path: Path) -> None:
+    with loop(path) as server, line(path) as gateway:
+        for message in (
             {"op": "cancel", "key": "a"},
             {"op": "seen", "key": "b"},
-            {"op": "release", "key": "c", "stage_ms": None},
+            {"op": "release", "key": "c"},
             {"op": "release", "key": "d", "stage_ms": {"decode": 2.5}},
+        ):
+            gateway.say(**message)
+        assert [server.heard.get(timeout=10) for _ in range(4)] == [
+            Cancel(key="a"),
+            Seen(key="b"),
+            Release(key="c"),
+            Release(key="d", stage_ms={"decode": 2.5}),
         ]
 
 
-def test_steps_reach_the_front_and_its_failure_does_not_end_the_line(repository: Path, caplog: Any) -> None:
-    steps: queue.SimpleQueue[tuple[str, int, int]] = queue.SimpleQueue()
-
-    def on_step(*step: Any) -> None:
-        if step[1] == 1:
-            raise RuntimeError("a front's mistake")
-        steps.put(step)
-
-    with loop(repository) as server, line(repository, on_step) as front:
-        assert Asked(front).reply() is None
-        server.heard.get(timeout=10)
-        for step in (1, 2):
-            assert server.peers[0].send({"op": "step", "key": "a", "step": step, "total_steps": 9})
-        assert steps.get(timeout=10) == ("a", 2, 9)
-        assert Asked(front).reply() is None
-    assert "a front's mistake" in caplog.text
+def test_what_the_loop_says_arrives_in_order_and_tells_when_nobody_hears_it(path: Path) -> None:
+    with loop(path) as server, line(path) as gateway:
+        gateway.ping()
+        events = gateway.events("a")
+        for step in range(100):
+            assert server.peers[0].send({"op": "step", "key": "a", "step": step, "total_steps": 100})
+        assert [(events.get(timeout=10) or {})["step"] for _ in range(100)] == list(range(100))
+        gateway.close()
+        assert server.gone.get(timeout=10) is server.peers[0]
+        assert not server.peers[0].send({"op": "step"})
 
 
-def test_leases_that_are_asked_for_at_once_get_each_its_own_answer(repository: Path) -> None:
-    """The second is answered first."""
-    asked: list[str] = []
-    refusals = {"a": "", "b": to_wire(Unavailable("b is refused"))}
-
-    def answer(peer: Peer, message: Message) -> None:
-        asked.append(message["key"])
-        if len(asked) == 2:
-            for key in reversed(asked):
-                peer.send({"op": "leased", "key": key, "refusal": refusals[key]})
-
-    with serving(repository, answer), line(repository) as front:
-        first, second = Asked(front, "a"), Asked(front, "b")
-        assert str(second.reply()) == "b is refused"
-        assert first.reply() is None
+# What should not come
 
 
-# A loop that isn't there, ends, or doesn't answer
-
-
-def test_without_a_loop_a_lease_is_refused_at_once(repository: Path) -> None:
-    with line(repository) as front:
-        assert "the denoising loop has ended" in Asked(front).unavailable()
-        front.cancel("a")
-        front.release("a")
-
-
-def test_a_loop_whose_process_is_killed_fails_its_leases_and_a_new_one_takes_over(repository: Path) -> None:
-    gone: queue.SimpleQueue[None] = queue.SimpleQueue()
-    with line(repository, on_gone=lambda: gone.put(None)) as front:
-        with process(LOOP, repository / "denoise" / "1") as first:
-            assert Asked(front).reply() is None
-            waiting = [Asked(front, key) for key in ("mute", "mute too")]
-            assert gone.empty()
-            os.kill(first.pid, signal.SIGKILL)
-            gone.get(timeout=10)
-            for asked in waiting:
-                assert "the denoising loop has ended" in asked.unavailable()
-        assert "the denoising loop has ended" in Asked(front).unavailable()
-        with process(LOOP, repository / "denoise" / "1"):
-            assert Asked(front).reply() is None
-        gone.get(timeout=10)
-        assert all(asked.replies.empty() for asked in waiting)
-    assert gone.empty()
-
-
-def test_a_lease_that_is_not_answered_is_given_up_after_a_while_and_given_back(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    "data",
+    [
+        frame({**LEASE, "rows": -2}),
+        frame({**LEASE, "rows": 0}),
+        frame({**LEASE, "steps": "5"}),
+        frame({**LEASE, "priority": "x"}),
+        frame({**LEASE, "arrived_s": 1e25}),
+        LENGTH.pack(len(text := b'{"op":"cancel","key":NaN}')) + text,
+        frame({**LEASE, "key": ""}),
+        frame({**LEASE, "key": 65 * "k"}),
+        frame({**LEASE, "more": 1}),
+        frame({"op": "lease", "key": "a"}),
+        frame({"op": "release", "key": "a", "stage_ms": {"decode": "x"}}),
+        frame({"op": "release", "key": "a", "stage_ms": {"no stage": 1}}),
+        frame({"op": "release", "key": "a", "stage_ms": {"decode": -1e300}}),
+        frame({"op": "ping", "id": -1}),
+        frame({"op": "ping", "id": None}),
+        frame({"op": "unknown", "key": "a"}),
+        frame({"key": "a"}),
+        frame(HELLO),
+        LENGTH.pack(4) + b"[1]]",
+        LENGTH.pack(4) + b"\xff\xfe\xfd\xfc",
+        LENGTH.pack(20_000) + 20_000 * b"[",
+        LENGTH.pack(0),
+        LENGTH.pack(MAX_ASKED_BYTES + 1),
+    ],
+)
+def test_a_message_that_is_not_what_it_should_be_ends_its_line_which_is_told_and_no_other(
+    path: Path, data: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    heard: queue.SimpleQueue[tuple[Peer, Message]] = queue.SimpleQueue()
-    with serving(repository, lambda *asked: heard.put(asked)), line(repository) as front:
-        monkeypatch.setattr(icportrait.control, "LEASE_TIMEOUT_S", 0.05)
-        late = Asked(front, "late")
-        peer, lease = heard.get(timeout=10)
-        assert (lease["op"], lease["key"]) == ("lease", "late")
-        monkeypatch.setattr(icportrait.control, "LEASE_TIMEOUT_S", 60.0)
-        in_time = Asked(front, "in time")
-        heard.get(timeout=10)
-        time.sleep(0.06)
-        front.expire_leases()
-        refusal = late.reply()
-        assert isinstance(refusal, Unavailable) and "doesn't answer" in str(refusal)
-        # Should it be granted still, nobody runs with it.
-        assert heard.get(timeout=10)[1] == {"op": "release", "key": "late", "stage_ms": None}
-        for key in ("late", "in time"):
-            peer.send(granted(key))
-        assert in_time.reply() is None
-        front.expire_leases()
-        assert late.replies.empty() and in_time.replies.empty() and heard.empty()
-
-
-def test_a_lease_that_is_granted_while_it_is_given_up_is_not_used(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What was given back may not run; what runs may not be given back."""
-    monkeypatch.setattr(icportrait.control, "LEASE_TIMEOUT_S", 0.0)
-    granting = threading.Event()
-
-    class Line(LoopLine):
-        def release(self, key: str, stage_ms: dict[str, float] | None = None) -> None:
-            super().release(key, stage_ms)
-            granting.wait(10)
-            time.sleep(0.05)  # the loop's answer is on its way
-
-    def answer(peer: Peer, message: Message) -> None:
-        if message["op"] == "release":
-            peer.send(granted(message["key"]))
-            granting.set()
-
-    front = Line(repository / "ic_portrait" / "1", lambda *_: None, lambda: None)
-    with serving(repository, answer):
-        asked = Asked(front)
-        time.sleep(0.01)
-        front.expire_leases()
-        assert isinstance(asked.reply(), Unavailable)
-        assert asked.replies.empty()
-        front.close()
-
-
-def test_a_loop_that_ends_right_after_its_answer_is_noticed(repository: Path) -> None:
-    gone: queue.SimpleQueue[None] = queue.SimpleQueue()
-
-    def answer_and_end(listener: Listener) -> None:
-        for _ in range(50):
-            with listener.accept() as connection:
-                connection.recv_bytes()
-                Peer(connection).send(granted("a"))
-
-    with Listener(address(repository / "denoise" / "1"), "AF_UNIX") as listener:
-        thread = threading.Thread(target=answer_and_end, args=(listener,), daemon=True)
-        thread.start()
-        with line(repository, on_gone=lambda: gone.put(None)) as front:
-            for _ in range(50):
-                asked = Asked(front)
-                assert asked.reply() is None
-                gone.get(timeout=10)
-                assert asked.replies.empty()
-        thread.join(10)
-
-
-@contextmanager
-def serving(repository: Path, answer: Callable[[Peer, Message], object]) -> Iterator[None]:
-    server = ControlServer(repository / "denoise" / "1", answer, lambda _: None)
-    yield
-    server.close()
-
-
-def granted(key: str) -> Message:
-    return {"op": "leased", "key": key, "refusal": ""}
-
-
-# Several of each
-
-
-def test_a_front_whose_process_is_killed_is_reported_and_the_others_stay(repository: Path) -> None:
-    with loop(repository) as server, line(repository) as other:
-        assert Asked(other, "mine").reply() is None
-        with process(FRONT, repository / "ic_portrait_stream" / "1") as front:
-            assert [server.heard.get(timeout=10)["key"] for _ in range(2)] == ["mine", "from afar"]
-            assert server.gone.empty()
-            os.kill(front.pid, signal.SIGKILL)
-            assert server.gone.get(timeout=10) is server.peers[1]
+    with loop(path) as server, line(path) as other, line(path) as forged:
+        other.ping()
+        forged.ping()
+        forged.send(data)
+        ends(forged)
+        assert server.gone.get(timeout=10) is server.peers[1]
+        other.ping()
         assert server.gone.empty()
-        assert not server.peers[1].send({"op": "step"})
-        assert Asked(other).reply() is None
+        assert all(isinstance(server.heard.get(timeout=10), Ping) for _ in range(3)) and server.heard.empty()
+    assert [record.levelname for record in caplog.records] == ["ERROR"] and "it is closed" in caplog.text
 
 
-def test_servers_of_other_repositories_hear_nothing(tmp_path: Path) -> None:
-    with loop(tmp_path / "a") as mine, loop(tmp_path / "b") as others, line(tmp_path / "b") as front:
-        assert Asked(front, "key").reply() is None
-        assert others.heard.get(timeout=10)["key"] == "key"
-        assert mine.heard.empty()
-
-
-def test_links_to_one_repository_are_different_servers(tmp_path: Path) -> None:
-    (tmp_path / "repository").mkdir()
-    for name in "ab":
-        (tmp_path / name).symlink_to(tmp_path / "repository")
-    with loop(tmp_path / "a"), line(tmp_path / "b") as front:
-        assert "has ended" in Asked(front).unavailable()
-    assert len({address(tmp_path / name / "denoise" / "1") for name in "ab"}) == 2
-
-
-def test_a_server_that_closed_gives_its_address_back_and_its_fronts_know(repository: Path) -> None:
-    gone: queue.SimpleQueue[None] = queue.SimpleQueue()
-    with line(repository, on_gone=lambda: gone.put(None)) as front:
-        for _ in range(3):
-            with loop(repository) as server:
-                assert Asked(front).reply() is None
-            gone.get(timeout=10)
-            assert isinstance(server.gone.get(timeout=10), Peer)
-
-
-def test_a_line_that_closed_is_no_loop_that_has_ended(repository: Path) -> None:
-    gone: list[None] = []
-    with loop(repository) as server:
-        with line(repository, on_gone=lambda: gone.append(None)) as front:
-            assert Asked(front).reply() is None
+@pytest.mark.parametrize("first", [{"op": "hello", "version": VERSION + 1}, LEASE, {"op": "hello"}])
+def test_a_line_that_does_not_begin_with_this_version_is_closed_unheard(path: Path, first: dict[str, Any]) -> None:
+    with loop(path) as server, socket.socket(socket.AF_UNIX) as gateway:
+        gateway.connect(str(path))
+        gateway.sendall(frame(first) + frame(LEASE))
+        data = b""
+        with suppress(ConnectionResetError):  # it didn't read all that was sent
+            while part := gateway.recv(1000):
+                data += part
+        assert data[: LENGTH.size] and json.loads(data[LENGTH.size :]) == HELLO
         server.gone.get(timeout=10)
-        assert "has ended" in Asked(front).unavailable()
-    assert not gone
+        assert server.heard.empty()
 
 
-def test_another_users_process_is_sent_away(repository: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
-    own = os.getuid()
-    with loop(repository) as server, line(repository) as front:
-        with monkeypatch.context() as patched:
-            patched.setattr(os, "getuid", lambda: own + 1)
-            assert "has ended" in Asked(front).unavailable()
-        assert server.heard.empty() and "another user's process" in caplog.text
-        until(lambda: front._peer is None)
-        assert Asked(front).reply() is None
+def test_the_loops_own_mistake_is_logged_and_the_line_goes_on(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with loop(path), line(path) as gateway:
+        gateway.say(op="cancel", key="ours")
+        assert gateway.ping() == {"op": "pong", "id": 1}
+    assert "the loop's mistake" in caplog.text
 
 
-def test_a_lease_that_is_asked_for_anew_while_a_line_breaks_does_not_break_with_it(
-    repository: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_line_that_is_not_read_keeps_nobody_waiting_and_is_closed_in_the_end(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Of a loop that takes the place of the one that has ended."""
-    own, close = os.getuid(), Connection.close
-    connections: list[Connection] = []
-    anew: list[Asked] = []
+    monkeypatch.setattr(icportrait.control, "MAX_UNREAD_BYTES", 4 * 2**20)
+    latent = {"op": "preview", "latent": "x" * 2**20}
+    with loop(path) as server, line(path) as other, socket.socket(socket.AF_UNIX) as deaf:
+        other.ping()
+        deaf.connect(str(path))
+        deaf.sendall(frame(HELLO) + frame({"op": "cancel", "key": "deaf"}))
+        until(lambda: len(server.peers) == 2)
+        sent = [server.peers[1].send(latent) for _ in range(9)]
+        # What the kernel holds for the reader is no megabyte.
+        assert sent[:3] == [True] * 3 and not sent[-1]
+        assert server.gone.get(timeout=10) is server.peers[1]
+        other.ping()
+    assert "isn't read" in caplog.text
 
-    def connect(*arguments: Any) -> Connection:
-        connections.append(Client(*arguments))
-        return connections[-1]
 
-    def close_and_ask(connection: Connection) -> None:
-        if connections[:1] == [connection] and not anew:
-            monkeypatch.setattr(os, "getuid", lambda: own)
-            anew.append(Asked(front, "anew"))
-        close(connection)
+def test_a_process_without_descriptors_takes_lines_again_once_it_has_some(
+    path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with loop(path) as server, socket.socket(socket.AF_UNIX) as waiting:
+        free = os.dup(0)
+        os.close(free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (free, limits[1]))
+        try:
+            waiting.connect(str(path))
+            waiting.sendall(frame(HELLO) + frame({"op": "seen", "key": "a"}))
+            until(lambda: "can't be connected to now" in caplog.text)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        assert server.heard.get(timeout=10) == Seen(key="a")
+        with line(path) as gateway:
+            gateway.ping()
+    assert caplog.text.count("can't be connected to now") == 1
 
-    with loop(repository), line(repository) as front:
-        monkeypatch.setattr(icportrait.control, "Client", connect)
-        monkeypatch.setattr(Connection, "close", close_and_ask)
-        monkeypatch.setattr(os, "getuid", lambda: own + 1)
-        assert "has ended" in Asked(front).unavailable()
-        until(lambda: bool(anew))
-        assert anew[0].reply() is None
-        monkeypatch.undo()
+
+# Several, and ends
+
+
+def test_a_gateway_whose_process_is_killed_is_reported_and_the_others_stay(path: Path) -> None:
+    with (
+        loop(path) as server,
+        line(path) as other,
+        subprocess.Popen(
+            [sys.executable, "-c", GATEWAY, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as gateway,
+    ):
+        other.ping()
+        server.heard.get(timeout=10)
+        assert server.heard.get(timeout=10) == Cancel(key="from afar")
+        assert server.gone.empty()
+        os.kill(gateway.pid, signal.SIGKILL)
+        assert server.gone.get(timeout=10) is server.peers[1]
+        other.ping()
+        assert server.gone.empty()
+
+
+def test_a_loop_that_is_started_where_one_was_killed_takes_its_place(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as killed:
+        killed.bind(str(path))
+    assert path.is_socket()
+    for _ in range(3):
+        with loop(path) as server, line(path) as gateway:
+            gateway.ping()
+        assert isinstance(server.gone.get(timeout=10), Peer) and not path.exists()
+
+
+def test_a_loop_that_closes_ends_its_lines_and_threads(path: Path) -> None:
+    before = set(threading.enumerate())
+    server = Loop(path)
+    with line(path) as gateway:
+        gateway.ping()
+        server.close()
+        ends(gateway)
+    until(lambda: not {thread for thread in threading.enumerate() if "control" in thread.name} - before)

@@ -1,8 +1,9 @@
-"""The denoising stage between fronts and loop: leases, answers and what becomes of requests that nobody waits for."""
+"""The denoising stage between gateway and loop: leases, answers and what becomes of requests that nobody waits for."""
 
 from __future__ import annotations
 
 import gc
+import json
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, Unavailable
+from icportrait.serving import bytes_tensor
 from icportrait.ticket import Ticket
 from tests.label_slots import BASE, alone, labelled
 from tests.stage_front import Front, metric, open_stage, until
@@ -30,11 +32,12 @@ def test_a_request_has_a_lease_is_answered_and_gives_it_back() -> None:
         assert slots.is_stepping.wait(10)
         assert (metric(stage, "queued_requests"), metric(stage, "active_slots")) == (0, 2)
         slots.step_gate.set()
-        outputs, is_last = answers.get(timeout=10)
-        assert is_last and np.array_equal(outputs["portrait_latent"], alone(labelled(request, 3.0)))
+        outputs = answers.get(timeout=10)
+        assert np.array_equal(outputs["portrait_latent"], alone(labelled(request, 3.0)))
         report = front.report(outputs)
-        assert (report["step"], report["engine"], report["preprocess"]["crops"]) == (3, "labels", {"profile": 1})
-        assert report["preprocess"]["ended_ns"] <= report["conditioned_ns"] <= report["denoised_ns"]
+        assert (report["engine"], report["numerics_id"], report["rows_shared"]) == ("labels", None, 2)
+        times = [report[name] for name in ("arrived_ns", "joined_ns", "conditioned_ns", "denoised_ns")]
+        assert times == sorted(times)
         assert (metric(stage, "admitted_bytes"), metric(stage, "answers_total")) == (70, 0)
         front.release("a", {"denoise": 5.0, "decode": 2.0})
         assert (metric(stage, "admitted_bytes"), metric(stage, "answers_total")) == (0, 1)
@@ -90,16 +93,119 @@ def test_what_is_refused_runs_no_engine() -> None:
         assert front.ask("b", BASE) is None
 
 
-def test_a_request_that_came_past_the_fronts_needs_no_lease() -> None:
-    with open_stage(slots_limit=0) as (_, stage), Front(stage) as front:
-        outputs, is_last = front.submit("", BASE, label=1.0).get(timeout=10)
-        assert is_last and np.array_equal(outputs["portrait_latent"], alone(labelled(BASE, 1.0)))
+def test_a_standalone_request_gets_its_lease_as_it_arrives_and_gives_it_back() -> None:
+    with open_stage(slots_limit=0, is_standalone=True) as (slots, stage), Front(stage) as front:
+        slots.step_gate.clear()
+        answers = front.submit("", GUIDED, label=1.0)
+        assert slots.is_stepping.wait(10)
+        with pytest.raises(Unavailable, match="queue is full"):
+            front.submit("", BASE)
+        slots.step_gate.set()
+        assert np.array_equal(answers.get(timeout=10)["portrait_latent"], alone(labelled(GUIDED, 1.0)))
+        until(lambda: metric(stage, "answers_total") == 1)
+        assert front.submit("", BASE, label=1.0).get(timeout=10)["portrait_latent"].shape[0] == 1
 
 
-def test_the_first_step_is_timed_from_the_requests_arrival_at_its_front() -> None:
+def test_a_request_runs_once_on_its_lease() -> None:
+    with open_stage() as (slots, stage), Front(stage) as front:
+        slots.step_gate.clear()
+        front.lease("a", BASE)
+        answers = front.submit("a", BASE)
+        with pytest.raises(Cancelled):
+            front.submit("a", BASE)
+        slots.step_gate.set()
+        assert not isinstance(answers.get(timeout=10), IcPortraitError)
+
+
+def test_what_a_loop_before_has_let_in_is_let_in_whatever_waits() -> None:
+    with open_stage(slots_limit=0) as (slots, stage), Front(stage) as front:
+        slots.step_gate.clear()
+        front.lease("a", GUIDED)
+        first = front.submit("a", GUIDED)
+        assert slots.is_stepping.wait(10)
+        assert isinstance(front.ask("b", GUIDED), Unavailable)
+        assert front.ask("b", GUIDED, replayed=True) is None
+        second = front.submit("b", GUIDED)
+        slots.step_gate.set()
+        for answers in (first, second):
+            assert not isinstance(answers.get(timeout=10), IcPortraitError)
+
+
+def test_a_lease_that_is_asked_for_again_ends_what_ran_on_the_first() -> None:
+    """Its line has broken, and the loop doesn't know of it yet."""
+    with open_stage() as (slots, stage), Front(stage) as before, Front(stage) as front:
+        slots.step_gate.clear()
+        before.lease("a", LONG)
+        ended = before.submit("a", LONG)
+        assert slots.is_stepping.wait(10)
+        assert front.ask("a", BASE, replayed=True) is None
+        stage.peer_has_gone(before.peer)
+        answers = front.submit("a", BASE)
+        slots.step_gate.set()
+        assert isinstance(ended.get(timeout=10), Cancelled)
+        assert not isinstance(answers.get(timeout=10), IcPortraitError)
+
+
+# What should not come
+
+
+@pytest.mark.parametrize(
+    ("request_json", "text"),
+    [
+        ({"priority": "x"}, "priority: Input should be a valid integer"),
+        ({"preview_every": "x"}, "preview_every: Input should be a valid integer"),
+        ({"num_portraits": -3}, "num_portraits: -3, expected 1..8"),
+        ({"num_inference_steps": 10**6}, "num_inference_steps: 1000000, expected 1..150"),
+        ({"guidance_scale": "nan"}, "guidance_scale: Input should be a valid number"),
+        ({"arrived_ns": 10**25}, "arrived_ns: "),
+        ({"arrived_ns": 2**62}, "arrived_ns: .* is in the future"),
+        ({"scheduler": "heun"}, "scheduler: 'heun', expected one of"),
+        ({"profile_box": [0.0, 0.0, 1.0]}, "profile_box"),
+        ({"more": 1}, "more: Unexpected keyword argument"),
+        ({"num_inference_steps": 4}, r"rows and steps are \(1, 4\), and were \(1, 3\) when the lease"),
+        ({"guidance_scale": 2.0}, r"rows and steps are \(2, 3\), and were \(1, 3\)"),
+    ],
+)
+def test_a_forged_request_is_refused_and_harms_no_other(request_json: dict[str, object], text: str) -> None:
+    with open_stage() as (slots, stage), Front(stage) as front:
+        for key in "ab":
+            front.lease(key, BASE)
+        request = front.arrived_now(replace(BASE, key="a"))
+        forged = json.dumps(json.loads(request.to_json()) | request_json).encode()
+        with pytest.raises(IcPortraitError, match=f"^denoise: {text}") as refused:
+            front.submit("a", request, request=bytes_tensor(forged))
+        assert refused.value.code == "INTERNAL" and not slots.is_warping.is_set()
+        assert not isinstance(front.submit("b", BASE).get(timeout=10), IcPortraitError)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("visibility", np.full((1, 1, 32, 32), np.nan, np.float32), "visibility has NaN or Inf"),
+        ("profile_latent", np.full((1, 4, 32, 32), np.inf, np.float32), "profile_latent has NaN or Inf"),
+        ("reference_latent", np.zeros((1, 4, 16, 16), np.float32), "reference_latent: axis 2"),
+        ("visibility", np.ones((1, 1, 32, 32), np.float64), "visibility is float64"),
+    ],
+)
+def test_a_tensor_that_is_not_what_it_should_be_is_refused(name: str, value: np.ndarray, text: str) -> None:
+    with open_stage() as (slots, stage), Front(stage) as front:
+        front.lease("a", BASE)
+        with pytest.raises(IcPortraitError, match=text) as refused:
+            front.submit("a", BASE, **{name: value})
+        assert refused.value.code == "INTERNAL" and not slots.is_warping.is_set()
+
+
+def test_a_request_that_no_key_names_needs_a_lease_all_the_same() -> None:
+    with open_stage() as (_, stage), Front(stage) as front, pytest.raises(Cancelled):
+        front.submit("", BASE)
+
+
+def test_the_first_step_is_timed_from_the_requests_arrival() -> None:
     with open_stage() as (_, stage), Front(stage) as front:
         request = front.arrived_now(BASE)
-        front.submit("", replace(request, arrived_ns=request.arrived_ns - 3600 * 10**9)).get(timeout=10)
+        request = replace(request, arrived_ns=request.arrived_ns - 3600 * 10**9)
+        front.lease("a", request)
+        front.submit("a", request).get(timeout=10)
         assert 0 <= metric(stage, "first_step_ms_sum") - 3_600_000 < 60_000
 
 
@@ -125,9 +231,11 @@ def test_the_class_that_goes_first_goes_first() -> None:
 def test_the_batching_mode_is_the_one_that_was_asked_for(mode: str, steps: list[int]) -> None:
     with open_stage(mode=mode) as (slots, stage), Front(stage) as front:
         slots.step_gate.clear()
-        first = front.submit("", BASE)
+        for key in "ab":
+            front.lease(key, BASE)
+        first = front.submit("a", BASE)
         assert slots.is_stepping.wait(10)
-        second = front.submit("", BASE)
+        second = front.submit("b", BASE)
         slots.step_gate.set()
         for answers in (first, second):
             answers.get(timeout=10)
@@ -172,8 +280,8 @@ def test_a_request_that_is_cancelled_while_it_waits_is_answered_and_takes_no_ste
         front.say("cancel", "b")
         assert metric(stage, "queued_requests") == 0
         slots.step_gate.set()
-        outcome, is_last = waiting.get(timeout=10)
-        assert isinstance(outcome, Cancelled) and is_last
+        outcome = waiting.get(timeout=10)
+        assert isinstance(outcome, Cancelled)
         running.get(timeout=10)
         assert slots.steps == [16] * 4 and metric(stage, "cancellations_total") == 1
 
@@ -191,8 +299,8 @@ def test_a_request_that_nobody_waits_for_stops_at_the_next_step(op: str) -> None
         else:
             front.release("a")
         slots.step_gate.set()
-        outcome, is_last = answers.get(timeout=10)
-        assert isinstance(outcome, Cancelled) and is_last
+        outcome = answers.get(timeout=10)
+        assert isinstance(outcome, Cancelled)
         assert slots.steps == [1] and metric(stage, "active_slots") == metric(stage, "admitted_bytes") == 0
         assert metric(stage, "cancellations_total") == (op == "cancel")
         assert metric(stage, "answers_total") == 0
@@ -220,8 +328,8 @@ def test_a_front_that_has_gone_frees_its_leases_and_what_runs_and_no_other_front
         assert metric(stage, "cancellations_total") == 2
         assert metric(stage, "admitted_bytes") == other.nbytes
         slots.step_gate.set()
-        assert isinstance(running.get(timeout=10)[0], Cancelled)
-        outputs, _ = mine.get(timeout=10)
+        assert isinstance(running.get(timeout=10), Cancelled)
+        outputs = mine.get(timeout=10)
         assert np.array_equal(outputs["portrait_latent"], alone(labelled(BASE, 2.0)))
         with pytest.raises(Cancelled):
             gone.submit("on its way", LONG)
@@ -240,8 +348,8 @@ def test_a_deadline_that_passes_is_answered_and_counted_once() -> None:
         answers = front.submit("a", request)
         until(lambda: front.is_past(request))
         slots.step_gate.set()
-        outcome, is_last = answers.get(timeout=10)
-        assert isinstance(outcome, DeadlineMissed) and is_last
+        outcome = answers.get(timeout=10)
+        assert isinstance(outcome, DeadlineMissed)
         assert metric(stage, "queued_requests") == 0
         front.release("a")
         assert metric(stage, "deadline_misses_total") == 1
@@ -252,11 +360,27 @@ def test_an_answer_that_came_after_its_deadline_missed_it() -> None:
     with open_stage() as (_, stage), Front(stage) as front:
         request = front.arrived_now(replace(BASE, num_inference_steps=1, deadline_ms=200))
         front.lease("a", request)
-        outcome, _ = front.submit("a", request).get(timeout=10)
+        outcome = front.submit("a", request).get(timeout=10)
         assert not isinstance(outcome, IcPortraitError)
         until(lambda: front.is_past(request))
         front.release("a", {})
         assert (metric(stage, "deadline_misses_total"), metric(stage, "answers_total")) == (1, 1)
+
+
+def test_a_request_that_the_gateway_has_answered_at_its_deadline_missed_it_and_stops() -> None:
+    with open_stage() as (slots, stage), Front(stage) as front:
+        slots.step_gate.clear()
+        request = front.arrived_now(replace(LONG, deadline_ms=20))
+        front.lease("a", request)
+        answers = front.submit("a", request)
+        assert slots.is_stepping.wait(10)
+        until(lambda: front.is_past(request))
+        front.release("a")
+        assert metric(stage, "deadline_misses_total") == 1
+        slots.step_gate.set()
+        assert isinstance(answers.get(timeout=10), Cancelled | DeadlineMissed)
+        assert metric(stage, "deadline_misses_total") == 1 and metric(stage, "cancellations_total") == 0
+        assert len(slots.steps) == 1
 
 
 def test_what_was_measured_decides_on_the_next_deadline() -> None:
@@ -283,7 +407,7 @@ def test_engines_that_keep_failing_end_the_process_after_the_answers() -> None:
             slots.failures_due = due
             front.lease(str(number), BASE)
             answers = front.submit(str(number), BASE, on_answer=lambda *_: events.append("answer"))
-            outcome, _ = answers.get(timeout=10)
+            outcome = answers.get(timeout=10)
             assert isinstance(outcome, IcPortraitError) is bool(due)
             front.release(str(number), None if due else {})
         until(lambda: len(events) == 7)
@@ -300,7 +424,7 @@ def test_an_answer_that_cannot_be_delivered_harms_no_other(caplog: pytest.LogCap
         for key, on_answer in (("a", fail), ("b", None)):
             front.lease(key, BASE)
             answers = front.submit(key, BASE, on_answer=on_answer)
-        assert not isinstance(answers.get(timeout=10)[0], IcPortraitError)
+        assert not isinstance(answers.get(timeout=10), IcPortraitError)
     assert "an answer could not be delivered" in caplog.text and "the pipe is gone" in caplog.text
 
 
@@ -316,5 +440,5 @@ def test_closing_answers_what_runs_and_what_waits() -> None:
         slots.gate.set()
         closing.join(10)
         for each in answers:
-            outcome, is_last = each.get(timeout=10)
-            assert isinstance(outcome, Unavailable) and "shutting down" in str(outcome) and is_last
+            outcome = each.get(timeout=10)
+            assert isinstance(outcome, Unavailable) and "shutting down" in str(outcome)

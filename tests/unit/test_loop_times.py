@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -164,3 +165,66 @@ def test_what_requests_spend_outside_of_the_loop_is_averaged_from_the_first_on()
         pace.answered(10 * seconds)
     assert pace.before_s == pytest.approx(2.1)
     assert pace.after_s == pytest.approx(21)
+
+
+def test_a_standstill_is_timed_from_where_the_loop_is_and_an_engines_run_is_expected_to_last_as_long_as_before(
+    clock: Clock,
+) -> None:
+    seen: list[tuple[float, float]] = []
+
+    class Looking(TimedSlots):
+        def predict(self, canvas_latent, timestep, meanwhile):
+            self.clock.pass_ms(3)
+            seen.append(times.standstill())
+            return super().predict(canvas_latent, timestep, meanwhile)
+
+    metrics, pace = Metrics(), Pace()
+    times = LoopTimes(Looking(clock), metrics, pace)
+    clock.pass_ms(7)
+    assert times.standstill() == (pytest.approx(0.007), 0.0)
+    step(times)
+    times.publish()
+    assert times.standstill() == (0.0, 0.0)
+    clock.pass_ms(4)
+    step(times)
+    clock.pass_ms(2)
+    assert times.standstill() == (pytest.approx(0.002), 0.0)
+    times.resume()
+    assert times.standstill() == (0.0, 0.0)
+    assert seen == [(pytest.approx(0.003), 0.0), (pytest.approx(0.003), pytest.approx(pace.step_s(2)))]
+    assert pace.step_s(2) > 0
+
+
+def test_a_loop_without_work_stands_still_for_no_time(clock: Clock) -> None:
+    slots = TimedSlots(clock)
+    slots.step_gate.clear()
+    with label_batcher(slots=slots) as (_, batcher):
+        clock.pass_ms(500)
+        assert batcher.standstill() == (0.0, 0.0)
+        future = submit(batcher, steps_of(1)[0])
+        assert slots.is_stepping.wait(10)
+        clock.pass_ms(40)
+        assert batcher.standstill()[0] == pytest.approx(0.040)
+        slots.step_gate.set()
+        future.result(60)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_engines_time_is_charged_by_rows_and_adds_up(clock: Clock, overlaps: bool) -> None:
+    """One row and three are warped together; then one row is alone."""
+    slots = TimedSlots(clock, overlaps)
+    with label_batcher(slots=slots) as (_, batcher):
+        slots.gate.clear()
+        first = submit(batcher, steps_of(1)[0])
+        assert slots.is_warping.wait(10)
+        short, long = steps_of(2, 4)
+        wide = replace(short, request=replace(short.request, num_portraits=3))
+        futures = [submit(batcher, entry) for entry in (wide, long)]
+        slots.gate.set()
+        alone, many, one = (future.result(60) for future in (first, *futures))
+    assert (alone.rows_shared, alone.warp_ms, alone.engine_ms) == (1, pytest.approx(20), pytest.approx(25))
+    assert (many.rows_shared, one.rows_shared) == (4, 2.5)
+    assert many.warp_ms == one.warp_ms == pytest.approx(20)
+    assert many.engine_ms == pytest.approx(0.75 * (20 + 2 * 5))
+    assert one.engine_ms == pytest.approx(0.25 * (20 + 2 * 5) + 2 * 5)
+    assert one.joined_ns <= one.conditioned_ns <= many.denoised_ns <= one.denoised_ns

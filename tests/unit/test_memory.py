@@ -17,13 +17,13 @@ from icportrait.errors import NotEnoughMemory
 from icportrait.graph_memory import GraphMemory, graph_memory
 from icportrait.machine_memory import Room
 from icportrait.manifest import EngineMemory, Manifest
-from icportrait.memory import fit, needs, summary
+from icportrait.memory import fit, needs, shared_memory, summary
 from icportrait.policy import POLICY_VARIABLE, ServingPolicy, cpu_defaults
 from icportrait.presets import DEMO_128, SD15_512
 from icportrait.repository import assemble, main
 from icportrait.runtime.engine import compiled_folder, keeps_compiled
 from icportrait.server import main as serve
-from icportrait.startup import repository_policy
+from icportrait.startup import check_shared_memory, repository_policy
 from icportrait.triton_backend import ModelContext
 from tests.trivial_engines import write_trivial_export
 
@@ -111,7 +111,7 @@ def test_sizes_that_the_exporter_left_out_are_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torch"])
 def test_a_repositorys_manifest_has_every_engines_need(export: Path, tmp_path: Path, runtime: str) -> None:
     assemble(export, tmp_path / "repository", ServingPolicy(runtime=runtime))
-    for model in ("denoise", "vae_encoder", "preprocess"):
+    for model in ("denoise", "vae_encoder", "vae_decoder"):
         memory = Manifest.read(tmp_path / "repository" / model / "1").memory
         assert tuple(memory) == ENGINES
         assert list(memory["unet"].run_bytes) == [1, 2, 4, 8, 16] and list(memory["vae_decoder"].run_bytes) == [
@@ -227,7 +227,7 @@ def test_too_little_is_refused_with_both_numbers(manifest: Manifest) -> None:
 
 
 def test_address_space_is_each_process_own(manifest: Manifest) -> None:
-    large, policy = described(manifest, 3.0, 0.5), ServingPolicy(runtime="openvino", max_pending_requests=1)
+    large, policy = described(manifest, 3.0, 0.5), ServingPolicy(runtime="openvino")
     with pytest.raises(NotEnoughMemory, match=r"denoise needs [\d.]+ GB of address space, and ulimit -v allows 8.0 GB"):
         fit(large, policy, Room(10**15, "this machine", address_bytes=8 * GB))
     fit(large, policy, Room(10**15, "this machine", address_bytes=10**12))
@@ -244,6 +244,33 @@ def test_a_summary_says_what_runs_and_both_numbers(manifest: Manifest) -> None:
     )
 
 
+# Shared memory
+
+
+def test_a_containers_usual_64_mb_of_shared_memory_are_enough(export: Path, tmp_path: Path) -> None:
+    for preset in (DEMO_128, SD15_512):
+        needed = shared_memory(write_trivial_export(tmp_path, preset), ServingPolicy())
+        batches = preset.max_vae_batch * 2 * preset.image_size**2 * 3
+        assert batches < needed < 64 * 2**20
+
+
+def test_too_little_shared_memory_is_refused_with_both_numbers(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assemble(export, tmp_path / "repository", ServingPolicy())
+    policy = ServingPolicy(max_queued_slots=10_000)
+    needed = shared_memory(Manifest.read(tmp_path / "repository" / "denoise" / "1"), policy)
+    usage = shutil.disk_usage("/dev/shm")
+    monkeypatch.setattr(icportrait.startup.shutil, "disk_usage", lambda _: usage._replace(free=needed - 2**20))
+    with pytest.raises(NotEnoughMemory) as refusal:
+        check_shared_memory(tmp_path / "repository", policy)
+    text = str(refusal.value)
+    assert f"{needed / 2**20 - 1:.0f} MB left" in text and f"up to {needed / 2**20:.0f} MB" in text
+    assert "--shm-size" in text and "\n" not in text
+    check_shared_memory(tmp_path / "repository", ServingPolicy())
+    check_shared_memory(tmp_path, policy)  # no repository of ours
+
+
 # Start-up
 
 
@@ -252,7 +279,6 @@ def test_a_server_that_does_not_fit_is_refused_in_one_line(
 ) -> None:
     assemble(export, tmp_path / "repository", ServingPolicy())
     monkeypatch.setattr(icportrait.startup, "room", lambda: Room(GB // 10, "this machine"))
-    monkeypatch.setattr("icportrait.server._stop_on_signals", lambda: None)
     arguments = [f"--{name}-port={port}" for name, port in (("grpc", 17001), ("http", 17002), ("metrics", 17003))]
     assert serve(["--repository", str(tmp_path / "repository"), *arguments]) == 1
     (error,) = capsys.readouterr().err.splitlines()

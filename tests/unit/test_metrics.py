@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
 
 import icportrait.triton_backend
-from icportrait.metrics import FAMILIES, REFUSALS, STAGES, Kind, Metrics, description
+from icportrait.metrics import FAMILIES, LARGEST, REFUSALS, STAGES, Kind, Metrics, description
 from icportrait.triton_backend import MetricsPublisher
 from tests.stage_front import until
 
@@ -166,6 +168,17 @@ def test_the_publisher_brings_every_series_and_only_what_is_new(family: type[Fam
     assert family.published["icportrait_previews_total", ()].calls == 0
 
 
+def test_no_metric_lives_longer_than_its_publisher(family: type[Family]) -> None:
+    """Triton's would end the process."""
+    publisher = MetricsPublisher(Metrics())
+    until(lambda: ("icportrait_answers_total", ()) in family.published)
+    publisher.close()
+    alive = [weakref.ref(made) for made in (*family.made.values(), *family.published.values())]
+    family.made.clear()
+    family.published.clear()
+    assert len(alive) > 100 and not any(made() for made in alive)
+
+
 def test_closing_publishes_what_was_counted_last(family: type[Family], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(icportrait.triton_backend, "PUBLISH_EVERY_S", 60)
     metrics = Metrics()
@@ -175,11 +188,52 @@ def test_closing_publishes_what_was_counted_last(family: type[Family], monkeypat
     assert family.published["icportrait_previews_total", ()].value == 1
 
 
-def test_metrics_that_cannot_be_published_are_said_once_and_harm_nothing(
+def test_metrics_that_cannot_be_published_are_said_once_keep_no_other_and_come_later(
     family: type[Family], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(family, "Metric", lambda self, labels: 1 / 0)
-    publisher = MetricsPublisher(Metrics())
-    until(lambda: not publisher._thread.is_alive())
+    make, is_failing, failures = family.Metric, [True], []
+
+    def metric(self: Family, labels: dict[str, str]) -> Metric:
+        if is_failing and self._name == "icportrait_answers_total":
+            failures.append(1)
+            raise MemoryError
+        return make(self, labels)
+
+    monkeypatch.setattr(family, "Metric", metric)
+    metrics = Metrics()
+    metrics.count("answers_total")
+    publisher = MetricsPublisher(metrics)
+    until(lambda: len(failures) > 2)
+    assert "icportrait_previews_total" in {name for name, _ in family.published}
+    is_failing.clear()
+    until(lambda: ("icportrait_answers_total", ()) in family.published)
     publisher.close()
-    assert caplog.text.count("metrics could not be published") == 1
+    assert family.published["icportrait_answers_total", ()].value == 1
+    assert caplog.text.count("could not be published") == 1 and "MemoryError" in caplog.text
+
+
+def test_a_gauge_that_cannot_be_read_ends_no_publisher(family: type[Family], caplog: pytest.LogCaptureFixture) -> None:
+    metrics, reads = Metrics(), []
+
+    def read() -> float:
+        reads.append(1)
+        if len(reads) < 4:
+            raise RuntimeError("it changed meanwhile")
+        return 7.0
+
+    metrics.gauge("active_slots", read)
+    publisher = MetricsPublisher(metrics)
+    until(lambda: ("icportrait_active_slots", ()) in family.published)
+    publisher.close()
+    assert family.published["icportrait_active_slots", ()].value == 7
+
+
+@pytest.mark.parametrize(
+    ("value", "kept"), [(-1e19, 0.0), (1e25, LARGEST), (math.inf, LARGEST), (-math.inf, 0.0), (math.nan, LARGEST)]
+)
+def test_what_was_measured_wrong_keeps_a_histogram_growing(value: float, kept: float) -> None:
+    metrics = Metrics()
+    metrics.observe("first_step_ms", 5.0)
+    metrics.observe("first_step_ms", value)
+    assert values(metrics, "first_step_ms_sum") == {(): 5.0 + kept}
+    assert values(metrics, "first_step_ms_count") == {(): 2}

@@ -18,6 +18,7 @@ from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.repository import assemble, main
 from icportrait.runtime.plans import PlanManifest, check_content, find_plans
+from icportrait.triton_config import PRIVATE_MODELS, STANDALONE_MODELS
 from tests.fake_plans import write_fake_plans
 from tests.trivial_engines import write_trivial_export
 
@@ -58,7 +59,20 @@ def test_triton_itself_runs_the_vae_and_denoise_the_rest(export: Path, tmp_path:
         config = text_format.Parse((tmp_path / "repository" / name / "config.pbtxt").read_text(), pb.ModelConfig())
         assert config.platform == "tensorrt_plan" and list(config.instance_group[0].profile) == ["0", "1", "2", "3"]
     assert found["denoise"] == PYTHON | with_manifest("warping_network.plan", "unet.plan")
-    assert found["preprocess"] == found["postprocess"] == found["ic_portrait"] == PYTHON
+    assert set(found) == set(PRIVATE_MODELS)
+
+
+def test_a_standalone_repository_has_the_models_for_files_too(
+    export: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--export", str(export), "--out", str(tmp_path / "repository")]
+    for flags, models in ((["--standalone"], STANDALONE_MODELS), ([], PRIVATE_MODELS)):
+        assert main([*arguments, *flags]) == 0
+        assert {path.parent.name for path in (tmp_path / "repository").glob("*/config.pbtxt")} == set(models)
+        found = files(tmp_path / "repository")
+        assert set(found) == set(models)
+        if flags:
+            assert found["preprocess"] == found["postprocess"] == PYTHON
 
 
 def test_python_models_run_every_engine_on_tensorrt_rtx(export: Path, tmp_path: Path) -> None:

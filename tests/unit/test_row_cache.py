@@ -127,6 +127,36 @@ def test_nothing_of_a_failed_run_is_kept(engine: Doubling) -> None:
     assert engine.runs == [[1], [2], [2]]
 
 
+def test_callers_of_different_partitions_share_nothing(engine: Doubling) -> None:
+    cache = RowCache(engine, 1000)
+    for partitions in (["ann", "ann"], ["ben", "ann"], ["", "ben"], ["ben", ""]):
+        (latent,) = cache(pixels(1, 1), partitions).values()
+        assert latent.tolist() == [[2.0, 2.0]] * 2
+    assert engine.runs == [[1], [1], [1]]
+    encode(cache, 1)
+    assert engine.runs == [[1], [1], [1]], "no partition is one of its own"
+
+
+def test_a_row_is_computed_again_once_it_is_too_old_however_often_it_was_used(engine: Doubling) -> None:
+    now_s = [0.0]
+    cache = RowCache(engine, 2 * ROW_BYTES, keep_s=10.0, clock=lambda: now_s[0])
+    encode(cache, 1)
+    now_s[0] = 6.0
+    encode(cache, 2, 1)
+    now_s[0] = 10.0
+    encode(cache, 1, 2)
+    assert engine.runs == [[1], [2]]
+    now_s[0] = 11.0
+    encode(cache, 2)
+    assert engine.runs == [[1], [2]] and not (cache._kept["latent"] == 2.0).any(), "nothing is left of it"
+    encode(cache, 2, 1, 3)
+    assert engine.runs == [[1], [2], [1, 3]]
+    now_s[0] = 30.0
+    encode(cache, 4, 5, 6)
+    encode(cache, 6, 5)
+    assert engine.runs == [[1], [2], [1, 3], [4, 5, 6]]
+
+
 @pytest.mark.parametrize("limit_bytes", [-1, 0, ROW_BYTES - 1])
 def test_too_few_bytes_keep_nothing(engine: Doubling, limit_bytes: int) -> None:
     cache = RowCache(engine, limit_bytes)

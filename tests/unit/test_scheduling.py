@@ -55,6 +55,32 @@ def test_waiting_moves_a_request_up_so_that_none_starves() -> None:
     assert joined([Request("f", priority=0, arrived_s=29.0), old], now_s=30.5, max_jobs=1) == "o"
 
 
+@pytest.mark.parametrize("priority", [0, 1, 9])
+def test_a_request_without_a_deadline_goes_before_new_ones_with_one_once_it_has_waited_through_all_classes(
+    priority: int,
+) -> None:
+    """A class-0 request with a deadline comes each second, for ever."""
+    queue, now_s = scheduler(max_jobs=1), -1.0
+    queue.push(Request("w", priority=priority))
+    joins = ""
+    while joins != "w":
+        now_s += 1.0
+        queue.push(Request("f", priority=0, arrived_s=now_s, deadline_s=now_s + 5))
+        joins = names(queue.next_to_warp(now_s, 0))
+        assert now_s <= 10.0 * (priority + 1)
+    assert now_s == 10.0 * (priority + 1)
+
+
+def test_those_that_have_waited_through_all_classes_go_in_the_order_of_arrival() -> None:
+    waiting = [
+        Request("c", priority=0, arrived_s=9.0),
+        Request("b", priority=0, arrived_s=5.0, deadline_s=31.0),
+        Request("a", priority=1, arrived_s=1.0),
+        Request("d", priority=0, arrived_s=25.0, deadline_s=30.0),
+    ]
+    assert joined(waiting, now_s=29.0) == "abcd"
+
+
 def test_a_large_request_isnt_overtaken_by_small_ones() -> None:
     waiting = [Request("s", rows=2), Request("L", rows=8, arrived_s=1), Request("t", rows=1, arrived_s=2)]
     assert joined(waiting, used_rows=8) == "s"

@@ -19,8 +19,9 @@ from icportrait.policy import ServingPolicy
 from icportrait.repository import assemble, main
 from icportrait.runtime import load_slots
 from icportrait.runtime.simulated import LATENCY_TABLE_NAME
-from icportrait.serving import PostprocessStage
+from icportrait.serving import PostprocessStage, bytes_tensor
 from icportrait.startup import simulation_note
+from icportrait.triton_config import PRIVATE_MODELS
 from tests.tiny import TINY
 from tests.trivial_engines import write_trivial_export
 
@@ -58,7 +59,7 @@ def test_a_repository_holds_the_table_and_no_graph(
     table.unlink()
     found = {folder.parent.name: {path.name for path in folder.iterdir()} for folder in repository.glob("*/1")}
     python = {"model.py", MANIFEST_NAME}
-    assert found["preprocess"] == found["postprocess"] == found["ic_portrait"] == python
+    assert set(found) == set(PRIVATE_MODELS)
     for name in ("denoise", "vae_encoder", "vae_decoder"):
         assert found[name] == python | {LATENCY_TABLE_NAME}
         assert (repository / name / "1" / LATENCY_TABLE_NAME).read_bytes() == content
@@ -126,20 +127,11 @@ def test_only_a_simulated_answer_says_so(export: Path, runtime: str) -> None:
         "seed": 1, "num_portraits": 1, "num_inference_steps": 2, "guidance_scale": 1.0, "mask_ratio": 0.8,
         "scheduler": "ddim", "output_format": "png", "encoding": "binary", "profile_box": None, "reference_box": None,
     }  # fmt: skip
-    preprocess = {"request": json.dumps(request), "crops": {}, "started_ns": 0, "ended_ns": 1}
-    report = {
-        "preprocess": preprocess,
-        "step": 2,
-        "conditioned_ns": 2,
-        "denoised_ns": 3,
-        "match_confidence": 0.0,
-        "engine": "simulated-x",
-    }
-    tensors = {
-        "portrait_pixels": np.zeros((1, 32, 32, 3), np.uint8),
-        "denoise_report": np.array([json.dumps(report).encode()], np.object_),
-    }
-    outputs = stage(tensors)
-    assert (outputs["step"].tolist(), outputs["total_steps"].tolist()) == ([2], [2])
+    preprocess = {"crops": {}, "started_ns": 0, "ended_ns": 1}
+    names = ("arrived_ns", "joined_ns", "conditioned_ns", "denoised_ns", "warp_ms", "rows_shared", "engine_ms")
+    report = dict.fromkeys(names, 2) | {"match_confidence": 0.0, "engine": "simulated-x", "numerics_id": None}
+    texts = {"request": request, "preprocess_report": preprocess, "denoise_report": report}
+    tensors = {name: bytes_tensor(json.dumps(text).encode()) for name, text in texts.items()}
+    outputs = stage({"portrait_pixels": np.zeros((1, 32, 32, 3), np.uint8), **tensors})
     metadata = json.loads(outputs["metadata"][0])
     assert metadata.get("simulated") is (True if runtime == "simulated" else None)

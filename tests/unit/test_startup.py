@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import socket
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import pytest
 import icportrait.installation
 import icportrait.startup
 from icportrait.errors import IcPortraitError, RuntimeNotAvailable
+from icportrait.gateway.access import Access
 from icportrait.installation import Installation, find_installation
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
@@ -20,8 +23,9 @@ from icportrait.repository import assemble
 from icportrait.runtime.cuda import Gpu
 from icportrait.runtime.flavours import Flavour
 from icportrait.runtime.plans import PlanManifest
-from icportrait.server import HOST, Ports, TritonServer, main
+from icportrait.server import HOST, Ports, main
 from icportrait.startup import backend_version, check_plans, repository_policy
+from icportrait.triton_server import TritonServer
 from tests.fake_plans import VERSIONS, write_fake_plans
 from tests.trivial_engines import write_trivial_export
 
@@ -34,6 +38,13 @@ def repository(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     if plans:
         write_fake_plans(plans, Manifest.read(tmp_path / "export"), runtime)
     assemble(tmp_path / "export", tmp_path / "repository", ServingPolicy(runtime=runtime), plans=plans)
+    return tmp_path / "repository"
+
+
+@pytest.fixture
+def trivial(tmp_path: Path) -> Path:
+    write_trivial_export(tmp_path / "export", DEMO_128)
+    assemble(tmp_path / "export", tmp_path / "repository", ServingPolicy())
     return tmp_path / "repository"
 
 
@@ -106,7 +117,7 @@ def test_plans_without_a_gpu_are_refused_by_the_server_and_its_command(
     monkeypatch.setattr(icportrait.startup, "find_gpu", no_gpu)
     expected = f"{repository}: was assembled for {runtime}, and no NVIDIA GPU was found (a test)"
     with pytest.raises(RuntimeNotAvailable) as refused:
-        TritonServer(repository, Ports.free(), tmp_path / "log").start()
+        TritonServer(repository, tmp_path / "log").start()
     assert str(refused.value) == expected and not (tmp_path / "log").exists()
     ports = [f"--{name}-port={port}" for name, port in vars(Ports.free()).items()]
     assert main(["--repository", str(repository), *ports]) == 1
@@ -256,16 +267,42 @@ def gpu_here() -> bool:
 # Before anything is started
 
 
-def test_a_taken_port_is_named_with_the_way_out(repository: Path) -> None:
+@pytest.mark.parametrize("door", ["grpc", "http", "metrics"])
+def test_a_taken_port_is_named(door: str, trivial: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ports = Ports.free()
     with socket.socket() as taken:
-        taken.bind((HOST, ports.http))
+        taken.bind((HOST, getattr(ports, door)))
         taken.listen()
-        with pytest.raises(IcPortraitError, match=rf"port {ports.http} is taken; .* HTTP_PORT=NUMBER"):
-            TritonServer(repository, ports).start()
+        flags = [f"--{name}-port={port}" for name, port in vars(ports).items()]
+        assert main([f"--repository={trivial}", *flags]) == 1
+    expected = f"error: {door}_port: {HOST}:{getattr(ports, door)}: Address already in use"
+    assert expected in capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize(("grpc", "http"), [(99999, 8000), (0, 8000), (8000, 8000)])
-def test_ports_that_cannot_be_are_refused_by_name(tmp_path: Path, grpc: int, http: int) -> None:
-    with pytest.raises(IcPortraitError, match=r"GRPC_PORT is .*, expected 1..65535 and three different ports"):
-        TritonServer(tmp_path, Ports(grpc=grpc, http=http)).start()
+def test_ports_that_cannot_be_are_refused_by_name(grpc: int, http: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--repository=none", f"--grpc-port={grpc}", f"--http-port={http}"]) == 1
+    assert re.match(r"error: grpc_port.* expected (1..65535|three different ports)", capsys.readouterr().err)
+
+
+def test_a_server_without_a_repository_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 1
+    assert "repository: missing" in capsys.readouterr().err
+    assert main([f"--repository={tmp_path}"]) == 1
+    assert re.match(r"error: .*manifest.json is missing", capsys.readouterr().err)
+
+
+def test_the_effective_settings_are_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--slots=3"]) == 0
+    assert tomllib.loads(capsys.readouterr().out)["slots"] == 3
+
+
+def test_a_key_is_made_that_the_file_of_keys_takes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["key", "studio"]) == 0
+    key, section = capsys.readouterr()
+    (tmp_path / "keys.toml").write_text(
+        "".join(line for line in section.splitlines(True) if "=" in line or "[" in line)
+    )
+    assert Access(tmp_path / "keys.toml").enter(f"Bearer {key.strip()}", "").name == "studio"
+    assert key.strip() not in section
+    assert main(["key"]) == 1

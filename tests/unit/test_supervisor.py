@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-import icportrait.server
+import icportrait.triton_server
 from icportrait.errors import IcPortraitError
 from icportrait.machine_memory import oom_kills
-from icportrait.server import KILL_TAKES_S, TritonServer
 from icportrait.stub_processes import STUB, StubProcess, stub_processes
 from icportrait.supervisor import AGAIN_WITHIN_S, MAX_RESTARTS, WITHIN_S, Ending, keep_running
+from icportrait.triton_server import KILL_TAKES_S, TritonServer
 
 
 class Stopped(BaseException):
@@ -167,7 +167,7 @@ def test_what_the_kernel_killed_for_memory_is_named_as_that(
         assert server.what_ended() is None
         stub.send_signal(sent)
         os.waitid(os.P_PID, stub.pid, os.WEXITED | os.WNOWAIT)
-        monkeypatch.setattr(icportrait.server, "oom_kills", lambda: before + kills)
+        monkeypatch.setattr(icportrait.triton_server, "oom_kills", lambda: before + kills)
         assert server.what_ended() == ending
         triton.communicate()
 
@@ -176,8 +176,8 @@ def test_a_kill_long_after_another_process_was_killed_for_memory_is_a_kill(
     stub: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, now = oom_kills(), [0.0]
-    monkeypatch.setattr(icportrait.server.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(icportrait.server, "oom_kills", lambda: before + 1)
+    monkeypatch.setattr(icportrait.triton_server.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(icportrait.triton_server, "oom_kills", lambda: before + 1)
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as triton:
         server = TritonServer(
             Path("repository"), _process=triton, _stubs=stub_processes(os.getpid()), _oom_kills=before
@@ -192,7 +192,7 @@ def test_a_kill_long_after_another_process_was_killed_for_memory_is_a_kill(
 
 def test_a_start_during_which_the_kernel_killed_for_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     before = oom_kills()
-    monkeypatch.setattr(icportrait.server, "oom_kills", lambda: before + 1)
+    monkeypatch.setattr(icportrait.triton_server, "oom_kills", lambda: before + 1)
     with subprocess.Popen(["false"]) as triton:
         triton.wait()
         server = TritonServer(Path("repository"), _process=triton, _oom_kills=before)

@@ -6,6 +6,7 @@ import ctypes
 import json
 import queue
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,16 +16,17 @@ import pytest
 from google.protobuf import json_format
 
 import icportrait.runtime.placement
-from icportrait.control import LoopLine
-from icportrait.errors import Cancelled, ContractError, Unavailable
+from icportrait.control import LOOP_VARIABLE, Cancel
+from icportrait.errors import Cancelled, ContractError, InvalidRequest, Unavailable, to_caller
 from icportrait.metrics import Metrics
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Stream
 from icportrait.runtime.placement import join
-from icportrait.triton_backend import DenoiseModel, EngineModel, ModelContext, answer_with
+from icportrait.triton_backend import DenoiseModel, EngineModel, ModelContext, answer_with, attempt
 from icportrait.triton_config import model_configs
 from tests.host_cuda import HostCuda, view
+from tests.private_client import Line
 from tests.trivial_engines import write_trivial_export
 
 
@@ -188,7 +190,10 @@ def test_a_stage_that_runs_later_has_its_own_copy(arguments: dict[str, str], cud
     model.finalize()
 
 
-def test_the_denoising_model_answers_what_it_cannot_queue_and_listens_for_fronts(arguments: dict[str, str]) -> None:
+def test_the_denoising_model_answers_what_it_cannot_queue_and_listens_for_a_gateway(
+    arguments: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(LOOP_VARIABLE, str(tmp_path / "loop"))
     heard: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def refuse(tensors: Any, answer: Any) -> None:
@@ -204,37 +209,66 @@ def test_the_denoising_model_answers_what_it_cannot_queue_and_listens_for_fronts
 
     model, sender = Refusing(), Sender()
     model.initialize(arguments)
-    line = LoopLine(model.context.directory.parents[1] / "vae_encoder" / "1", lambda *_: None, lambda: None)
-    line.cancel("a key")
-    assert heard.get(timeout=10) == {"op": "cancel", "key": "a key"}
+    line = Line(str(tmp_path / "loop"))
+    line.say(op="cancel", key="a key")
+    assert heard.get(timeout=10) == Cancel(key="a key")
     line.close()
     assert heard.get(timeout=10) == "gone"
     model.execute([SimpleNamespace(get=lambda name: None, get_response_sender=lambda: sender)])
     assert sender.sent == [("[CANCELLED] the caller cancelled", 1)]
+    model.finalize()
+    assert not (tmp_path / "loop").exists()
+
+
+def test_without_a_gateway_the_denoising_model_opens_no_line_and_answers_for_callers(arguments: dict[str, str]) -> None:
+    def refuse(tensors: Any, answer: Any) -> None:
+        raise Unavailable("the queue is full")
+
+    class Refusing(DenoiseModel):
+        def load(self, context: ModelContext) -> Any:
+            assert context.loop_path is None
+            return stage_stand_in(submit=refuse)
+
+    model, sender, before = Refusing(), Sender(), set(threading.enumerate())
+    model.initialize(arguments)
+    assert {thread.name for thread in set(threading.enumerate()) - before} - {"parent"} == {"metrics"}
+    model.execute([SimpleNamespace(get=lambda name: None, get_response_sender=lambda: sender)])
+    assert sender.sent == [("UNAVAILABLE: the queue is full", 1)]
     model.finalize()
 
 
 def test_an_answer_that_cannot_be_sent_becomes_one_that_can(arguments: dict[str, str], caplog: Any) -> None:
     whole, short = Sender(), Sender(fails=True)
     for sender in (whole, short):
-        answer = answer_with(sender, restore_code=True)
-        answer({"step": np.array([1])}, False)
-        if sender is whole:
-            answer(Unavailable("the loop has ended"), True)
-    assert whole.sent == [({"step": np.array([1])}, 0), ("UNAVAILABLE: the loop has ended", 1)]
+        answer_with(sender, to_caller)({"step": np.array([1])})
+    assert whole.sent == [({"step": np.array([1])}, 1)]
     ((text, flags),) = short.sent
     assert text.startswith("UNAVAILABLE: the answer could not be sent") and flags == 1
     assert "no shared memory" in caplog.text
 
 
-def test_a_failure_answers_every_request_of_the_batch(arguments: dict[str, str], cuda: HostCuda) -> None:
+def test_a_failure_answers_every_request_of_the_batch(
+    arguments: dict[str, str], cuda: HostCuda, caplog: pytest.LogCaptureFixture
+) -> None:
     model = Doubled()
     model.initialize(arguments)
     other = Tensor("pixels", np.zeros((1, 5, 4, 3), np.uint8), on_gpu=True)
     responses = model.execute([{"pixels": pixels(1, 0)}, {"pixels": other}])
     assert [response.error for response in responses] == [
-        "[INVALID_ARG] arrays that are batched must be equal in type and in all axes but the first"
+        "[INTERNAL] vae_encoder failed on this server; its log has the cause"
     ] * 2
+    assert "must be equal in type" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(InvalidRequest("seed: -1"), "INVALID_ARG"), (ContractError("axis 3"), "INTERNAL")]
+)
+def test_only_what_a_caller_can_mend_is_the_callers_fault(error: Exception, code: str) -> None:
+    def fail() -> None:
+        raise error
+
+    outcome = attempt("denoise", fail)
+    assert outcome is not None and outcome.code == code
 
 
 def test_memory_of_a_copy_is_given_back_in_its_streams_order(cuda: HostCuda) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from icportrait_client.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    NotAllowed,
     PortraitError,
     RequestCancelled,
     ServerError,
@@ -29,6 +30,7 @@ __all__ = [
     "DEFAULT_URL",
     "DeadlineExceeded",
     "InvalidRequest",
+    "NotAllowed",
     "PictureSource",
     "PortraitClient",
     "PortraitError",

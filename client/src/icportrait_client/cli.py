@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import time
@@ -39,6 +40,8 @@ _SET_BY_SWEEP = ("num_portraits", "reference_box", "output_format")
 _DRAWN_SEEDS = 2**31
 _SUFFIX_FORMATS = {"jpg": "jpeg"}
 _INTERRUPTED = 130
+_KEY_VARIABLE = "ICPORTRAIT_API_KEY"
+"""On the command line every user of the machine could read it."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -118,6 +121,21 @@ def _add_connection(command: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="how long to wait for an answer (default: %(default)g)",
     )
+    command.add_argument(
+        "--tls",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="PEM",
+        help="speak TLS; with the file of an authority where the server's certificate is signed by your own",
+    )
+    command.epilog = f"An API key, where the server asks for one, is read from the environment: {_KEY_VARIABLE}."
+
+
+def _connect(args: argparse.Namespace) -> PortraitClient:
+    from icportrait_client.client import PortraitClient
+
+    return PortraitClient(args.url, timeout_s=args.timeout, api_key=os.environ.get(_KEY_VARIABLE), tls=args.tls)
 
 
 def _add_options(command: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
@@ -159,10 +177,8 @@ def _format_of(output: Path) -> str | None:
 
 def _generate(args: argparse.Namespace) -> None:
     _check_output(args.output)
-    from icportrait_client.client import PortraitClient
-
     options = {name: getattr(args, name) for _, name, _ in _OPTIONS}
-    with PortraitClient(args.url, timeout_s=args.timeout) as client:
+    with _connect(args) as client:
         if args.progress or args.preview_every is not None:
             portraits = _streamed(client, args, options)
         else:
@@ -190,14 +206,13 @@ def _streamed(client: PortraitClient, args: argparse.Namespace, options: dict[st
 
 def _sweep(args: argparse.Namespace) -> None:
     _check_output(args.output)
-    from icportrait_client.client import PortraitClient
     from icportrait_client.sweep import ROWS, save_strip, strip, sweep
 
     options = {name: getattr(args, name) for _, name, _ in _OPTIONS if name not in _SET_BY_SWEEP}
     if options["seed"] is None:
         options["seed"] = random.randrange(_DRAWN_SEEDS)
     count, started = sum(map(len, ROWS)), time.monotonic()
-    with PortraitClient(args.url, timeout_s=args.timeout) as client:
+    with _connect(args) as client:
         portraits = sweep(
             client.generate,
             args.profile,

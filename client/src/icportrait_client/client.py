@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Generator
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import grpc  # type: ignore[import-untyped]
+import grpc
 import numpy as np
 from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
 from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
@@ -19,6 +21,7 @@ from icportrait_client.contract import InputSpec, load_contract
 from icportrait_client.errors import (
     DeadlineExceeded,
     InvalidRequest,
+    NotAllowed,
     PortraitError,
     RequestCancelled,
     ServerError,
@@ -38,9 +41,8 @@ _RETRY_AFTER = re.compile(r"\bretry_after_ms: (\d+)\s*$")
 # mistake; the rest are Triton's own words.
 _CODES_OF_TEXTS = (
     (re.compile(r"^UNAVAILABLE: |is stopping|has no available versions|is not ready|not healthy"), "UNAVAILABLE"),
-    (re.compile(r"^CANCELLED: "), "CANCELLED"),
-    (re.compile(r"^INTERNAL: "), "INTERNAL"),
     (re.compile(r"unknown model"), "NOT_FOUND"),
+    *((re.compile(f"^{code.name}: "), code.name) for code in grpc.StatusCode),
 )
 
 
@@ -51,25 +53,44 @@ class PortraitClient:
     threads.
     """
 
-    def __init__(self, url: str = DEFAULT_URL, *, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        url: str = DEFAULT_URL,
+        *,
+        timeout_s: float = DEFAULT_TIMEOUT_S,
+        api_key: str | None = None,
+        tls: bool | str | os.PathLike[str] = False,
+    ) -> None:
         """Prepare the connection.
 
         Args:
             url: the server's gRPC address, ``host:port``.
             timeout_s: how long one request may take, from sending to the whole answer.
+            api_key: for a server that asks for one.
+            tls: whether the server speaks TLS; a PEM file where its certificate is signed by an authority of your own.
 
         Raises:
-            InvalidRequest: the url or the time isn't of that form.
+            InvalidRequest: the url, the time or the key isn't of that form.
+            OSError: the PEM file can't be read.
         """
         if not url or url.lower().startswith(("http:", "https:", "grpc:")):
             raise InvalidRequest(f"url: {url!r}, expected host:port without a scheme, such as {DEFAULT_URL}")
         if not (math.isfinite(timeout_s) and timeout_s > 0):
             raise InvalidRequest(f"timeout_s: {timeout_s:g}, expected a number of seconds above 0")
+        if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
+            raise InvalidRequest("api_key: has a character that no key has, such as a space")
         self._url = url
+        self._metadata = None if api_key is None else [("authorization", f"Bearer {api_key}")]
         self._timeout_s = timeout_s
         self._contract = load_contract()
         # Triton's own client has one stream for all; its generated stub has one a call, so that each ends by itself.
-        self._channel = grpc.insecure_channel(url, options=_channel_args(url))
+        if tls is False:
+            self._channel = grpc.insecure_channel(url, options=_channel_args(url))
+        else:
+            authority = None if tls is True else Path(tls).read_bytes()
+            self._channel = grpc.secure_channel(
+                url, grpc.ssl_channel_credentials(authority), options=_channel_args(url)
+            )
         self._service = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
         self._closed = False
 
@@ -99,13 +120,14 @@ class PortraitClient:
         Raises:
             InvalidRequest: a picture or an option can't be served.
             ServerUnavailable: no server answers, or it takes no request now.
+            NotAllowed: the server asks for an API key, or the key doesn't allow the request.
             RequestCancelled: the call was cancelled.
             DeadlineExceeded: ``timeout_s`` passed.
             ServerError: the server failed.
         """
         request = self._request(self._contract.model, profile, reference, options)
         try:
-            answer = self._service.ModelInfer(request, timeout=self._timeout_s)
+            answer = self._service.ModelInfer(request, timeout=self._timeout_s, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._translated(error) from error
         return self._portraits(InferResult(answer))
@@ -167,7 +189,7 @@ class PortraitClient:
 
     def _answers(self, request: service_pb2.ModelInferRequest) -> Generator[Progress, None, None]:
         self._check_open()
-        answers = self._service.ModelStreamInfer(iter([request]), timeout=self._timeout_s)
+        answers = self._service.ModelStreamInfer(iter([request]), timeout=self._timeout_s, metadata=self._metadata)
         portraits = None
         try:
             # To the stream's end, past the portraits: what has ended isn't cancelled.
@@ -219,8 +241,10 @@ class PortraitClient:
             return RequestCancelled(message)
         if code == "DEADLINE_EXCEEDED":
             return DeadlineExceeded(f"{self._url}: no answer within {self._timeout_s:g} s; allow more with timeout_s")
-        if code == "UNAVAILABLE":
+        if code == "UNAVAILABLE" or (code == "RESOURCE_EXHAUSTED" and _RETRY_AFTER.search(message)):
             return self._unavailable(message)
+        if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            return NotAllowed(f"{self._url}: {message.removeprefix(f'{code}: ')}")
         return ServerError(f"{self._url}: {code}: {message.removeprefix(f'{code}: ')}")
 
     def _unavailable(self, message: str) -> ServerUnavailable:

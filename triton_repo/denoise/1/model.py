@@ -1,7 +1,8 @@
-"""The ensemble's heart: owns the warping network and the UNet and runs the denoising loop."""
+"""The pipeline's heart: owns the warping network and the UNet and runs the denoising loop."""
 
 from icportrait.admission import Limits
 from icportrait.denoise_stage import DenoiseStage
+from icportrait.numerics import numerics_id
 from icportrait.sampling import NoiseSchedule
 from icportrait.triton_backend import DenoiseModel, ModelContext, give_up
 
@@ -10,6 +11,14 @@ class TritonPythonModel(DenoiseModel):
     """Runs ``DenoiseStage``; answers leave as their requests end."""
 
     def load(self, context: ModelContext) -> DenoiseStage:
-        schedule, policy = NoiseSchedule.from_config(context.manifest.scheduler_config), context.policy
-        limits = Limits(policy.max_queued_slots, policy.max_queued_bytes)
-        return DenoiseStage(context.slots(), schedule, context.manifest.preset, policy.batching, limits, give_up)
+        slots, policy, manifest = context.slots(), context.policy, context.manifest
+        return DenoiseStage(
+            slots,
+            NoiseSchedule.from_config(manifest.scheduler_config),
+            manifest.preset,
+            policy.batching,
+            Limits(policy.max_queued_slots, policy.max_queued_bytes),
+            give_up,
+            is_standalone=context.loop_path is None,
+            numerics_id=numerics_id(context.directory.parents[1], manifest, policy, slots.version),
+        )

@@ -1,11 +1,14 @@
-"""First step of the ensemble: encoded pictures to pixels, and the mask over the reference."""
+"""First step of the standalone pipeline: options checked, pictures to pixels, and the mask over the reference."""
 
-from icportrait.serving import PreprocessStage
+from icportrait.errors import to_caller
+from icportrait.serving import StandalonePreprocessStage
 from icportrait.triton_backend import ModelContext, StageModel
 
 
 class TritonPythonModel(StageModel):
-    """Runs ``PreprocessStage`` on one request at a time."""
+    """Runs ``StandalonePreprocessStage`` on one request at a time."""
 
-    def load(self, context: ModelContext) -> PreprocessStage:
-        return PreprocessStage(context.manifest.preset)
+    error_text = staticmethod(to_caller)
+
+    def load(self, context: ModelContext) -> StandalonePreprocessStage:
+        return StandalonePreprocessStage(context.manifest, context.policy)

@@ -7,5 +7,8 @@ from icportrait.triton_backend import EngineModel, ModelContext
 class TritonPythonModel(EngineModel):
     """Runs the ``vae_encoder`` engine on the requests that Triton batched."""
 
+    takes_partitions = True
+
     def load(self, context: ModelContext):
-        return RowCache(context.engine("vae_encoder"), context.policy.cache_bytes, triton_counters())
+        policy = context.policy
+        return RowCache(context.engine("vae_encoder"), policy.cache_bytes, triton_counters(), policy.cache_s)

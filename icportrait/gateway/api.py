@@ -1,0 +1,112 @@
+"""What the doors and the service behind them say to each other; neither knows how the other works."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from icportrait.contract import Array
+from icportrait.errors import IcPortraitError
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks, as a door knows it."""
+
+    name: str = ""
+    """Of the API key; empty where the server asks for none. What is cached is kept apart by it."""
+    priorities: frozenset[int] | None = None
+    """Classes that the key may ask for; None allows all."""
+    deadline_ms: int | None = None
+    """What the transport gave the call (``grpc-timeout``); the request's own ``deadline_ms`` counts beside it."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Steps that are done, and a preview where there is one, on the way to the portraits."""
+
+    step: int
+    total_steps: int
+    images: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class Portraits:
+    """What a request ends with."""
+
+    images: tuple[bytes, ...]
+    metadata: bytes
+    """JSON."""
+    total_steps: int
+
+
+OnEvent = Callable[[Event], Awaitable[None]]
+"""Awaited until the caller's connection has taken the event; what happens meanwhile is told together."""
+
+
+@dataclass
+class Statistics:
+    """Of one public model since the gateway was started, as KServe's statistics have them."""
+
+    succeeded: int = 0
+    succeeded_ns: int = 0
+    failed: int = 0
+    failed_ns: int = 0
+    queued_ns: int = 0
+    last_ms: int = 0
+    """When a request ended last, by the wall clock."""
+
+
+@dataclass(frozen=True)
+class ServerLimits:
+    """What a caller may take of the gateway, beside the queue."""
+
+    connections: int = 1024
+    """Of one door."""
+    message_bytes: int = 48 * 2**20
+    incoming_bytes: int = 256 * 2**20
+    """Of messages that are being read, of all calls of one door together."""
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    unread_bytes_call: int = 16 * 2**20
+    """Answers that a call's connection hasn't taken."""
+    unread_bytes: int = 256 * 2**20
+    """All calls' together."""
+
+
+class PortraitService(Protocol):
+    """A request's way to portraits."""
+
+    @property
+    def statistics(self) -> Mapping[str, Statistics]:
+        """By public model."""
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken now."""
+
+    def refusal(self) -> IcPortraitError | None:
+        """Why any request that came now would be refused; a door asks before it reads a body."""
+
+    async def generate(self, inputs: Mapping[str, Array], caller: Caller, on_event: OnEvent | None = None) -> Portraits:
+        """Make portraits.
+
+        Cancelling the task that awaits this ends the request: its slots are free at the next step.
+
+        Args:
+            inputs: ``request.INPUTS`` by name; of type BYTES as arrays of ``bytes``.
+            caller: who asks.
+            on_event: for streams.
+
+        Raises:
+            IcPortraitError: by its ``code``.
+        """
+
+
+@dataclass
+class Unread:
+    """Bytes of answers that connections haven't taken, of all doors together."""
+
+    limits: ServerLimits = field(default_factory=ServerLimits)
+    nbytes: int = 0

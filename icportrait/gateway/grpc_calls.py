@@ -1,0 +1,404 @@
+"""One gRPC call over grpclib's HTTP/2: its messages, within limits of size and time, and its end.
+
+grpclib's own request handler and buffer aren't used: they join a message out of all its frames at once, have no limit
+of size or time, and log a traceback for much that callers can do. ``grpc_connections`` makes the calls.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import io
+import logging
+import math
+import re
+import time
+import zlib
+from collections import deque
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
+
+from grpclib.const import Status
+from grpclib.metadata import decode_timeout, encode_grpc_message
+from grpclib.protocol import Stream
+from h2.errors import ErrorCodes
+from h2.exceptions import H2Error
+
+from icportrait.errors import IcPortraitError, InvalidRequest, TooMuch, Unsupported, to_caller
+from icportrait.gateway.wire import PREFIX_BYTES
+
+if TYPE_CHECKING:
+    from icportrait.gateway.grpc_connections import Calls
+
+logger = logging.getLogger(__name__)
+
+MAX_CALLS = 8192
+"""Of a door, idle streams included; each takes some KB."""
+SMALL_MESSAGE_BYTES = 64 * 1024
+"""Of every call but an inference; also from where on a message is inflated in a thread."""
+END_TIMEOUT_S = 5.0
+"""For a call's last frame; a connection that doesn't take it is closed."""
+ECHOED = {
+    "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),
+    "x-request-id": re.compile(r"[!-~]{1,128}"),
+}
+"""Headers that come back, where they are of this form."""
+STATUS = {"INVALID_ARG": Status.INVALID_ARGUMENT}
+"""Where an error's code has another name than gRPC's."""
+
+Message = TypeVar("Message")
+Method = Callable[["Call"], Awaitable[None]]
+
+
+class CallError(Exception):
+    """An end of a call that isn't one of ``icportrait.errors``."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(message)
+        self.status, self.message = status, message
+
+
+class Incoming:
+    """What has come of a call's body. Takes the place of grpclib's buffer."""
+
+    def __init__(self, ack: Callable[[int], None], hold: Callable[[int], None]) -> None:
+        """Begin a call's.
+
+        Args:
+            ack: lets the caller send so many bytes more.
+            hold: counts bytes that are held, or, below zero, no longer.
+        """
+        self._ack, self._count = ack, hold
+        self._pieces: deque[memoryview] = deque()
+        self._unacked = self._held = self._read = 0
+        self._ended = False
+        self._changed = asyncio.Event()
+
+    def add(self, data: bytes, ack_size: int) -> None:
+        if data:
+            self._pieces.append(memoryview(data))
+        self._hold(len(data))
+        self._unacked += ack_size
+        self._changed.set()
+
+    def eof(self) -> None:
+        self._ended = True
+        self._changed.set()
+
+    def unacked_size(self) -> int:
+        size, self._unacked = self._unacked, 0
+        return size
+
+    def release(self) -> None:
+        """Count no longer what was read."""
+        self._hold(-self._read)
+        self._read = 0
+
+    def close(self) -> None:
+        """Let go of all that came."""
+        self._hold(-self._held)
+        self._read = 0
+        self._pieces.clear()
+
+    async def take(self, size: int) -> bytes:
+        """The next ``size`` bytes, as soon as they are there. Large ones grow as they come.
+
+        Raises:
+            InvalidRequest: the body ends before.
+        """
+        taken = io.BytesIO()
+        while left := size - taken.tell():
+            if not self._pieces:
+                await self._more()
+            piece = self._pieces.popleft()
+            if len(piece) > left:
+                self._pieces.appendleft(piece[left:])
+                piece = piece[:left]
+            taken.write(piece)
+            self._read += len(piece)
+        # Without a copy: the buffer becomes the bytes.
+        return taken.getvalue()
+
+    async def has_ended(self) -> bool:
+        """Wait for more; whether there is none."""
+        while not (self._pieces or self._ended):
+            await self._wait()
+        return not self._pieces
+
+    async def _more(self) -> None:
+        while not self._pieces:
+            if self._ended:
+                raise InvalidRequest("the call's body ends within a message")
+            await self._wait()
+
+    async def _wait(self) -> None:
+        """Let the caller send as much again as was taken, and wait for it."""
+        if size := self.unacked_size():
+            self._ack(size)
+        self._changed.clear()
+        await self._changed.wait()
+
+    def _hold(self, nbytes: int) -> None:
+        self._held += nbytes
+        self._count(nbytes)
+
+
+class Call:
+    """One gRPC call: its messages and its end."""
+
+    def __init__(self, stream: Stream, headers: list[tuple[str, str]], owner: Calls) -> None:
+        self._stream, self._owner = stream, owner
+        self.headers = dict(headers)
+        self.path = self.headers.get(":path", "")
+        self.peer = str((stream._transport.get_extra_info("peername") or ("unix",))[0])
+        self.deadline_s = self._deadline()
+        self.task: asyncio.Task[None] | None = None
+        self.failure: IcPortraitError | CallError | None = None
+        self.unread_bytes = 0
+        self.waits_since_s = math.inf
+        """Since when its connection takes nothing of an answer, by ``time.monotonic``."""
+        self.reads_since_s = math.inf
+        """Since when it reads a message, by ``time.monotonic``."""
+        self._incoming = Incoming(stream.buffer._ack_callback, owner.count_incoming)
+        stream.buffer = self._incoming  # type: ignore[assignment]
+        self._sending = asyncio.Lock()
+        self._writing: set[asyncio.Task[None]] = set()
+        self._has_room = asyncio.Event()
+        self._has_room.set()
+        self._has_headers = False
+
+    @property
+    def deadline_ms(self) -> int | None:
+        """What is left of the call's own time; None where it has no limit."""
+        if self.deadline_s == math.inf:
+            return None
+        return min(max(int((self.deadline_s - time.monotonic()) * 1000), 1), 2**31 - 1)
+
+    def fail(self, error: IcPortraitError | CallError) -> None:
+        """End the call with an error from outside its task."""
+        if self.task and self.failure is None:
+            self.failure = error
+            self.task.cancel()
+            self._incoming.close()
+
+    def end_input(self) -> None:
+        """Take no more messages than have come."""
+        self._incoming.eof()
+
+    async def read(self) -> bytes:
+        """The only message, a small one; empty where none was sent.
+
+        Raises:
+            TooMuch: it is too large; none of it was read.
+            InvalidRequest: the body ends within it.
+            CallError: it didn't come in time.
+        """
+        return await self.receive(SMALL_MESSAGE_BYTES, Incoming.take, lambda message: message) or b""
+
+    async def receive(
+        self,
+        limit_bytes: int,
+        take: Callable[[Incoming, int], Awaitable[Message]],
+        parse: Callable[[bytes], Message],
+        waits: bool = False,
+    ) -> Message | None:
+        """The next message, None where the caller has sent all.
+
+        Args:
+            limit_bytes: of the message, also once it is inflated.
+            take: takes a message of so many bytes.
+            parse: makes the same of one that was compressed.
+            waits: for its first bytes without a limit of time.
+
+        Raises:
+            TooMuch: it is too large; none of it was read.
+            InvalidRequest: the body ends within it, or what ``take`` and ``parse`` raise.
+            CallError: it didn't come in time.
+        """
+        timeout_s = self._owner.limits.body_timeout_s
+        try:
+            async with asyncio.timeout(None if waits else timeout_s) as time_limit:
+                if await self._incoming.has_ended():
+                    return None
+                time_limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
+                self.reads_since_s = time.monotonic()
+                prefix = await self._incoming.take(PREFIX_BYTES)
+                if (size := int.from_bytes(prefix[1:], "big")) > limit_bytes:
+                    raise TooMuch(f"a message of {size} bytes; this server takes {limit_bytes}")
+                if not prefix[0]:
+                    return await take(self._incoming, size)
+                message = await self._incoming.take(size)
+        except TimeoutError:
+            raise CallError(Status.DEADLINE_EXCEEDED, f"the message wasn't sent within {timeout_s:g} s") from None
+        finally:
+            self.reads_since_s = math.inf
+            self._incoming.release()
+        return parse(await self._inflated(message, limit_bytes))
+
+    async def send(self, message: bytes) -> None:
+        """Send an answer, after those before it; returns when the connection has taken it.
+
+        Raises:
+            TooMuch: the call's answers, or those of all calls, aren't read.
+        """
+        self._owner.take_unread(self, len(message))
+        if asyncio.current_task() is self.task:
+            try:
+                await self._write(message)
+            finally:
+                self._count_read(len(message))
+            return
+
+        def end(task: asyncio.Task[None]) -> None:
+            self._writing.discard(task)
+            self._count_read(len(message))
+
+        # One of many requests may be cancelled within a message; the others' messages need its end.
+        writing = asyncio.create_task(self._write(message))
+        self._writing.add(writing)
+        writing.add_done_callback(end)
+        await asyncio.shield(writing)
+
+    async def has_room(self) -> None:
+        """Wait while answers aren't read."""
+        if self.unread_bytes > SMALL_MESSAGE_BYTES:
+            self._has_room.clear()
+        await self._has_room.wait()
+
+    async def end(self, status: Status, message: str = "") -> None:
+        """Send the call's status; a connection that doesn't take it is closed."""
+        trailers = [("grpc-status", str(status.value))]
+        if message:
+            trailers.append(("grpc-message", encode_grpc_message(message[:1000])))
+        if not self._has_headers:
+            trailers = [*self._first_headers(), *trailers]
+        try:
+            async with asyncio.timeout(END_TIMEOUT_S):
+                await self._stream.send_headers(trailers, end_stream=True)
+            if self._stream.closable:
+                # What the caller still sends isn't read.
+                self._stream.reset_nowait()
+        except TimeoutError:
+            self.abort_connection()
+        except (H2Error, OSError, AttributeError):
+            logger.debug("%s: the caller has gone", self.path)
+
+    def abort_connection(self) -> None:
+        self._stream._transport.abort()
+
+    def close(self) -> None:
+        """Count nothing of it any longer; where its end couldn't be told, tell that there is none."""
+        self._incoming.close()
+        for writing in self._writing:
+            writing.cancel()
+        with contextlib.suppress(H2Error, OSError, AttributeError):
+            if self._stream.closable:
+                self._stream.reset_nowait(ErrorCodes.CANCEL)
+
+    async def _write(self, message: bytes) -> None:
+        try:
+            async with self._sending:
+                self.waits_since_s = time.monotonic()
+                if not self._has_headers:
+                    self._has_headers = True
+                    await self._stream.send_headers(self._first_headers())
+                await self._stream.send_data(b"\0" + len(message).to_bytes(4, "big") + message)
+        except (H2Error, OSError):
+            # The caller has gone, and nobody needs to be told.
+            if self.task:
+                self.task.cancel()
+            raise asyncio.CancelledError from None
+        finally:
+            self.waits_since_s = math.inf
+
+    def _count_read(self, nbytes: int) -> None:
+        self._owner.take_unread(self, -nbytes)
+        if self.unread_bytes <= SMALL_MESSAGE_BYTES:
+            self._has_room.set()
+
+    def _deadline(self) -> float:
+        text = self.headers.get("grpc-timeout")
+        try:
+            return math.inf if text is None else time.monotonic() + decode_timeout(text)
+        except (ValueError, OverflowError):
+            return math.inf
+
+    def _first_headers(self) -> list[tuple[str, str]]:
+        headers = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-accept-encoding", "gzip,deflate")]
+        headers += [
+            (name, value)
+            for name, form in ECHOED.items()
+            if (value := self.headers.get(name)) is not None and form.fullmatch(value)
+        ]
+        return headers
+
+    async def _inflated(self, message: bytes, limit_bytes: int) -> bytes:
+        encoding = self.headers.get("grpc-encoding", "identity")
+        if encoding not in ("gzip", "deflate"):
+            raise Unsupported(f"grpc-encoding: {encoding[:20]!r}, expected gzip, deflate or identity")
+        if len(message) > SMALL_MESSAGE_BYTES:
+            return await asyncio.to_thread(_inflate, message, limit_bytes)
+        return _inflate(message, limit_bytes)
+
+
+async def outcome(call: Call, owner: Calls) -> tuple[Status, str]:
+    """Run a call's method.
+
+    Returns:
+        The status and the message that it ends with.
+
+    Raises:
+        CancelledError: the caller has gone.
+    """
+    try:
+        if not call.headers.get("content-type", "").startswith("application/grpc"):
+            raise CallError(Status.INVALID_ARGUMENT, "content-type: expected application/grpc")
+        method = owner.methods.get(call.path)
+        if method is None:
+            raise Unsupported(f"{call.path[:100]}: this server has no such method")
+        if len(owner.calls) > MAX_CALLS:
+            raise TooMuch(f"{MAX_CALLS} calls are under way; try again later")
+        left_s = call.deadline_s - time.monotonic()
+        async with asyncio.timeout(left_s if math.isfinite(left_s) else None) as time_limit:
+            await method(call)
+            if call.failure:
+                # The cancel that goes with it comes here where the method didn't wait for anything after it.
+                await asyncio.sleep(0)
+    except asyncio.CancelledError:
+        if call.failure is None or call.task is None:
+            raise
+        call.task.uncancel()
+        return _end_of(call.failure)
+    except (IcPortraitError, CallError) as error:
+        return _end_of(error)
+    except Exception as error:
+        if isinstance(error, TimeoutError) and time_limit.expired():
+            return Status.DEADLINE_EXCEEDED, "Deadline Exceeded"
+        logger.exception("%s failed", call.path)
+        return Status.INTERNAL, "INTERNAL: the server failed; its log says how"
+    return Status.OK, ""
+
+
+def _end_of(error: IcPortraitError | CallError) -> tuple[Status, str]:
+    if isinstance(error, CallError):
+        return error.status, error.message
+    return STATUS.get(error.code) or Status[error.code], to_caller(error)
+
+
+def _inflate(message: bytes, limit_bytes: int) -> bytes:
+    """A message that gzip or deflate made smaller.
+
+    Raises:
+        InvalidRequest: it is neither.
+        TooMuch: it would be larger than ``limit_bytes``.
+    """
+    inflater = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+    try:
+        inflated = inflater.decompress(message, limit_bytes + 1)
+    except zlib.error as error:
+        raise InvalidRequest(f"the message isn't compressed as it says ({error})") from None
+    if len(inflated) > limit_bytes:
+        raise TooMuch(f"a message of more than {limit_bytes} bytes once it is inflated; this server takes as many")
+    if not inflater.eof:
+        raise InvalidRequest("the compressed message ends too early")
+    return inflated

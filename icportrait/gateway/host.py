@@ -1,0 +1,242 @@
+"""The engine's host: starts a private Triton, watches it, and starts it again behind a gateway that lives on.
+
+Triton is started from a thread of its own, because the kernel ends it with the thread that started it, and because a
+start takes seconds. What must be asked over a connection is asked in the gateway's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from icportrait.errors import Unavailable
+from icportrait.gateway.engine import Engine, EngineLostError, Pong
+from icportrait.stub_processes import StubProcess, is_stopped
+from icportrait.supervisor import POLL_S, Ending, keep_running
+
+MISSED_PROBES = 2
+"""So many in a row, and the engine is ended."""
+MANY_TIMES = 20
+"""A step that runs so many times as long as expected doesn't end any more,"""
+AT_LEAST_S = 10.0
+"""if it has run for so long: the first one after a pause may take a while."""
+FIRST_START_S = 10.0
+"""What a start is thought to take before one was seen."""
+
+
+class PrivateTriton(Protocol):
+    """What this needs of ``triton_server.TritonServer``."""
+
+    @property
+    def pid(self) -> int: ...
+
+    @property
+    def stubs(self) -> list[StubProcess]: ...
+
+    def start(self) -> None: ...
+
+    def interrupt(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+    def what_ended(self) -> Ending | None: ...
+
+
+class _StopRequested(Exception):
+    """Raised in the host's thread, to end it in order."""
+
+
+class EngineHost:
+    """Keeps one engine running; see ``service.Engines``."""
+
+    def __init__(
+        self,
+        triton: PrivateTriton,
+        connect: Callable[[], Any],
+        say: Callable[[str], None],
+        ready: str,
+        probe_every_s: float = 1.0,
+    ) -> None:
+        """Prepare; ``start`` starts it.
+
+        Args:
+            triton: not started yet.
+            connect: gives a coroutine that connects to a started one, an ``Engine``.
+            say: takes a line for whoever runs the server.
+            ready: the line to say each time that the engine is ready.
+            probe_every_s: an answer that takes longer is missed.
+        """
+        self._triton, self._connect, self._say, self._ready = triton, connect, say, ready
+        self._probe_every_s = probe_every_s
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._run, name="engine-host")
+        self._stop_requested = threading.Event()
+        self._is_starting = False
+        self._hung: Ending | None = None
+        self._up: asyncio.Future[Engine] = self._loop.create_future()
+        """The engine, once there is one; another future as soon as it is lost."""
+        self._engine: Engine | None = None
+        self._probing: asyncio.Task[None] | None = None
+        self._start_began_s, self._start_takes_s = time.monotonic(), FIRST_START_S
+        self.starts = 0
+        self.ended: asyncio.Future[None] = self._loop.create_future()
+        """Done when no engine will come any more: with an error, unless ``stop`` was called."""
+
+    def start(self) -> None:
+        """Start the engine; ``engine`` waits for it."""
+        self._thread.start()
+
+    async def stop(self) -> None:
+        """End the engine, whatever runs on it, and let its files go."""
+        self._stop_requested.set()
+        if self._thread.ident is None:
+            return
+        while not self.ended.done():
+            if self._is_starting:
+                self._triton.interrupt()
+            await asyncio.wait([self.ended], timeout=POLL_S)
+        await asyncio.to_thread(self._thread.join)
+
+    @property
+    def refusal(self) -> Unavailable | None:
+        """Why there is no engine now; see ``service.Engines``."""
+        if self._up.done() and not self._up.exception() and not self._up.result().lost.done():
+            return None
+        left_s = self._start_began_s + self._start_takes_s - time.monotonic()
+        hint = f"retry_after_ms: {max(500, round(1000 * left_s))}"
+        return Unavailable(f"the engine is being {'re' if self.starts else ''}started; try again later; {hint}")
+
+    async def engine(self) -> Engine:
+        """The engine that is up, or the next; see ``service.Engines``."""
+        while (engine := await asyncio.shield(self._up)).lost.done():
+            await asyncio.sleep(0)
+        return engine
+
+    # In the host's thread.
+
+    def _run(self) -> None:
+        error: BaseException | None = None
+        try:
+            keep_running(_Watched(self), self._say, self._ready, sleep=self._sleep)
+        except _StopRequested:
+            pass
+        except BaseException as ended:
+            error = None if self._stop_requested.is_set() else ended
+        self._loop.call_soon_threadsafe(self._end, error)
+
+    def _sleep(self, seconds: float) -> None:
+        if self._stop_requested.wait(seconds):
+            raise _StopRequested
+
+    def start_triton(self) -> None:
+        """Start Triton and connect to it."""
+        if self._stop_requested.is_set():
+            raise _StopRequested
+        self._hung = None
+        self._start_began_s = began_s = time.monotonic()
+        self._is_starting = True
+        try:
+            self._triton.start()
+        finally:
+            self._is_starting = False
+        asyncio.run_coroutine_threadsafe(self._come_up(), self._loop).result()
+        self._start_takes_s = time.monotonic() - began_s
+
+    def stop_triton(self) -> None:
+        """Kill it: what was admitted is answered by now, or is asked of the next one."""
+        self._triton.kill()
+        asyncio.run_coroutine_threadsafe(self._go_down(), self._loop).result()
+
+    def what_ended(self) -> Ending | None:
+        """Which part has ended or hangs."""
+        ended = self._triton.what_ended() or self._hung
+        if ended:
+            self._start_began_s = time.monotonic()
+            self._loop.call_soon_threadsafe(self._lose)
+        return ended
+
+    # In the event loop.
+
+    async def _come_up(self) -> None:
+        engine = await self._connect()
+        engine.lost.add_done_callback(self._expect_another)
+        self._probing = asyncio.create_task(self._probe(engine))
+        self.starts += 1
+        self._engine = engine
+        self._up.set_result(engine)
+
+    async def _go_down(self) -> None:
+        if self._probing:
+            self._probing.cancel()
+        engine, self._engine = self._engine, None
+        if engine:
+            await engine.close()
+
+    def _lose(self) -> None:
+        if self._engine:
+            self._engine.lose()
+
+    def _expect_another(self, _: object) -> None:
+        self._up = self._loop.create_future()
+
+    def _end(self, error: BaseException | None) -> None:
+        refused = Unavailable("the engine has ended, and isn't started again; the server's output has the cause")
+        if self._up.done():
+            self._up = self._loop.create_future()
+        self._up.set_exception(refused)
+        self._up.exception()  # where nobody waits for it, nobody asks
+        if error:
+            self.ended.set_exception(error)
+        else:
+            self.ended.set_result(None)
+
+    async def _probe(self, engine: Engine) -> None:
+        """Ask Triton and the loop again and again, and look at the processes; what is wrong becomes ``_hung``."""
+        missed = 0
+        asked: asyncio.Task[Pong] | None = None
+        while self._hung is None:
+            if asked is None or asked.done():
+                asked = asyncio.create_task(_answers(engine))
+                asked.add_done_callback(_take_note)
+            await asyncio.wait([asked], timeout=self._probe_every_s)
+            has_answered = asked.done() and not asked.exception()
+            missed = 0 if has_answered else missed + 1
+            stopped = [stub.model for stub in self._triton.stubs if is_stopped(stub.pid)]
+            if is_stopped(self._triton.pid):
+                self._hung = Ending("tritonserver has been stopped by a signal")
+            elif stopped:
+                self._hung = Ending(f"the process of model {stopped[0]} has been stopped by a signal")
+            elif missed >= MISSED_PROBES:
+                self._hung = Ending(f"the engine has missed {missed} probes of {self._probe_every_s:g} s")
+            elif has_answered and _hangs(asked.result()):
+                self._hung = Ending("a step of the denoising loop runs many times its expected time")
+            if asked.done():
+                await asyncio.sleep(self._probe_every_s)
+
+
+class _Watched:
+    """The engine as ``supervisor.keep_running`` takes it."""
+
+    def __init__(self, host: EngineHost) -> None:
+        self.start, self.stop, self.what_ended = host.start_triton, host.stop_triton, host.what_ended
+
+
+async def _answers(engine: Engine) -> Pong:
+    """How the loop gets on, once Triton has answered too."""
+    if not await engine.is_live():
+        raise EngineLostError("Triton isn't live")
+    return await engine.ping()
+
+
+def _take_note(asked: asyncio.Task[Pong]) -> None:
+    """Of an error that nobody asks for: the probing has ended meanwhile."""
+    if not asked.cancelled():
+        asked.exception()
+
+
+def _hangs(pong: Pong) -> bool:
+    expected_ms = max(MANY_TIMES * pong.expected_ms, 1000 * AT_LEAST_S)
+    return pong.is_busy and pong.expected_ms > 0 and pong.step_age_ms > expected_ms

@@ -1,0 +1,226 @@
+"""A request over HTTP and its answer, as the ASGI server has them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from urllib.parse import parse_qs
+
+from starlette.types import Receive, Scope, Send
+
+from icportrait.errors import DeadlineMissed, IcPortraitError, Unavailable, to_caller
+from icportrait.gateway.api import Unread
+
+STATUS = {
+    "INVALID_ARG": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "RESOURCE_EXHAUSTED": 429,
+    "CANCELLED": 499,
+    "UNIMPLEMENTED": 501,
+    "UNAVAILABLE": 503,
+}
+"""By an error's code; any other is the server's fault, 500. 499 is nginx's, for want of one in the standard."""
+PIECE_BYTES = 64 * 2**10
+"""Of an answer, handed to the connection at once."""
+LINGER_S = 2.0
+"""For a body that is refused: so long, at most, it is read and thrown away, because a caller that is still sending
+wouldn't see the answer."""
+
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[\x21-\x7e]{0,64})?")
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
+_RETRY_AFTER = re.compile(r"retry_after_ms: (\d+)")
+JSON = (b"content-type", b"application/json")
+
+
+class CallerGone(Exception):
+    """Nobody waits for an answer any more."""
+
+
+class Exchange:
+    """A request and its answer."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, unread: Unread) -> None:
+        self._scope, self._receive, self._send, self._unread = scope, receive, send, unread
+        self._headers = dict(reversed(scope["headers"]))
+        self._has_more = self.header("transfer-encoding") is not None or self.header("content-length") not in (
+            None,
+            "0",
+        )
+        self._status_sent = self._is_stream = False
+        self._writes = asyncio.Lock()
+        self.error_event = ""
+        """The kind that an error has among events."""
+
+    def header(self, name: str) -> str | None:
+        """A request's header, by its lower-case name."""
+        value = self._headers.get(name.encode())
+        return None if value is None else value.decode("latin-1")
+
+    @property
+    def peer(self) -> str:
+        """The caller's address."""
+        return str((self._scope.get("client") or ("",))[0])
+
+    @property
+    def model(self) -> tuple[str, str]:
+        """The name and the version in the path, empty where there is none."""
+        of = self._scope["path_params"]
+        return of.get("model", ""), of.get("version", "")
+
+    @property
+    def query(self) -> dict[str, list[str]]:
+        """The path's parameters."""
+        return parse_qs(self._scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=16)
+
+    async def read(self) -> bytes:
+        """More of the body; empty once there is none.
+
+        Raises:
+            CallerGone: the caller is.
+        """
+        while self._has_more:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise CallerGone
+            self._has_more = message.get("more_body", False)
+            if message["body"]:
+                return bytes(message["body"])
+        return b""
+
+    async def wait_gone(self) -> None:
+        """Wait until the caller is gone."""
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+
+    async def answer(self, parts: Sequence[bytes], headers: Iterable[tuple[bytes, bytes]] = ()) -> None:
+        """Send an answer as fast as the connection takes it.
+
+        Raises:
+            Unavailable: too many answers aren't taken.
+        """
+        length = sum(map(len, parts))
+        with self._held(length) as held:
+            await self._start(200, [*headers, (b"content-length", str(length).encode())])
+            await self._write(parts, held)
+            await self._end()
+
+    async def event(self, data: bytes, kind: str = "") -> None:
+        """Send an event, and wait until the connection has taken it. It is sent also where the wait is cancelled.
+
+        Raises:
+            Unavailable: too many answers aren't taken.
+        """
+        event = _event(data, kind)
+        await asyncio.shield(asyncio.ensure_future(self._send_event(event)))
+
+    async def _send_event(self, event: bytes) -> None:
+        async with self._writes:
+            with self._held(len(event)) as held:
+                if not self._status_sent:
+                    self._is_stream = True
+                    await self._start(200, [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")])
+                await self._write([event], held)
+                await self._body(b"")
+
+    async def end_events(self) -> None:
+        """End them."""
+        await self._end()
+
+    async def fail(self, error: IcPortraitError) -> None:
+        """Answer an error by its code."""
+        headers = {}
+        status = 504 if isinstance(error, DeadlineMissed) else STATUS.get(error.code, 500)
+        if status in (429, 503):
+            wait = _RETRY_AFTER.search(str(error))
+            headers["retry-after"] = str(max(1, math.ceil(int(wait[1]) / 1000)) if wait else 1)
+        if status == 401:
+            headers["www-authenticate"] = "Bearer"
+        await self.refuse(status, to_caller(error), headers)
+
+    async def refuse(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
+        """Answer a status and a text. What of the body is still to come is thrown away."""
+        async with self._writes:
+            await self._refuse(status, text, headers)
+
+    async def _refuse(self, status: int, text: str, headers: Mapping[str, str]) -> None:
+        body = json.dumps({"error": text}).encode()
+        if self._status_sent:
+            # Any other answer is left short of its length, so that nobody takes it for a whole one.
+            if self._is_stream:
+                await self._body(_event(body, self.error_event))
+                await self._end()
+            return
+        pairs = [JSON, *((name.lower().encode(), value.encode()) for name, value in headers.items())]
+        await self._start(status, [*pairs, (b"content-length", str(len(body)).encode())])
+        await self._body(body)
+        if self._has_more:
+            await self._throw_away()
+        await self._end()
+
+    async def _throw_away(self) -> None:
+        thrown = 0
+        try:
+            async with asyncio.timeout(LINGER_S):
+                while thrown <= self._unread.limits.message_bytes and (data := await self.read()):
+                    thrown += len(data)
+        except (TimeoutError, CallerGone):
+            pass
+
+    async def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        self._status_sent = True
+        sent = list(headers)
+        for name, allowed in ((b"traceparent", _TRACEPARENT), (b"x-request-id", _REQUEST_ID)):
+            if (value := self._headers.get(name)) and allowed.fullmatch(value):
+                sent.append((name, value))
+        if self._has_more:
+            # What follows a body that isn't read is no request.
+            sent.append((b"connection", b"close"))
+        await self._send({"type": "http.response.start", "status": status, "headers": sent})
+
+    async def _write(self, parts: Iterable[bytes], held: _Held) -> None:
+        for part in parts:
+            view = memoryview(part)
+            for at in range(0, len(view), PIECE_BYTES):
+                piece = view[at : at + PIECE_BYTES]
+                await self._body(piece)
+                held.release(len(piece))
+
+    async def _body(self, data: bytes | memoryview) -> None:
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def _end(self) -> None:
+        self._is_stream = False
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    def _held(self, nbytes: int) -> _Held:
+        unread = self._unread
+        if unread.nbytes + nbytes > unread.limits.unread_bytes:
+            raise Unavailable("too many answers aren't read; retry_after_ms: 1000")
+        return _Held(unread, nbytes)
+
+
+class _Held:
+    """Bytes of an answer that the connection hasn't taken, for as long as it is sent."""
+
+    def __init__(self, unread: Unread, nbytes: int) -> None:
+        self._unread, self._nbytes = unread, nbytes
+
+    def __enter__(self) -> _Held:
+        self._unread.nbytes += self._nbytes
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unread.nbytes -= self._nbytes
+
+    def release(self, nbytes: int) -> None:
+        self._nbytes -= nbytes
+        self._unread.nbytes -= nbytes
+
+
+def _event(data: bytes, kind: str) -> bytes:
+    return (b"event: %b\n" % kind.encode() if kind else b"") + b"data: %b\n\n" % data

@@ -1,0 +1,151 @@
+"""A server's run: the gateway's doors, the service behind them, and the engine, from start to a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import resource
+import signal
+from collections.abc import Awaitable, Callable, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+from icportrait.errors import IcPortraitError
+from icportrait.gateway.access import Access
+from icportrait.gateway.api import Unread
+from icportrait.gateway.engine import Engine
+from icportrait.gateway.grpc_door import GrpcDoor, serve_grpc
+from icportrait.gateway.host import EngineHost
+from icportrait.gateway.http_door import HttpDoor, serve_http
+from icportrait.gateway.kserve import KserveModels
+from icportrait.gateway.metrics import MetricsDoor, Sample, to_text, triton_text
+from icportrait.gateway.service import Service
+from icportrait.gateway.settings import Settings
+from icportrait.gateway.workers import Workers
+from icportrait.manifest import Manifest
+from icportrait.startup import fit_memory, repository_policy, simulation_note
+from icportrait.triton_server import GPU_DEVICE, TritonServer
+
+Door = TypeVar("Door")
+DESCRIPTORS = 2**16
+CLOSE_GRACE_S = 2.0
+"""For answers on their way to callers, once all requests are answered."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+def run(settings: Settings, say: Callable[[str], None]) -> None:
+    """``serve`` from start to end.
+
+    Raises:
+        IcPortraitError: as ``serve`` does, or there is no room for a file.
+    """
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    try:
+        asyncio.run(serve(settings, say))
+    except OSError as error:
+        raise IcPortraitError(f"the server can't be run: {error}") from error
+
+
+async def serve(settings: Settings, say: Callable[[str], None]) -> None:
+    """Serve until a signal says stop; then answer what was let in, and end.
+
+    Args:
+        settings: of this run.
+        say: takes a line for whoever runs the server.
+
+    Raises:
+        IcPortraitError: the server can't be started, or its engine ends too often.
+    """
+    assert settings.repository
+    stopped = asyncio.Event()
+    for number in STOP_SIGNALS:
+        asyncio.get_running_loop().add_signal_handler(number, stopped.set)
+    raise_descriptors()
+    manifest = Manifest.read(settings.repository / "denoise" / "1")
+    policy, _ = fit_memory(settings.repository, repository_policy(settings.repository, settings.policy))
+    triton = TritonServer(
+        settings.repository, ready_timeout_s=settings.ready_timeout_s, say=say, overrides=settings.policy
+    )
+    preset = manifest.preset
+    latent = preset.latent_channels, preset.latent_size, preset.latent_size
+    host = EngineHost(
+        triton,
+        connect=lambda: Engine.connect(triton.grpc_address, triton.loop_path, latent),
+        say=say,
+        ready=_ready_line(settings),
+        probe_every_s=settings.probe_every_s,
+    )
+    workers = Workers(settings.picture_workers, settings.picture_memory_bytes, settings.picture_timeout_s)
+    service = Service(manifest, policy, settings, host, workers)
+    access, models, unread = Access(settings.api_keys), KserveModels(policy), Unread(settings.limits)
+    metrics = MetricsDoor(partial(_metrics_text, triton, service, host, workers, unread))
+    doors: list[GrpcDoor | HttpDoor] = []
+    try:
+        grpc = serve_grpc(service, settings, access, models, unread)
+        doors.append(await _listen("grpc_port", settings, grpc))
+        http = serve_http(service, settings, access, models, unread)
+        doors.append(await _listen("http_port", settings, http))
+        await _listen("metrics_port", settings, metrics.start(settings.host, settings.metrics_port))
+        say(f"starting tritonserver on {settings.repository}")
+        if not GPU_DEVICE.exists():
+            say("without a GPU, what tritonserver says of CUDA and of pinned memory is no fault")
+        host.start()
+        await workers.start()
+        stop = asyncio.create_task(stopped.wait())
+        ends: set[asyncio.Future[Any]] = {stop, host.ended}
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+    finally:
+        await service.drain(settings.stop_timeout_s if stopped.is_set() else 0.0)
+        await asyncio.gather(*(door.close(CLOSE_GRACE_S) for door in doors), metrics.close())
+        await asyncio.gather(host.stop(), workers.stop())
+    if not stopped.is_set():
+        host.ended.result()
+    say("stopped")
+
+
+def raise_descriptors() -> None:
+    """Let this process and those that it starts have as many descriptors as they may, up to ``DESCRIPTORS``."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _ready_line(settings: Settings) -> str:
+    assert settings.repository
+    host, note = settings.host, simulation_note(settings.repository)
+    ports = (
+        f"gRPC {host}:{settings.grpc_port}, HTTP {host}:{settings.http_port}, metrics {host}:{settings.metrics_port}"
+    )
+    return f"ready: {ports}; {note}" if note else f"ready: {ports}"
+
+
+async def _listen(name: str, settings: Settings, opening: Awaitable[Door]) -> Door:
+    """Open a door, or say which setting is in the way."""
+    try:
+        return await opening
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        raise IcPortraitError(f"{name}: {settings.host}:{getattr(settings, name)}: {reason}") from error
+
+
+async def _metrics_text(
+    triton: TritonServer, service: Service, host: EngineHost, workers: Workers, unread: Unread
+) -> str:
+    theirs = await triton_text(triton.metrics_path) if host.refusal is None else ""
+    return theirs + to_text(_samples(service, host, workers, unread))
+
+
+def _samples(service: Service, host: EngineHost, workers: Workers, unread: Unread) -> Iterable[Sample]:
+    for model, statistics in service.statistics.items():
+        for outcome in ("succeeded", "failed"):
+            labels = {"model": model, "outcome": outcome}
+            yield "requests_total", "counter", "Requests by how they ended", labels, getattr(statistics, outcome)
+    yield "ready", "gauge", "Whether requests are taken", {}, service.is_ready
+    yield "pending_requests", "gauge", "Requests on their way", {}, service.pending
+    yield "unread_bytes", "gauge", "Answers that callers haven't read", {}, unread.nbytes
+    yield "engine_starts_total", "counter", "How often the engine was started", {}, host.starts
+    yield "replays_total", "counter", "Requests that were asked of another engine anew", {}, service.replays
+    yield "picture_workers_lost_total", "counter", "Pictures' processes that had to be replaced", {}, workers.lost

@@ -1,0 +1,432 @@
+"""The service behind the doors: a request's way from its inputs to portraits.
+
+    check      all but the pictures; a seed is drawn where none came
+    lease      the loop lets it in, or says when to come again
+    prepare    pictures to crops, in processes of their own (``workers``)
+    denoise    crops to pixels, through a private Triton (``engine``); steps and previews come beside it
+    encode     pixels to files, in those processes
+
+An engine that ends on the way is started again (``host``), and what was let in is asked of the next one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import hashlib
+import json
+import logging
+import secrets
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Coroutine, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
+
+from icportrait.admission import Demand
+from icportrait.contract import Array
+from icportrait.errors import DeadlineMissed, IcPortraitError, PermissionDenied, Unavailable
+from icportrait.faces import Crop
+from icportrait.gateway import pictures
+from icportrait.gateway.api import Caller, Event, OnEvent, Portraits, Statistics
+from icportrait.gateway.engine import Engine, EngineLostError
+from icportrait.gateway.settings import Settings
+from icportrait.gateway.workers import Workers
+from icportrait.manifest import Manifest
+from icportrait.masking import hide, reference_visibility
+from icportrait.policy import ServingPolicy
+from icportrait.request import PortraitRequest
+from icportrait.serving import AnswerMetadata, FrontStage
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+UNARY, STREAM = "ic_portrait", "ic_portrait_stream"
+MAX_REPLAYS = 3
+"""A request that was there each time when so many engines ended may be why."""
+LOST_WITHIN_S = 5.0
+"""How soon an engine that fails as if it were ending has ended."""
+TOLD_APART = 16
+"""Steps that wait for a slow reader are told apart up to so many, and then the last of them only."""
+HASHED_ASIDE_BYTES = 2**18
+"""Files above this are hashed on a thread: the others' events don't wait."""
+ENCODED_ASIDE_BYTES = 2**16
+"""Portraits up to this size are encoded on a thread, in a millisecond: the way to a process and back takes two more."""
+RETRY = "retry_after_ms: 1000"
+
+
+class Engines(Protocol):
+    """Gives the engine that requests run on; several may come later."""
+
+    @property
+    def refusal(self) -> Unavailable | None:
+        """Why there is none now."""
+
+    async def engine(self) -> Engine:
+        """The one that is up, or that comes up next.
+
+        Raises:
+            Unavailable: none will.
+        """
+
+
+class Kept:
+    """Prepared pictures, so that one that returns isn't decoded and searched again; apart for each caller's key."""
+
+    def __init__(self, count: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        """Begin without any.
+
+        Args:
+            count: of pictures, the one that was used last staying longest; 0 keeps none.
+            seconds: that one is kept, however often it is used.
+            clock: seconds.
+        """
+        self._count, self._seconds, self._clock = count, seconds, clock
+        self._kept: OrderedDict[Any, tuple[float, tuple[Crop, Array]]] = OrderedDict()
+
+    def get(self, key: Any) -> tuple[Crop, Array] | None:
+        self._forget_old()
+        if key not in self._kept:
+            return None
+        self._kept.move_to_end(key)
+        return self._kept[key][1]
+
+    def put(self, key: Any, prepared: tuple[Crop, Array]) -> None:
+        self._kept[key] = self._clock() + self._seconds, prepared
+        while len(self._kept) > self._count:
+            self._kept.popitem(last=False)
+
+    def _forget_old(self) -> None:
+        now = self._clock()
+        for key in [key for key, (until, _) in self._kept.items() if until <= now]:
+            del self._kept[key]
+
+
+class Service:
+    """See ``api.PortraitService``."""
+
+    def __init__(
+        self, manifest: Manifest, policy: ServingPolicy, settings: Settings, engines: Engines, workers: Workers
+    ) -> None:
+        """Begin to take requests.
+
+        Args:
+            manifest: the export's.
+            policy: the server's, with what start-up and the settings have chosen.
+            settings: of the gateway.
+            engines: where requests run.
+            workers: where pictures are decoded and encoded; started.
+        """
+        self.statistics = {UNARY: Statistics(), STREAM: Statistics()}
+        self.engines, self.workers = engines, workers
+        self.preset = manifest.preset
+        self.metadata = AnswerMetadata(manifest, policy)
+        self.kept = Kept(settings.pictures_kept, settings.pictures_kept_s)
+        self.replays = 0
+        self._checks = {model: FrontStage(manifest, policy, model == STREAM) for model in self.statistics}
+        self._limit = policy.max_pending_requests
+        self._lives: set[_Life] = set()
+        self._stopping = False
+
+    @property
+    def is_ready(self) -> bool:
+        return not self._stopping and self.engines.refusal is None
+
+    @property
+    def pending(self) -> int:
+        """Requests on their way."""
+        return len(self._lives)
+
+    def refusal(self) -> IcPortraitError | None:
+        if self._stopping:
+            return Unavailable(f"the server is stopping; ask another, or try again later; {RETRY}")
+        if refusal := self.engines.refusal:
+            return refusal
+        if len(self._lives) >= self._limit:
+            text = f"{self._limit} requests are pending, which is this server's limit; try again later; {RETRY}"
+            return Unavailable(text)
+        return None
+
+    async def generate(self, inputs: Mapping[str, Array], caller: Caller, on_event: OnEvent | None = None) -> Portraits:
+        model = STREAM if on_event else UNARY
+        statistics, began_ns = self.statistics[model], time.monotonic_ns()
+        life: _Life | None = None
+        try:
+            if refusal := self.refusal():
+                raise refusal
+            request, *files = self._checks[model].check(inputs, secrets.token_hex(16))
+            if caller.priorities is not None and request.priority not in caller.priorities:
+                allowed = ", ".join(map(str, sorted(caller.priorities)))
+                raise PermissionDenied(f"priority: {request.priority}, and this API key allows {allowed or 'none'}")
+            life = _Life(self, request, files, caller, on_event)
+            self._lives.add(life)
+            portraits = await life.run()
+        except BaseException:
+            statistics.failed += 1
+            statistics.failed_ns += time.monotonic_ns() - began_ns
+            raise
+        else:
+            statistics.succeeded += 1
+            statistics.succeeded_ns += time.monotonic_ns() - began_ns
+            statistics.queued_ns += life.queued_ns
+            return portraits
+        finally:
+            statistics.last_ms = time.time_ns() // 10**6
+            if life:
+                self._lives.discard(life)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more requests, and wait until those on their way are answered, at most for so long."""
+        self._stopping = True
+        end_s = time.monotonic() + timeout_s
+        while self._lives and time.monotonic() < end_s:
+            await asyncio.sleep(0.02)
+        for life in self._lives:
+            life.end(Unavailable(f"the server has stopped; ask another, or try again later; {RETRY}"))
+        while self._lives:
+            await asyncio.sleep(0)
+
+
+class _Life:
+    """One request from its lease to its answer."""
+
+    def __init__(
+        self,
+        service: Service,
+        request: PortraitRequest,
+        files: Iterable[bytes],
+        caller: Caller,
+        on_event: OnEvent | None,
+    ) -> None:
+        if request.deadline_ms or caller.deadline_ms:
+            # The answer to one that comes too late says how far it came.
+            request = dataclasses.replace(request, is_streamed=True)
+        self._service, self._request, self._caller, self._on_event = service, request, caller, on_event
+        self._files = dict(zip(("profile", "reference"), files, strict=True))
+        self._demand = Demand(
+            rows=request.rows,
+            steps=request.num_inference_steps,
+            priority=request.priority,
+            deadline_ms=request.deadline_ms,
+            arrived_s=request.arrived_ns / 1e9,
+            nbytes=sum(map(len, self._files.values())),
+        )
+        self._engine: Engine | None = None
+        self._reason: IcPortraitError | None = None
+        self._timeout = asyncio.timeout_at(self._ends_s())
+        self._steps = 0
+        # Of streams: what is to be told, the last step among it, and the last that was told.
+        self._events: deque[tuple[int, Array | None, Engine]] = deque()
+        self._queued_step = self._told_step = 0
+        self._has_event = asyncio.Event()
+        self._is_made = False
+        self.queued_ns = 0
+
+    def end(self, reason: IcPortraitError) -> None:
+        """Answer the request with an error now."""
+        self._reason = reason
+        self._timeout.reschedule(asyncio.get_running_loop().time())
+
+    async def run(self) -> Portraits:
+        """See ``Service.generate``."""
+        try:
+            async with self._timeout:
+                await self._lease()
+                return await (self._make_and_tell() if self._on_event else self._make())
+        except TimeoutError:
+            if not self._timeout.expired():
+                raise
+            raise self._reason or self._missed() from None
+        finally:
+            self._let_go(None)
+
+    def _ends_s(self) -> float | None:
+        """When the deadline passes, the request's own or its call's, by the event loop's clock."""
+        ends = [self._demand.deadline_s] if self._request.deadline_ms is not None else []
+        if self._caller.deadline_ms is not None:
+            ends.append(self._request.arrived_ns / 1e9 + self._caller.deadline_ms / 1e3)
+        return min(ends, default=None)
+
+    def _missed(self) -> DeadlineMissed:
+        return DeadlineMissed(f"deadline_ms: passed after {self._steps} of {self._request.num_inference_steps} steps")
+
+    # Leases.
+
+    async def _lease(self) -> None:
+        engine = await self._service.engines.engine()
+        try:
+            await engine.lease(self._request.key, self._demand)
+        except EngineLostError as error:
+            raise self._service.refusal() or Unavailable(f"the engine has ended; try again later; {RETRY}") from error
+        self._hold(engine)
+
+    async def _replay(self) -> None:
+        """Ask the next engine, once it is up, for what this one has let in."""
+        self._service.replays += 1
+        logger.debug("a request is asked of the next engine")
+        while True:
+            engine = await self._service.engines.engine()
+            try:
+                await engine.lease(self._request.key, self._demand, replayed=True)
+            except EngineLostError:
+                continue
+            self._hold(engine)
+            return
+
+    def _hold(self, engine: Engine) -> None:
+        self._engine = engine
+        # What the last engine has said and nobody was told, this one says again.
+        self._events.clear()
+        self._queued_step = self._told_step
+        engine.listen(self._request.key, self)
+
+    def _let_go(self, stage_ms: Mapping[str, float] | None) -> None:
+        """Give the lease back; without portraits this also ends what the engine still does."""
+        if self._engine:
+            self._engine.listen(self._request.key, None)
+            if stage_ms is None and not self._timeout.expired():
+                self._engine.cancel(self._request.key)
+            self._engine.release(self._request.key, stage_ms)
+            self._engine = None
+
+    # Portraits.
+
+    async def _make(self) -> Portraits:
+        began_ns = time.monotonic_ns()
+        (profile_crop, profile), (reference_crop, reference) = await _together(
+            self._prepare("profile", self._request.profile_box), self._prepare("reference", self._request.reference_box)
+        )
+        visibility = reference_visibility(self._service.preset, self._request.mask_ratio, self._request.seed)
+        crops = profile[None], hide(reference, visibility)[None], visibility
+        prepared_ns = time.monotonic_ns()
+        pixels, report = await self._denoise(crops)
+        pixels_ns = time.monotonic_ns()
+        images = await self._encode(pixels)
+        prepared = {
+            "crops": {"profile": profile_crop.to_dict(), "reference": reference_crop.to_dict()},
+            "started_ns": began_ns,
+            "ended_ns": prepared_ns,
+        }
+        metadata = self._service.metadata(self._request, prepared, report, pixels_ns)
+        self.queued_ns = report["joined_ns"] - report["arrived_ns"]
+        self._let_go(metadata["stage_ms"])
+        return Portraits(images, json.dumps(metadata).encode(), self._request.num_inference_steps)
+
+    async def _prepare(self, name: str, box: pictures.Box | None) -> tuple[Crop, Array]:
+        """A picture's crop and pixels, [S, S, 3]."""
+        service, data, is_base64 = self._service, self._files[name], self._request.encoding == "base64"
+        if len(data) > HASHED_ASIDE_BYTES:
+            digest = await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
+        else:
+            digest = hashlib.sha256(data).digest()
+        key = self._caller.name, digest, box, is_base64
+        if kept := service.kept.get(key):
+            return kept
+        size = service.preset.image_size
+        prepared = await service.workers.run(self._demand, pictures.prepare, data, name, box, is_base64, size)
+        service.kept.put(key, prepared)
+        return prepared
+
+    async def _denoise(self, crops: tuple[Array, Array, Array]) -> tuple[Array, dict[str, Any]]:
+        """Pixels and the report, of the first engine that doesn't end meanwhile."""
+        for _ in range(1 + MAX_REPLAYS):
+            engine = self._engine
+            assert engine
+            try:
+                return await engine.portraits(*crops, self._request.to_json(), self._caller.name)
+            except EngineLostError as error:
+                await asyncio.wait([engine.lost], timeout=LOST_WITHIN_S)
+                if not engine.lost.done():
+                    logger.error("the engine fails and goes on: %s", error)
+                    if isinstance(error.__cause__, Unavailable):
+                        raise error.__cause__ from None
+                    break
+            await self._replay()
+        raise Unavailable(f"the engine has failed under this request; try again later; {RETRY}")
+
+    async def _encode(self, pixels: Array) -> tuple[bytes, ...]:
+        """Files of [n, S, S, 3] uint8."""
+        files = await _together(*(self._encode_one(portrait) for portrait in pixels))
+        return tuple(map(base64.b64encode, files)) if self._request.encoding == "base64" else tuple(files)
+
+    async def _encode_one(self, portrait: Array) -> bytes:
+        """A file of [S, S, 3] uint8."""
+        output_format = self._request.output_format
+        if portrait.nbytes <= ENCODED_ASIDE_BYTES:
+            return await asyncio.to_thread(pictures.encode, portrait, output_format)
+        return await self._service.workers.run(self._demand, pictures.encode, portrait, output_format)
+
+    # Streams.
+
+    async def _make_and_tell(self) -> Portraits:
+        """Make portraits while steps and previews are told; all that was told comes before them."""
+        making, telling = asyncio.create_task(self._make()), asyncio.create_task(self._tell())
+        making.add_done_callback(self._end_telling)
+        try:
+            await asyncio.wait({making, telling}, return_when=asyncio.FIRST_EXCEPTION)
+            for task in (telling, making):
+                if task.done():
+                    task.result()
+            return making.result()
+        finally:
+            making.cancel()
+            telling.cancel()
+            await asyncio.gather(making, telling, return_exceptions=True)
+
+    def on_step(self, step: int, total_steps: int) -> None:
+        """See ``engine.Listener``."""
+        self._steps = step
+        if self._on_event and step > self._queued_step:
+            if len(self._events) >= TOLD_APART and self._events[-1][1] is None:
+                self._events.pop()
+            self._put(step, None)
+
+    def on_preview(self, step: int, total_steps: int, latent: Array) -> None:
+        """See ``engine.Listener``; ``latent`` is of all portraits of the request."""
+        assert self._engine
+        self._steps = step
+        if self._on_event and step > self._queued_step:
+            self._put(step, latent)
+        else:  # the engine before this one has shown it
+            self._engine.seen(self._request.key)
+
+    def _put(self, step: int, latent: Array | None) -> None:
+        assert self._engine
+        self._events.append((step, latent, self._engine))
+        self._queued_step = step
+        self._has_event.set()
+
+    def _end_telling(self, _: Any) -> None:
+        self._is_made = True
+        self._has_event.set()
+
+    async def _tell(self) -> None:
+        """Tell the caller what the loop says, one after another, until portraits are made and all is told."""
+        assert self._on_event
+        while True:
+            await self._has_event.wait()
+            if not self._events:
+                if self._is_made:
+                    return
+                self._has_event.clear()
+                continue
+            step, latent, engine = self._events.popleft()
+            images: tuple[bytes, ...] = ()
+            if latent is not None:
+                try:
+                    images = await self._encode(await engine.decode(latent))
+                except EngineLostError:
+                    continue  # the next one shows it
+            await self._on_event(Event(step, self._request.num_inference_steps, images))
+            self._told_step = step
+            if latent is not None:
+                engine.seen(self._request.key)
+
+
+async def _together(*parts: Coroutine[Any, Any, Result]) -> list[Result]:
+    """The results of all; where one fails, the others are cancelled."""
+    tasks = [asyncio.ensure_future(part) for part in parts]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

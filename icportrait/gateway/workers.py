@@ -1,0 +1,273 @@
+"""Processes that decode and encode pictures: one that dies or stops costs nobody a request.
+
+Each has a pool of one process (pebble), so that it shares no pipe and no lock with another: a pool of several breaks
+as a whole where one of them is killed while it waits (pebble 5.2). Work waits here, in the loop's own order.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import multiprocessing
+import os
+import select
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pebble import ProcessExpired, ProcessPool
+
+from icportrait.contract import Array
+from icportrait.errors import IcPortraitError, InvalidRequest
+from icportrait.gateway import pictures
+from icportrait.scheduling import Ranked, rank
+from icportrait.stub_processes import describe, is_stopped
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+LARGE_BYTES = 1_000_000
+"""Larger files leave one worker to the others' pictures."""
+MAX_DEATHS = 2
+"""A picture whose worker died is tried once more, because something else may have ended it."""
+START_TIMEOUT_S = 60.0
+LOOK_EVERY_S = 0.5
+_CONTEXT = multiprocessing.get_context("spawn")
+"""Not fork, which gRPC's and this process's other threads don't outlive."""
+
+
+@dataclass(eq=False)
+class _Turn:
+    """Work that waits for a worker, or is done by one."""
+
+    owner: Ranked
+    function: Callable[..., Any]
+    data: bytes | Array
+    """Its first argument."""
+    arguments: tuple[Any, ...]
+    done: asyncio.Future[Any]
+    deaths: int = 0
+    """Of processes that had begun it."""
+
+    @property
+    def is_large(self) -> bool:
+        return isinstance(self.data, bytes) and len(self.data) > LARGE_BYTES
+
+
+class _WorkerLostError(Exception):
+    """The process ended, or had to be ended."""
+
+    def __init__(self, text: str, had_begun: bool) -> None:
+        super().__init__(text)
+        self.had_begun = had_begun
+
+
+class _Worker:
+    """One process, and the next when it has ended."""
+
+    def __init__(self, memory_bytes: int, timeout_s: float) -> None:
+        self._memory_bytes, self._timeout_s = memory_bytes, timeout_s
+        self._pool: ProcessPool | None = None
+        self.pid = 0
+        self._pidfd = -1
+        self.turn: _Turn | None = None
+        self._changing = threading.Lock()
+        """Held while it starts or stops, because a thread that starts it can't be cancelled."""
+
+    def start(self) -> None:
+        """Start the process and wait until it is there. Blocks: for a thread."""
+        with self._changing:
+            pool = ProcessPool(1, initializer=pictures.begin, initargs=[self._memory_bytes], context=_CONTEXT)
+            self._pool = pool
+            self.pid = pool.schedule(os.getpid).result(START_TIMEOUT_S)
+            self._pidfd = os.pidfd_open(self.pid)
+
+    def stop(self) -> None:
+        """End the process. Blocks for as long as it takes: for a thread."""
+        with self._changing:
+            if self._pidfd >= 0:
+                self.kill()
+                os.close(self._pidfd)
+            pool, self._pool, self._pidfd = self._pool, None, -1
+            if pool:
+                pool.stop()
+                pool.join()
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    @property
+    def has_ended(self) -> bool:
+        return self._pidfd >= 0 and bool(select.select([self._pidfd], [], [], 0)[0])
+
+    async def run(self, turn: _Turn) -> Any:
+        """What the turn's function gives.
+
+        Raises:
+            _WorkerLostError: the process has ended, or took too long and is to be replaced.
+        """
+        assert self._pool
+        try:
+            # Through a pipe: 17 MB take 37 ms, and by memory that both processes open 40 ms.
+            future = asyncio.wrap_future(self._pool.schedule(turn.function, args=[turn.data, *turn.arguments]))
+        except RuntimeError as error:
+            raise _WorkerLostError("it had ended", had_begun=False) from error
+        await asyncio.wait([future], timeout=self._timeout_s)
+        if not future.done():
+            future.cancel()
+            raise _WorkerLostError(f"it took more than {self._timeout_s:g} s", had_begun=True)
+        try:
+            return future.result()
+        except ProcessExpired as error:
+            raise _WorkerLostError(f"it {describe(error.exitcode or 0)}", had_begun=True) from error
+        except (BrokenProcessPool, asyncio.CancelledError) as error:
+            raise _WorkerLostError("it had ended", had_begun=False) from error
+
+
+class Workers:
+    """Runs functions of ``pictures`` for requests, the most urgent first."""
+
+    def __init__(self, count: int | None, memory_bytes: int, timeout_s: float) -> None:
+        """Prepare; ``start`` starts them.
+
+        Args:
+            count: of processes; None for one a core, and two at least.
+            memory_bytes: of address space that each may take.
+            timeout_s: for one picture.
+        """
+        count = count or max(2, len(os.sched_getaffinity(0)))
+        self._workers = [_Worker(memory_bytes, timeout_s) for _ in range(count)]
+        self._free: list[_Worker] = []
+        self._waiting: list[_Turn] = []
+        self._most_large = max(1, count - 1)
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.lost = 0
+        """How many had to be replaced."""
+
+    async def start(self) -> None:
+        """Start all processes and wait until they are there."""
+        await asyncio.gather(*(asyncio.to_thread(worker.start) for worker in self._workers))
+        self._free = list(self._workers)
+        self._spawn(self._watch())
+
+    async def stop(self) -> None:
+        """End all processes; work that waits or runs is cancelled."""
+        for task in list(self._tasks):
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for turn in self._waiting:
+            turn.done.cancel()
+        await asyncio.gather(*(asyncio.to_thread(worker.stop) for worker in self._workers))
+
+    @property
+    def pids(self) -> list[int]:
+        return [worker.pid for worker in self._workers]
+
+    async def run(self, owner: Ranked, function: Callable[..., Result], data: bytes | Array, *arguments: Any) -> Result:
+        """``function(data, *arguments)`` in a process.
+
+        Cancelling takes work that waits out of the queue; what a process has begun, it ends for nobody.
+
+        Args:
+            owner: its request; see ``scheduling.rank``.
+            function: of ``pictures``.
+            data: the first argument.
+            arguments: the others.
+
+        Raises:
+            InvalidRequest: two processes died or took too long over it.
+            IcPortraitError: the function raised it, or failed otherwise.
+        """
+        turn = _Turn(owner, function, data, arguments, asyncio.get_running_loop().create_future())
+        self._waiting.append(turn)
+        self._assign()
+        try:
+            result: Result = await turn.done
+        finally:
+            if turn in self._waiting:
+                self._waiting.remove(turn)
+        return result
+
+    def _assign(self) -> None:
+        """Give free workers the most urgent work."""
+        while self._free and self._waiting:
+            large = sum(worker.turn.is_large for worker in self._workers if worker.turn)
+            allowed = [turn for turn in self._waiting if large < self._most_large or not turn.is_large]
+            if not allowed:
+                return
+            now_s = time.monotonic()
+            turn = min(allowed, key=lambda turn: rank(turn.owner, now_s))
+            self._waiting.remove(turn)
+            worker = self._free.pop()
+            worker.turn = turn
+            self._spawn(self._serve(worker, turn))
+
+    async def _serve(self, worker: _Worker, turn: _Turn) -> None:
+        try:
+            result = await worker.run(turn)
+        except _WorkerLostError as error:
+            logger.warning("a picture's process was lost and is replaced: %s", error)
+            turn.deaths += error.had_begun
+            if turn.deaths < MAX_DEATHS:
+                self._put_back(turn)
+            else:
+                _fail(turn, InvalidRequest("a picture twice ended the process that worked on it, or took too long"))
+            await self._replace(worker)
+        except Exception as error:
+            if not isinstance(error, IcPortraitError):
+                logger.exception("%s failed", turn.function.__name__)
+                error = IcPortraitError("a picture could not be handled on this server; its log has the cause")
+            _fail(turn, error)
+        else:
+            if not turn.done.done():
+                turn.done.set_result(result)
+        worker.turn = None
+        self._free.append(worker)
+        self._assign()
+
+    def _put_back(self, turn: _Turn) -> None:
+        if not turn.done.done():
+            self._waiting.append(turn)
+            self._assign()
+
+    async def _replace(self, worker: _Worker) -> None:
+        self.lost += 1
+        while True:
+            try:
+                await asyncio.to_thread(worker.stop)
+                await asyncio.to_thread(worker.start)
+                return
+            except Exception:
+                logger.exception("a picture's process could not be started; it is tried again")
+                await asyncio.sleep(LOOK_EVERY_S)
+
+    async def _watch(self) -> None:
+        """Replace what has ended while it waited, and end what a signal has stopped: it would keep its work."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            for worker in self._workers:
+                if is_stopped(worker.pid):
+                    worker.kill()
+            for worker in [worker for worker in self._free if worker.has_ended]:
+                self._free.remove(worker)
+                self._spawn(self._bring_back(worker))
+
+    async def _bring_back(self, worker: _Worker) -> None:
+        await self._replace(worker)
+        self._free.append(worker)
+        self._assign()
+
+    def _spawn(self, coroutine: Any) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _fail(turn: _Turn, error: IcPortraitError) -> None:
+    if not turn.done.done():
+        turn.done.set_exception(error)

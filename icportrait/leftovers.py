@@ -1,0 +1,114 @@
+"""What a server's run keeps outside of its processes, and how the next run removes it where a run was killed.
+
+That is a folder for temporary files and regions of shared memory, which lie where different machines or containers may
+or may not share them. Beside either, a run holds a lock for as long as its process lives: of what nobody holds the
+lock, nobody has any use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+
+SHM = Path("/dev/shm")
+LOCK, FOLDER = "icportrait_{token}_lock", "icportrait-server-run-{token}"
+"""A file's name, and a folder's, which is its own lock."""
+
+
+class Run:
+    """One run's folder, which only its user may enter, and the prefix of its regions of shared memory."""
+
+    def __init__(self) -> None:
+        """Make them.
+
+        Raises:
+            OSError: there is no room, or no permission.
+        """
+        self._locks = contextlib.ExitStack()
+        try:
+            while not (self._take_region() and self._take_folder()):
+                self._locks.close()
+        except BaseException:
+            self.remove()
+            raise
+
+    @property
+    def shm_prefix(self) -> str:
+        """Names this run's regions, so that none of another's is ever touched."""
+        return _prefix(self._token)
+
+    def remove(self) -> None:
+        """Remove all of it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        _remove_regions(self._token)
+        self._locks.close()
+
+    def _take_region(self) -> bool:
+        self._token = secrets.token_hex(4)
+        self.folder = Path(tempfile.gettempdir()) / FOLDER.format(token=self._token)
+        return self._take(SHM / LOCK.format(token=self._token), os.O_RDWR | os.O_CREAT)
+
+    def _take_folder(self) -> bool:
+        self.folder.mkdir(0o700)
+        return self._take(self.folder, os.O_DIRECTORY)
+
+    def _take(self, path: Path, flags: int) -> bool:
+        if (descriptor := _take(path, flags)) is not None:
+            self._locks.callback(os.close, descriptor)
+        return descriptor is not None
+
+
+def remove_leftovers() -> list[str]:
+    """Remove what dead runs of this user have left, and say what it was, by name."""
+    removed = []
+    for name in sorted(SHM.glob(LOCK.format(token="*"))):
+        if _is_left(name, os.O_RDWR):
+            before, behind = LOCK.split("{token}")
+            _remove_regions(name.name[len(before) : -len(behind)])
+            removed.append(name.name)
+    for folder in sorted(Path(tempfile.gettempdir()).glob(FOLDER.format(token="*"))):
+        if _is_left(folder, os.O_DIRECTORY):
+            shutil.rmtree(folder, ignore_errors=True)
+            removed.append(folder.name)
+    return removed
+
+
+def _is_left(path: Path, flags: int) -> bool:
+    """Whether nobody holds the lock of a file or folder of this user's."""
+    try:
+        if path.stat().st_uid != os.getuid() or (descriptor := _take(path, flags)) is None:
+            return False
+    except OSError:
+        return False
+    os.close(descriptor)
+    return True
+
+
+def _take(path: Path, flags: int) -> int | None:
+    """A descriptor that holds the lock; None where another holds it, or has removed what it is of meanwhile."""
+    descriptor = os.open(path, flags, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+    except BlockingIOError:
+        pass
+    os.close(descriptor)
+    return None
+
+
+def _remove_regions(token: str) -> None:
+    lock = SHM / LOCK.format(token=token)
+    for region in SHM.glob(f"{_prefix(token)}*"):
+        if region != lock:
+            region.unlink(missing_ok=True)
+    lock.unlink(missing_ok=True)
+
+
+def _prefix(token: str) -> str:
+    return f"icportrait_{token}_"

@@ -1,0 +1,77 @@
+"""A tritonserver as others run it: on TCP ports, without this project's gateway."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from icportrait.control import LOOP_VARIABLE
+from icportrait.installation import find_installation
+from icportrait.leftovers import SHM
+from icportrait.server import HOST, Ports
+from icportrait.startup import repository_policy
+
+
+@dataclass(frozen=True)
+class BareTriton:
+    """Where it listens, and its process."""
+
+    grpc_url: str
+    http_url: str
+    metrics_url: str
+    pid: int
+
+
+@contextmanager
+def bare_triton(repository: Path, log: Path) -> Iterator[BareTriton]:
+    """Run one on a repository until the block ends."""
+    installation, ports = find_installation(repository_policy(repository).runtime), Ports.free()
+    prefix = f"icportrait_bare_{ports.grpc}_"
+    environment = {name: value for name, value in installation.environment().items() if name != LOOP_VARIABLE}
+    with tempfile.TemporaryDirectory(prefix="icportrait-bare-") as folder, log.open("wb") as output:
+        link = Path(folder) / "repository"
+        link.symlink_to(repository.resolve(), target_is_directory=True)
+        command = [
+            str(installation.binary),
+            f"--model-repository={link}",
+            f"--backend-directory={installation.prepare_backends(Path(folder) / 'backends')}",
+            f"--cache-directory={installation.root / 'caches'}",
+            f"--backend-config=python,shm-region-prefix-name={prefix}",
+            *(f"--{name}-address={HOST}" for name in ("grpc", "http", "metrics")),
+            *(f"--{name}-port={port}" for name, port in vars(ports).items()),
+            "--disable-auto-complete-config",
+            "--log-info=false",
+            "--allow-gpu-metrics=false",
+            "--pinned-memory-pool-byte-size=0",
+        ]
+        with subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT) as process:
+            try:
+                while not _is_ready(ports.http):
+                    assert process.poll() is None, log.read_text()
+                    time.sleep(0.1)
+                yield BareTriton(*(f"{HOST}:{port}" for port in vars(ports).values()), process.pid)
+            finally:
+                process.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(40)
+                process.kill()
+                for region in SHM.glob(f"{prefix}*"):
+                    region.unlink(missing_ok=True)
+
+
+def _is_ready(port: int) -> bool:
+    connection = http.client.HTTPConnection(HOST, port, timeout=2)
+    try:
+        connection.request("GET", "/v2/health/ready")
+        return connection.getresponse().status == http.HTTPStatus.OK
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()

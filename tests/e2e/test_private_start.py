@@ -1,0 +1,116 @@
+"""How a private tritonserver starts and ends, and what it says where it can't start."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from icportrait.errors import IcPortraitError
+from icportrait.leftovers import SHM
+from icportrait.presets import DEMO_128
+from icportrait.triton_server import TritonServer
+from tests.e2e.conftest import simulated_repository
+from tests.label_slots import BASE
+from tests.private_client import gateway
+from tests.stage_front import until
+
+HOST_PROCESS = """
+import pathlib, sys
+from icportrait.triton_server import TritonServer
+
+server = TritonServer(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
+server.start()
+print(server.directory, *(process.pid for process in server.stubs), server.pid, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return simulated_repository(tmp_path_factory.mktemp("repository"), {"unet": 2})
+
+
+def runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_server_that_stopped_or_was_killed_leaves_nothing_and_starts_again(repository: Path, tmp_path: Path) -> None:
+    server = TritonServer(repository, tmp_path / "log")
+    for end in (server.stop, server.kill):
+        server.start()
+        assert server._run
+        folder, prefix, pids = server.directory, server._run.shm_prefix, [stub.pid for stub in server.stubs]
+        with gateway(server, DEMO_128) as caller:
+            caller.run(BASE)
+        assert list(SHM.glob(f"{prefix}*")) and server.what_ended() is None
+        end()
+        assert not folder.exists() and not list(SHM.glob(f"{prefix}*"))
+        assert not any(map(runs, pids))
+    assert "in-flight" not in (tmp_path / "log").read_text()
+
+
+def test_a_server_whose_starter_is_killed_dies_with_it_and_the_next_start_removes_the_rest(
+    repository: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-c", HOST_PROCESS, str(repository), str(tmp_path / "log")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as host:
+        assert host.stdout
+        folder, *pids = host.stdout.readline().split()
+        assert all(runs(int(pid)) for pid in pids) and len(pids) == 4
+        os.kill(host.pid, signal.SIGKILL)
+        until(lambda: not any(runs(int(pid)) for pid in pids))
+    assert Path(folder).exists()
+    token = Path(folder).name.rpartition("-")[2]
+    assert list(SHM.glob(f"icportrait_{token}_*"))
+    said: list[str] = []
+    with TritonServer(repository, tmp_path / "log", say=said.append):
+        assert f"removed what a server that was killed has left: {Path(folder).name}" in said
+        assert not Path(folder).exists()
+        assert not list(SHM.glob(f"icportrait_{token}_*"))
+
+
+def test_a_temporary_folder_that_takes_no_file_is_named_in_one_line(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where it is full: there is no room for the server's own folder."""
+    before = set(SHM.iterdir())
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(IcPortraitError, match=r"the server can't be started: .*gone.* name another folder with TMPDIR"):
+        TritonServer(repository, tmp_path / "log").start()
+    assert not {path for path in SHM.iterdir() if "icportrait" in path.name} - before
+
+
+def test_a_folder_too_long_for_sockets_is_named(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / (100 * "x")
+    folder.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
+    with pytest.raises(IcPortraitError, match="too long for a socket's path; name a shorter folder with TMPDIR"):
+        TritonServer(repository, tmp_path / "log").start()
+    assert not list(folder.iterdir())
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_logs_end(tmp_path: Path) -> None:
+    broken = simulated_repository(tmp_path, {})
+    (broken / "vae_decoder" / "1" / "model.py").write_text("raise ImportError('nothing here')")
+    with pytest.raises(IcPortraitError, match=r"(?s)ended with status \d+ before it was ready; .*nothing here"):
+        TritonServer(broken, tmp_path / "log").start()
+
+
+def test_overrides_go_before_the_repositorys_own_policy(repository: Path, tmp_path: Path) -> None:
+    few = {"slots": "1", "max_queued_slots": "0"}
+    with TritonServer(repository, tmp_path / "log", overrides=few) as server, gateway(server, DEMO_128) as caller:
+        caller.run(BASE)
+        with pytest.raises(IcPortraitError, match="the queue is full"):
+            caller.run(replace(BASE, num_portraits=2))

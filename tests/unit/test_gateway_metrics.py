@@ -1,0 +1,90 @@
+"""The metrics' door, and what it says."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+
+import pytest
+
+from icportrait.gateway import metrics
+from icportrait.gateway.metrics import MetricsDoor, to_text, triton_text
+
+
+def test_samples_are_written_as_prometheus_reads_them() -> None:
+    samples = [
+        ("requests_total", "counter", "Requests", {"model": "a", "outcome": "failed"}, 2),
+        ("requests_total", "counter", "Requests", {"model": "b", "outcome": "failed"}, 3),
+        ("ready", "gauge", "Whether", {}, True),
+    ]
+    assert to_text(samples).splitlines() == [
+        "# HELP icportrait_gateway_requests_total Requests",
+        "# TYPE icportrait_gateway_requests_total counter",
+        'icportrait_gateway_requests_total{model="a",outcome="failed"} 2',
+        'icportrait_gateway_requests_total{model="b",outcome="failed"} 3',
+        "# HELP icportrait_gateway_ready Whether",
+        "# TYPE icportrait_gateway_ready gauge",
+        "icportrait_gateway_ready 1",
+    ]
+
+
+def ask(*requests: bytes, text: Callable[[], Awaitable[str]] | None = None) -> list[bytes]:
+    """What a door answers, each over a connection of its own."""
+
+    async def main() -> list[bytes]:
+        async def body() -> str:
+            return "all is well\n"
+
+        door = MetricsDoor(text or body)
+        await door.start("127.0.0.1", 0)
+        assert door._server
+        port = door._server.sockets[0].getsockname()[1]
+
+        async def call(request: bytes) -> bytes:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request)
+            answer = await reader.read()
+            writer.close()
+            await writer.wait_closed()
+            return answer
+
+        answers = [await call(request) for request in requests]
+        await door.close()
+        return answers
+
+    return asyncio.run(main())
+
+
+def test_metrics_are_had_by_get_alone() -> None:
+    end = b" HTTP/1.1\r\nHost: a\r\n\r\n"
+    found, other, posted = ask(b"GET /metrics" + end, b"GET /" + end, b"POST /metrics" + end)
+    assert found.startswith(b"HTTP/1.1 200 OK\r\n") and found.endswith(b"\r\n\r\nall is well\n")
+    assert b"Content-Length: 12\r\n" in found
+    assert other.startswith(b"HTTP/1.1 404 ") and posted.startswith(b"HTTP/1.1 404 ")
+
+
+@pytest.mark.parametrize("request_", [b"\r\n\r\n", b"x" * 100_000, b"GET"], ids=["empty", "long", "cut off"])
+def test_what_is_no_request_ends_its_connection_alone(request_: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "HEADER_TIMEOUT_S", 0.05)
+    answers = ask(request_, b"GET /metrics HTTP/1.1\r\n\r\n")
+    assert answers[0] == b"" and answers[1].startswith(b"HTTP/1.1 200 OK")
+
+
+def test_tritons_own_are_passed_on_and_missed_where_it_does_not_answer(tmp_path: Path) -> None:
+    async def main() -> tuple[str, str]:
+        is_over = asyncio.Event()
+
+        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            assert await reader.readuntil(b"\r\n\r\n") == b"GET /metrics HTTP/1.0\r\n\r\n"
+            writer.write(b"HTTP/1.0 200 OK\r\nContent-Type: text/plain\r\n\r\nnv_a 1\n")
+            writer.close()
+            await writer.wait_closed()
+            is_over.set()
+
+        async with await asyncio.start_unix_server(serve, tmp_path / "m"):
+            found = await triton_text(tmp_path / "m")
+            await is_over.wait()
+        return found, await triton_text(tmp_path / "none")
+
+    assert asyncio.run(main()) == ("nv_a 1\n", "")

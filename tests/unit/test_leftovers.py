@@ -1,0 +1,108 @@
+"""What a run keeps outside of its process goes with it, or at the next start where it was killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import icportrait.leftovers
+from icportrait.leftovers import Run, remove_leftovers
+
+RUN = """
+import pathlib, sys, tempfile
+import icportrait.leftovers
+
+tempfile.tempdir, icportrait.leftovers.SHM = sys.argv[1], pathlib.Path(sys.argv[2])
+run = icportrait.leftovers.Run()
+(icportrait.leftovers.SHM / (run.shm_prefix + "region")).touch()
+(run.folder / "loop").touch()
+print(run.folder, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture(autouse=True)
+def shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Folders of the test's own for temporary files and for shared memory."""
+    for name in ("tmp", "shm"):
+        (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(icportrait.leftovers, "SHM", tmp_path / "shm")
+    return tmp_path / "shm"
+
+
+def all_files(folder: Path) -> set[str]:
+    return {path.name for name in ("tmp", "shm") for path in (folder / name).iterdir()}
+
+
+@contextmanager
+def run_of_another_process(folder: Path) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    command = [sys.executable, "-c", RUN, str(folder / "tmp"), str(folder / "shm")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        yield process, Path(process.stdout.readline().strip())
+        process.kill()
+
+
+def test_a_run_has_a_folder_of_its_own_that_nobody_else_enters_and_removes_all(tmp_path: Path, shm: Path) -> None:
+    others = shm / "icportrait_of_another"
+    others.touch()
+    first, second = Run(), Run()
+    assert first.folder != second.folder and first.shm_prefix != second.shm_prefix
+    assert stat.S_IMODE(first.folder.stat().st_mode) == 0o700
+    (shm / f"{first.shm_prefix}region").touch()
+    (first.folder / "folder").mkdir()
+    first.remove()
+    assert not first.folder.exists() and second.folder.exists()
+    assert {path.name for path in shm.iterdir()} == {others.name, f"{second.shm_prefix}lock"}
+    second.remove()
+    assert all_files(tmp_path) == {others.name}
+
+
+def test_what_a_killed_run_has_left_goes_and_what_a_living_one_has_stays(tmp_path: Path) -> None:
+    with run_of_another_process(tmp_path) as (killed, folder), run_of_another_process(tmp_path) as (_, living):
+        both = all_files(tmp_path)
+        assert remove_leftovers() == [] and all_files(tmp_path) == both
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait(10)
+        assert remove_leftovers() == [f"icportrait_{folder.name[-8:]}_lock", folder.name]
+        assert not folder.exists() and living.exists()
+        assert {name.split("_")[1] for name in all_files(tmp_path) if "_" in name} == {living.name[-8:]}
+        assert remove_leftovers() == []
+
+
+def test_a_living_runs_folder_stays_where_its_shared_memory_is_another_containers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with run_of_another_process(tmp_path) as (killed, folder):
+        (tmp_path / "another").mkdir()
+        monkeypatch.setattr(icportrait.leftovers, "SHM", tmp_path / "another")
+        assert remove_leftovers() == [] and (folder / "loop").exists()
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait(10)
+        assert remove_leftovers() == [folder.name]
+    assert len(list((tmp_path / "shm").iterdir())) == 2
+
+
+def test_a_folder_that_has_outlived_the_machines_last_start_goes_and_others_stay(tmp_path: Path) -> None:
+    names = ("icportrait-server-run-0a1b2c3d", "icportrait-server-abcdefgh", "icportrait-device-1")
+    for name in names:
+        (tmp_path / "tmp" / name).mkdir()
+    assert remove_leftovers() == [names[0]]
+    assert all_files(tmp_path) == set(names[1:])
+
+
+def test_a_run_that_finds_no_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(OSError, match="nowhere"):
+        Run()
+    assert all_files(tmp_path) == set()

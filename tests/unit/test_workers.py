@@ -1,0 +1,198 @@
+"""Picture processes that die, stop, take too long or too much: nobody else's request is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from icportrait.errors import IcPortraitError, InvalidRequest
+from icportrait.gateway import pictures
+from icportrait.gateway.workers import LARGE_BYTES, Workers
+
+Result = TypeVar("Result")
+MEMORY = 3 * 2**30
+
+
+@dataclass(frozen=True)
+class Owner:
+    priority: int = 1
+    deadline_s: float = float("inf")
+    arrived_s: float = 0.0
+
+
+def now(priority: int = 1) -> Owner:
+    return Owner(priority, arrived_s=time.monotonic())
+
+
+# Functions that processes run; a folder tells them and us apart what has happened.
+
+
+def wait_for(_: bytes, folder: str, name: str) -> int:
+    """Says that it has begun, and ends when it is told to."""
+    Path(folder, f"{name}.begun").write_text(str(os.getpid()))
+    while not Path(folder, f"{name}.end").exists():
+        time.sleep(0.01)
+    return os.getpid()
+
+
+def die(_: bytes) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_once(_: bytes, folder: str) -> str:
+    if not Path(folder, "died").exists():
+        Path(folder, "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "done"
+
+
+def allocate(_: bytes, count: int) -> int:
+    return len(bytearray(count))
+
+
+def length(data: bytes) -> int:
+    return len(data)
+
+
+def run(test: Callable[[Workers], Awaitable[Result]], count: int = 2, timeout_s: float = 20.0) -> Result:
+    async def main() -> Result:
+        workers = Workers(count, MEMORY, timeout_s)
+        await workers.start()
+        try:
+            return await test(workers)
+        finally:
+            await workers.stop()
+
+    return asyncio.run(main())
+
+
+async def until(condition: Callable[[], Any]) -> None:
+    while not condition():
+        await asyncio.sleep(0.01)
+
+
+def test_a_picture_comes_back_as_its_crop_and_a_broken_one_as_the_callers_mistake() -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(buffer, "PNG")
+
+    async def test(workers: Workers) -> None:
+        crop, pixels = await workers.run(now(), pictures.prepare, buffer.getvalue(), "profile", None, False, 32)
+        assert (crop.source, pixels.shape, pixels.dtype) == ("centre", (32, 32, 3), np.uint8)
+        with pytest.raises(InvalidRequest, match="reference: 3 bytes that begin with b'abc' are no picture"):
+            await workers.run(now(), pictures.prepare, b"abc", "reference", None, False, 32)
+        assert (await workers.run(now(), pictures.encode, pixels, "png")).startswith(b"\x89PNG")
+
+    run(test)
+
+
+def test_work_whose_process_is_killed_is_done_by_another(tmp_path: Path) -> None:
+    async def test(workers: Workers) -> None:
+        assert await workers.run(now(), die_once, b"", str(tmp_path)) == "done"
+        await until(lambda: workers.lost == 1)
+
+    run(test)
+
+
+def test_work_that_kills_its_process_twice_is_refused_and_others_are_served() -> None:
+    async def test(workers: Workers) -> None:
+        bad = asyncio.ensure_future(workers.run(now(), die, b""))
+        others = [await workers.run(now(), length, b"x") for _ in range(20)]
+        assert others == [1] * 20
+        with pytest.raises(InvalidRequest, match="twice ended the process"):
+            await bad
+
+    run(test)
+
+
+def test_processes_that_are_killed_while_they_wait_cost_nothing() -> None:
+    async def test(workers: Workers) -> None:
+        killed = set(workers.pids)
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        assert await workers.run(now(), length, b"x") == 1
+        await until(lambda: not killed & set(workers.pids))
+
+    run(test)
+
+
+def test_a_process_that_is_stopped_is_replaced_and_its_work_done(tmp_path: Path) -> None:
+    async def test(workers: Workers) -> None:
+        work = asyncio.ensure_future(workers.run(now(), wait_for, b"", str(tmp_path), "a"))
+        await until((tmp_path / "a.begun").exists)
+        stopped = int((tmp_path / "a.begun").read_text())
+        os.kill(stopped, signal.SIGSTOP)
+        (tmp_path / "a.end").touch()
+        assert await work != stopped
+
+    run(test)
+
+
+def test_work_that_takes_too_long_is_ended(tmp_path: Path) -> None:
+    async def test(workers: Workers) -> None:
+        with pytest.raises(InvalidRequest, match="took too long"):
+            await workers.run(now(), wait_for, b"", str(tmp_path), "never ended")
+
+    run(test, timeout_s=0.3)
+
+
+def test_a_process_that_asks_for_too_much_memory_is_refused_it() -> None:
+    async def test(workers: Workers) -> None:
+        with pytest.raises(IcPortraitError, match="could not be handled"):
+            await workers.run(now(), allocate, b"", 8 * 2**30)
+        assert await workers.run(now(), allocate, b"", 2**20) == 2**20
+        assert workers.lost == 0
+
+    run(test)
+
+
+def test_large_files_leave_a_worker_to_the_others_and_the_more_urgent_goes_first(tmp_path: Path) -> None:
+    large = bytes(LARGE_BYTES + 1)
+
+    async def test(workers: Workers) -> list[str]:
+        folder, order = str(tmp_path), []
+
+        async def work(name: str, data: bytes, owner: Owner) -> None:
+            await workers.run(owner, wait_for, data, folder, name)
+            order.append(name)
+
+        tasks = [asyncio.ensure_future(work(f"large{n}", large, now())) for n in range(3)]
+        await until((tmp_path / "large0.begun").exists)
+        (tmp_path / "small.end").touch()
+        await work("small", b"", now(priority=9))
+        assert not (tmp_path / "large1.begun").exists(), "a large one took the last worker"
+        tasks.append(asyncio.ensure_future(work("urgent", large, now(priority=0))))
+        await asyncio.sleep(0)
+        for name in ("large0", "large1", "large2", "urgent"):
+            (tmp_path / f"{name}.end").touch()
+        await asyncio.gather(*tasks)
+        return order
+
+    assert run(test) == ["small", "large0", "urgent", "large1", "large2"]
+
+
+def test_work_that_waits_and_is_cancelled_is_never_begun(tmp_path: Path) -> None:
+    async def test(workers: Workers) -> None:
+        folder = str(tmp_path)
+        running = [asyncio.ensure_future(workers.run(now(), wait_for, b"", folder, name)) for name in "ab"]
+        await until(lambda: all((tmp_path / f"{name}.begun").exists() for name in "ab"))
+        waiting = asyncio.ensure_future(workers.run(now(), wait_for, b"", folder, "c"))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        for name in "abc":
+            (tmp_path / f"{name}.end").touch()
+        await asyncio.gather(*running)
+        assert await workers.run(now(), length, b"x") == 1
+        assert not (tmp_path / "c.begun").exists()
+
+    run(test)
