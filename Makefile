@@ -107,7 +107,7 @@ repository: $(EXPORT)/manifest.json $(if $(PLAN_RUNTIME),$(PLANS)/vae_decoder.pl
 		--batching $(BATCHING) $(if $(LATENCY_TABLE),--latency-table "$(LATENCY_TABLE)") $(if $(PLAN_RUNTIME),--plans $(PLANS)) \
 		$(if $(filter 1,$(DETERMINISTIC)),--deterministic)
 
-serve: repository ## run tritonserver on loopback until Ctrl-C
+serve: repository ## run the gateway and its tritonserver on loopback until Ctrl-C
 	@exec $(PYTHON) -m icportrait.server --repository $(REPOSITORY) \
 		--grpc-port $(GRPC_PORT) --http-port $(HTTP_PORT) --metrics-port $(METRICS_PORT)
 
