@@ -71,7 +71,7 @@ class ServerProcess:
     ports: Ports = field(default_factory=Ports)
     log_file: Path | None = None
     """Where what it and Triton log goes; standard error where None."""
-    ready_timeout_s: float = 300.0
+    ready_timeout_s: float = 900.0
     say: Callable[[str], object] = lambda _: None
     """Takes the lines that it says."""
     flags: tuple[str, ...] = ()

@@ -55,7 +55,7 @@ class TritonServer:
     repository: Path
     log_file: Path | None = None
     """Where the server's own log goes; standard error where None."""
-    ready_timeout_s: float = 300.0
+    ready_timeout_s: float = 900.0
     say: Callable[[str], object] = lambda _: None
     """Takes a line on what was chosen for this machine."""
     overrides: Mapping[str, str] = field(default_factory=dict)

@@ -83,7 +83,7 @@ class Settings:
 
     cache_s: float | None = _setting(None, "for how long latents of encoded pictures are kept", 0)
 
-    ready_timeout_s: float = _setting(300.0, "for the engine to be ready", 0)
+    ready_timeout_s: float = _setting(900.0, "for the engine to be ready; its first start may compile graphs", 0)
     stop_timeout_s: float = _setting(30.0, "for admitted requests to be answered once the server is to stop", 0)
     probe_every_s: float = _setting(1.0, "the engine is asked so often; two answers missed and it is restarted", 0.01)
 
