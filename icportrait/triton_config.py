@@ -30,7 +30,8 @@ from icportrait.presets import Preset
 from icportrait.request import INPUTS, OUTPUTS
 from icportrait.runtime.plans import BatchRange, buckets_of
 
-PUBLIC_MODELS = {"ic_portrait": False, "ic_portrait_stream": True}
+UNARY, STREAM = "ic_portrait", "ic_portrait_stream"
+PUBLIC_MODELS = {UNARY: False, STREAM: True}
 """What the gateway's callers see as models, and whether they are decoupled. Triton has none of them."""
 PIPELINE_STEPS: tuple[tuple[str, dict[str, str]], ...] = (
     ("vae_encoder", {"pixels": "profile_pixels", "latent": "profile_latent"}),

@@ -12,7 +12,6 @@ import base64
 import itertools
 import json
 import logging
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +24,10 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from icportrait.admission import Demand
 from icportrait.contract import ENSEMBLE, PARTITION_PARAMETER, Array
+from icportrait.control import LENGTH, VERSION, Hello, frame
 from icportrait.errors import DeadlineMissed, IcPortraitError, Unavailable, from_wire
 
 logger = logging.getLogger(__name__)
-PROTOCOL_VERSION = 1
-LENGTH = struct.Struct("!I")
 LEASE_TIMEOUT_S = 2.0
 CONNECT_TIMEOUT_S = 10.0
 LINE_BYTES = 2**26
@@ -97,15 +95,15 @@ class Engine:
         try:
             async with asyncio.timeout(CONNECT_TIMEOUT_S):
                 reader, writer = await asyncio.open_unix_connection(loop_path, limit=LINE_BYTES)
-                writer.write(_frame({"op": "hello", "version": PROTOCOL_VERSION}))
+                writer.write(frame(Hello(version=VERSION)))
                 greeting = await _next(reader)
         except (OSError, EOFError, TimeoutError) as error:
             raise IcPortraitError(f"the denoising loop can't be reached ({error!r})") from error
-        if greeting.get("version") != PROTOCOL_VERSION:
+        if greeting.get("version") != VERSION:
             writer.close()
             raise IcPortraitError(
                 f"the denoising loop speaks version {greeting.get('version')} of the control line, expected "
-                f"{PROTOCOL_VERSION}; gateway and loop must be of one release"
+                f"{VERSION}; gateway and loop must be of one release"
             )
         unlimited = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         # A pool of its own: what is kept of an engine that has ended must not delay the next at the same address.
@@ -269,7 +267,7 @@ class Engine:
 
     def _send(self, message: dict[str, Any]) -> None:
         if not self.lost.done():
-            self._writer.write(_frame(message))
+            self._writer.write(frame(message))
 
     async def _receive(self) -> None:
         """Take the loop's messages until the line breaks, which tells that its process has ended."""
@@ -318,11 +316,6 @@ async def _next(reader: asyncio.StreamReader) -> dict[str, Any]:
         raise ValueError(f"a message of {length} bytes, expected at most {LINE_BYTES}")
     message: dict[str, Any] = json.loads(await reader.readexactly(length))
     return message
-
-
-def _frame(message: Mapping[str, Any]) -> bytes:
-    data = json.dumps(message).encode()
-    return LENGTH.pack(len(data)) + data
 
 
 def _request(model: str, tensors: Mapping[str, Array], outputs: tuple[str, ...]) -> Any:

@@ -45,7 +45,6 @@ class PublicModel:
     """Tells of steps and previews before the portraits; KServe calls it decoupled."""
 
 
-UNARY, STREAM = "ic_portrait", "ic_portrait_stream"
 MODELS = {name: PublicModel(name, is_decoupled) for name, is_decoupled in PUBLIC_MODELS.items()}
 
 

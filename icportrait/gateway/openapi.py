@@ -7,9 +7,10 @@ import json
 from typing import Any
 
 from icportrait.contract import DType
-from icportrait.gateway.kserve import MODELS, STREAM, UNARY
+from icportrait.gateway.kserve import MODELS
 from icportrait.gateway.portraits_form import FIELDS, FILES
 from icportrait.request import INPUTS, OUTPUTS, RequestInput
+from icportrait.triton_config import STREAM, UNARY
 
 _KINDS = {DType.INT32: "integer", DType.INT64: "integer", DType.FLOAT32: "number", DType.BYTES: "string"}
 _ERRORS = {

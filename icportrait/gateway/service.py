@@ -37,10 +37,10 @@ from icportrait.masking import hide, reference_visibility
 from icportrait.policy import ServingPolicy
 from icportrait.request import PortraitRequest
 from icportrait.serving import AnswerMetadata, FrontStage
+from icportrait.triton_config import STREAM, UNARY
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
-UNARY, STREAM = "ic_portrait", "ic_portrait_stream"
 MAX_REPLAYS = 3
 """A request that was there each time when so many engines ended may be why."""
 LOST_WITHIN_S = 5.0
