@@ -1,5 +1,8 @@
 # Every task of the project. Each target does its own set-up; `make help` lists them.
 
+# Else each of the many processes that tests start would compile the project again.
+unexport PYTHONDONTWRITEBYTECODE
+
 PRESET ?= demo-128
 NEEDS_OPSET_23 := $(filter bf16 int8 fp8,$(PRECISION))
 # fp16 is what GPUs are fast in, and as good (README, "Precision"); on the CPU it gains nothing.

@@ -1,4 +1,4 @@
-"""Measure a running server (``load``, ``perf-analyzer``), ways to batch (``compare``), the loop alone (``loop``)."""
+"""Measure a running server (``load``, ``perf-analyzer``), two (``pairs``), ways to batch, or the loop alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from icportrait_client.errors import InvalidRequest, PortraitError
 from benchmarks.perf_analyzer import PerfAnalyzerSettings, measure
 from benchmarks.perf_analyzer import table as perf_table
 from benchmarks.perf_analyzer_program import PerfAnalyzerError
-from benchmarks.settings import CompareSettings, LoadSettings, LoopSettings
+from benchmarks.settings import CompareSettings, LoadSettings, LoopSettings, PairsSettings
 from icportrait.errors import IcPortraitError
 from icportrait.scheduling import BATCHING_MODES
 
@@ -39,6 +39,9 @@ def main(argv: list[str] | None = None) -> int:
     loop = commands.add_parser("loop", help="what the denoising loop alone takes, with simulated engines")
     loop.set_defaults(settings=LoopSettings, run=_loop)
     _add_loop_arguments(loop)
+    pairs = commands.add_parser("pairs", help="two servers that are asked for the same portraits, and the ratio")
+    pairs.set_defaults(settings=PairsSettings, run=_pairs)
+    _add_pairs_arguments(pairs)
     args = vars(parser.parse_args(argv))
     command, make_settings, run, as_json = (args.pop(name) for name in ("command", "settings", "run", "json"))
     fields = {name: tuple(value) if isinstance(value, list) else value for name, value in args.items()}
@@ -157,6 +160,23 @@ def _add_loop_arguments(command: argparse.ArgumentParser) -> None:
     _add_json_argument(command)
 
 
+def _add_pairs_arguments(command: argparse.ArgumentParser) -> None:
+    for name in ("first", "second"):
+        command.add_argument(name, metavar=name.upper(), help="gRPC address of a gateway or a standalone Triton")
+    _add_numbers(
+        command,
+        PairsSettings,
+        ("--rounds", "rounds", int, "each has its own ratio"),
+        ("--requests", "requests", int, "of a round"),
+        ("--seed", "seed", int, "of the noise that makes every picture new"),
+    )
+    command.add_argument("--steps", dest="num_inference_steps", type=int, metavar="N", help="default: not sent")
+    for name in ("profile", "reference"):
+        head = getattr(PairsSettings, name)
+        command.add_argument(f"--{name}", type=Path, default=head, metavar="FILE", help="default: a rendered head")
+    _add_json_argument(command)
+
+
 def _add_simulation_arguments(
     command: argparse.ArgumentParser, settings: type[CompareSettings] | type[LoopSettings]
 ) -> None:
@@ -202,6 +222,14 @@ def _loop(settings: LoopSettings, as_json: bool) -> int:
     from benchmarks.loop import run_loop, table
 
     report = run_loop(settings)
+    print(json.dumps(report, indent=2) if as_json else table(report))
+    return 0
+
+
+def _pairs(settings: PairsSettings, as_json: bool) -> int:
+    from benchmarks.pairs import run_pairs, table
+
+    report = run_pairs(settings)
     print(json.dumps(report, indent=2) if as_json else table(report))
     return 0
 

@@ -205,11 +205,11 @@ def in_turn(given: Mapping[str, Sequence[Any]]) -> Iterator[list[Any]]:
 
 def _triton_send(client: Any, settings: LoadSettings, pictures: Mapping[str, Sequence[bytes]]) -> Send:
     # What requests share is put into tensors once.
-    pairs = in_turn({name: [_tensor(name, data) for data in each] for name, each in pictures.items()})
-    shared = [_tensor(name, value) for name, value in settings.options.items()]
+    pairs = in_turn({name: [tensor(name, data) for data in each] for name, each in pictures.items()})
+    shared = [tensor(name, value) for name, value in settings.options.items()]
 
     def send(request: PlannedRequest, receive: Callable[[Answer], None]) -> None:
-        own = [_tensor("seed", request.seed), _tensor("num_inference_steps", request.num_inference_steps)]
+        own = [tensor("seed", request.seed), tensor("num_inference_steps", request.num_inference_steps)]
         client.async_infer(
             settings.model,
             [*next(pairs), *shared, *own],
@@ -227,7 +227,8 @@ def _answer(result: InferResult | None, error: InferenceServerException | None) 
     return Answer(OK, metadata=bytes(result.as_numpy("metadata")[0]))
 
 
-def _tensor(name: str, value: Any) -> InferInput:
+def tensor(name: str, value: Any) -> InferInput:
+    """A public input of the contract."""
     spec = load_contract().inputs[name]
     tensor = InferInput(name, [spec.size], spec.dtype)
     tensor.set_data_from_numpy(np.array([value], dtype=triton_to_np_dtype(spec.dtype)))

@@ -20,7 +20,7 @@ import numpy as np
 
 from benchmarks.load import OK, Answer, LoadRun, Outcome
 from benchmarks.perf_analyzer import PerfAnalyzerSettings
-from benchmarks.settings import ROOT, CompareSettings, LoadSettings, LoopSettings
+from benchmarks.settings import ROOT, CompareSettings, LoadSettings, LoopSettings, PairsSettings
 
 REFUSALS = ("UNAVAILABLE", "INVALID_ARGUMENT")
 LATE_MS = 10.0
@@ -160,7 +160,9 @@ def run_conditions(settings: LoadSettings | PerfAnalyzerSettings, picture_bytes:
     return {**conditions_here(settings), "tritonclient": version("tritonclient"), "picture_bytes": picture_bytes}
 
 
-def conditions_here(settings: LoadSettings | PerfAnalyzerSettings | CompareSettings | LoopSettings) -> dict[str, Any]:
+def conditions_here(
+    settings: LoadSettings | PerfAnalyzerSettings | CompareSettings | LoopSettings | PairsSettings,
+) -> dict[str, Any]:
     """Of any run: the code, the machine and what was asked for."""
     return {
         "commit": _commit(),

@@ -145,6 +145,40 @@ class LoopSettings:
         return 2 if self.guidance_scale > 1 else 1
 
 
+@dataclass(frozen=True)
+class PairsSettings:
+    """Two servers that are asked for the same portraits."""
+
+    first: str
+    second: str
+    """gRPC addresses, each of a gateway or of a Triton with the standalone pipeline."""
+    rounds: int = 5
+    requests: int = 200
+    """Of a round."""
+    num_inference_steps: int | None = None
+    """None isn't sent."""
+    profile: Path = HEADS / "profile.png"
+    reference: Path = HEADS / "reference.png"
+    seed: int = 0
+    """Of the noise that makes pictures new."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        for name, value, least in (("rounds", self.rounds, 1), ("requests", self.requests, 1), ("seed", self.seed, 0)):
+            if value < least:
+                raise InvalidRequest(f"{name}: {value}, expected {least} or more")
+        if self.num_inference_steps is not None:
+            load_contract().inputs["num_inference_steps"].elements(self.num_inference_steps)
+
+    @property
+    def urls(self) -> tuple[str, str]:
+        return self.first, self.second
+
+
 def _check_above_0(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise InvalidRequest(f"{name}: {value:g}, expected a number above 0")

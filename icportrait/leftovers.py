@@ -18,6 +18,10 @@ from pathlib import Path
 SHM = Path("/dev/shm")
 LOCK, FOLDER = "icportrait_{token}_lock", "icportrait-server-run-{token}"
 """A file's name, and a folder's, which is its own lock."""
+FOLDER_BYTES = 107 - len("/loop")
+"""Linux takes no longer paths of sockets."""
+SHORT = Path("/tmp")
+"""Where the folder lies if its path would be too long for its sockets."""
 
 
 class Run:
@@ -50,7 +54,7 @@ class Run:
 
     def _take_region(self) -> bool:
         self._token = secrets.token_hex(4)
-        self.folder = Path(tempfile.gettempdir()) / FOLDER.format(token=self._token)
+        self.folder = _folder(self._token)
         return self._take(SHM / LOCK.format(token=self._token), os.O_RDWR | os.O_CREAT)
 
     def _take_folder(self) -> bool:
@@ -71,7 +75,8 @@ def remove_leftovers() -> list[str]:
             before, behind = LOCK.split("{token}")
             _remove_regions(name.name[len(before) : -len(behind)])
             removed.append(name.name)
-    for folder in sorted(Path(tempfile.gettempdir()).glob(FOLDER.format(token="*"))):
+    pattern = _folder(8 * "?")
+    for folder in sorted(pattern.parent.glob(pattern.name)):
         if _is_left(folder, os.O_DIRECTORY):
             shutil.rmtree(folder, ignore_errors=True)
             removed.append(folder.name)
@@ -108,6 +113,11 @@ def _remove_regions(token: str) -> None:
         if region != lock:
             region.unlink(missing_ok=True)
     lock.unlink(missing_ok=True)
+
+
+def _folder(token: str) -> Path:
+    folder = Path(tempfile.gettempdir()) / FOLDER.format(token=token)
+    return folder if len(os.fsencode(folder)) <= FOLDER_BYTES else SHORT / folder.name
 
 
 def _prefix(token: str) -> str:

@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import queue
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -23,14 +24,13 @@ from functools import partial
 from pathlib import Path
 
 from icportrait.errors import IcPortraitError
+from icportrait.stub_processes import dying_with_parent, log_hint
 
 HOST = "127.0.0.1"
 NOT_EPHEMERAL = range(16384, 32768)
 """Ports below those that Linux gives to outgoing connections."""
 STOP_TIMEOUT_S = 60.0
 """How long a process of ``ServerProcess`` has to end; the server's own limit is shorter."""
-DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 15); os.execv(sys.argv[1], sys.argv[1:])"
-"""Asks the kernel for SIGTERM (15) once the thread that starts this ends (PR_SET_PDEATHSIG is 1)."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class ServerProcess:
         with contextlib.ExitStack() as stack:
             log = stack.enter_context(self.log_file.open("w")) if self.log_file else None
             self.process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, *server],
+                dying_with_parent(signal.SIGTERM, server),
                 stdout=subprocess.PIPE,
                 stderr=log,
                 text=True,
@@ -120,11 +120,11 @@ class ServerProcess:
         try:
             while not (line := lines.get(timeout=max(0, deadline - time.monotonic())) or "").startswith("ready"):
                 if not line:
-                    raise IcPortraitError(f"the server has ended before it was ready{self._log_hint()}")
+                    raise IcPortraitError(f"the server has ended before it was ready{log_hint(self.log_file)}")
         except queue.Empty:
             self.stop()
             raise IcPortraitError(
-                f"the server was not ready after {self.ready_timeout_s:.0f} s{self._log_hint()}"
+                f"the server was not ready after {self.ready_timeout_s:.0f} s{log_hint(self.log_file)}"
             ) from None
         except BaseException:
             self.stop()
@@ -149,12 +149,6 @@ class ServerProcess:
                 self.say(line.rstrip("\n"))
                 lines.put(line)
         lines.put(None)
-
-    def _log_hint(self) -> str:
-        if self.log_file is None:
-            return "; its output above has the cause"
-        tail = self.log_file.read_text(errors="replace").splitlines()[-15:]
-        return f"; the end of {self.log_file}:\n" + "\n".join(tail)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -11,9 +11,8 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import threading
+import math
 import time
-from collections import OrderedDict
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -23,11 +22,12 @@ import numpy as np
 from icportrait.batching import check_slots
 from icportrait.contract import Array
 from icportrait.errors import InvalidRequest
-from icportrait.faces import Crop, crop_to_square, find_crop
-from icportrait.imaging import check_file_bytes, decode_base64, decode_picture, encode_picture
+from icportrait.faces import Crop
+from icportrait.imaging import check_file_bytes, encode_picture
 from icportrait.manifest import Manifest
 from icportrait.masking import hide, reference_visibility
 from icportrait.policy import ServingPolicy
+from icportrait.prepared import Box, Kept, prepare
 from icportrait.presets import Preset
 from icportrait.request import PortraitRequest, parse_options, parse_request
 from icportrait.sampling import NoiseSchedule
@@ -99,8 +99,7 @@ class PreprocessStage:
         self._preset = preset
         # A request's two pictures are prepared side by side: to look for a face is what takes time.
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="picture")
-        self._kept: OrderedDict[tuple[Any, ...], tuple[Crop, Array]] = OrderedDict()
-        self._lock = threading.Lock()
+        self._kept = Kept(PICTURES_KEPT, math.inf)
 
     def __call__(self, tensors: Mapping[str, Array]) -> Tensors:
         """``profile``, ``reference``, ``request`` [1] -> ``contract.pipeline_spec``'s inputs but one, and a report.
@@ -129,22 +128,13 @@ class PreprocessStage:
             "preprocess_report": bytes_tensor(json.dumps(report).encode()),
         }
 
-    def _prepare(
-        self, name: str, data: bytes, box: tuple[float, float, float, float] | None, is_base64: bool
-    ) -> tuple[Crop, Array]:
+    def _prepare(self, name: str, data: bytes, box: Box | None, is_base64: bool) -> tuple[Crop, Array]:
         """A picture's crop and its pixels, [S, S, 3]; what was sent lately isn't decoded and searched again."""
         key = hashlib.sha256(data).digest(), box, is_base64
-        with self._lock:
-            if key in self._kept:
-                self._kept.move_to_end(key)
-                return self._kept[key]
-        picture = decode_picture(decode_base64(data, name) if is_base64 else data, name)
-        crop = find_crop(picture, box, f"{name}_box")
-        prepared = crop, crop_to_square(picture, crop, self._preset.image_size)
-        with self._lock:
-            self._kept[key] = prepared
-            if len(self._kept) > PICTURES_KEPT:
-                self._kept.popitem(last=False)
+        if kept := self._kept.get(key):
+            return kept
+        prepared = prepare(data, name, box, is_base64, self._preset.image_size)
+        self._kept.put(key, prepared)
         return prepared
 
 
@@ -186,7 +176,8 @@ class AnswerMetadata:
 
         Args:
             request: the one that is answered.
-            prepared: ``crops``, ``started_ns`` and ``ended_ns`` of its pictures' preparation.
+            prepared: ``crops``, ``started_ns`` and ``ended_ns`` of its pictures' preparation, and ``waited_ns``, in
+                which they and its portraits waited for a process, where that is known.
             denoised: the pipeline's ``denoise_report``.
             decoded_ns: when its portraits' pixels were there.
         """
@@ -211,7 +202,7 @@ class AnswerMetadata:
             ),
             **_milliseconds(
                 encode_ms=denoised["arrived_ns"] - prepared["ended_ns"],
-                queue_ms=denoised["joined_ns"] - denoised["arrived_ns"],
+                queue_ms=denoised["joined_ns"] - denoised["arrived_ns"] + prepared.get("waited_ns", 0),
             ),
             **{name: denoised[name] for name in ("warp_ms", "rows_shared", "engine_ms", "numerics_id")},
             "versions": {**self._versions, "engine": denoised["engine"]},

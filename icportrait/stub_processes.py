@@ -1,4 +1,4 @@
-"""The processes that Triton's Python backend runs models in, as /proc shows them.
+"""Processes that this one starts, and those that Triton's Python backend runs models in, as /proc shows them.
 
 Tritonserver 2.51 doesn't start such a process again when it has ended: its model stays READY, what is sent to it fails
 after one to three seconds, and what an ended front had accepted is never answered. The process stays a zombie.
@@ -7,6 +7,8 @@ after one to three seconds, and what an ended front had accepted is never answer
 from __future__ import annotations
 
 import os
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +16,10 @@ PROC = Path("/proc")
 STUB = "triton_python_backend_stub"
 # Of what follows the name in /proc/<pid>/stat: the fields that proc(5) numbers 3, 4, 22 and 52.
 STATE, PARENT, STARTED, EXIT_CODE = 0, 1, 19, 49
+
+_DYING = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {:d}); os.execv(sys.argv[1], sys.argv[1:])"
+"""Asks the kernel for a signal once the thread that starts this ends (PR_SET_PDEATHSIG is 1), and becomes the command.
+Between fork and exec, a process of many threads may do next to nothing."""
 
 
 @dataclass(frozen=True)
@@ -81,3 +87,16 @@ def is_stopped(pid: int) -> bool:
     """Whether a signal has stopped the process; one that a debugger holds isn't."""
     fields = _stat(pid)
     return fields is not None and fields[STATE] == "T"
+
+
+def dying_with_parent(number: signal.Signals, command: list[str]) -> list[str]:
+    """The command, in a process that gets a signal once the thread that has started it ends."""
+    return [sys.executable, "-I", "-S", "-c", _DYING.format(number), *command]
+
+
+def log_hint(log_file: Path | None) -> str:
+    """Where a message's reader finds why a process has ended: the end of its log, or above."""
+    if log_file is None:
+        return "; its output above has the cause"
+    tail = log_file.read_text(errors="replace").splitlines()[-15:]
+    return f"; the end of {log_file}:\n" + "\n".join(tail)

@@ -12,7 +12,6 @@ import math
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -27,7 +26,7 @@ from icportrait.machine_memory import oom_kills
 from icportrait.policy import POLICY_VARIABLE
 from icportrait.runtime.shared_device import DEVICE_FOLDER
 from icportrait.startup import check_plans, check_shared_memory, fit_memory, repository_policy
-from icportrait.stub_processes import StubProcess, describe, stub_processes
+from icportrait.stub_processes import StubProcess, describe, dying_with_parent, log_hint, stub_processes
 from icportrait.supervisor import Ending
 
 GPU_DEVICE = Path("/dev/nvidiactl")
@@ -37,11 +36,6 @@ KILLED_S = 5
 """How long killed processes may take to let go of a GPU's memory."""
 KILL_TAKES_S = 30.0
 """How long after the kernel has counted a kill for want of memory the killed process may still be seen to run."""
-SOCKET_PATH_BYTES = 107
-"""Linux takes no longer ones."""
-DIE_WITH_PARENT = "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); os.execv(sys.argv[1], sys.argv[1:])"
-"""Asks the kernel for SIGKILL once the thread that starts this ends (PR_SET_PDEATHSIG is 1), and becomes the server.
-Between fork and exec, a process of many threads may do next to nothing."""
 
 
 @dataclass
@@ -132,8 +126,6 @@ class TritonServer:
         try:
             self._run = Run()
             folder = self.directory
-            if len(os.fsencode(self.loop_path)) > SOCKET_PATH_BYTES:
-                raise IcPortraitError(f"{folder}: too long for a socket's path; name a shorter folder with TMPDIR")
             environment = installation.environment() | {
                 POLICY_VARIABLE: json.dumps(chosen),
                 LOOP_VARIABLE: str(self.loop_path),
@@ -165,7 +157,7 @@ class TritonServer:
                 log = stack.enter_context(self.log_file.open("wb")) if self.log_file else None
                 # A session of its own keeps a terminal's Ctrl-C from the server: it is stopped by stop(), in order.
                 self._process = subprocess.Popen(
-                    [sys.executable, "-I", "-S", "-c", DIE_WITH_PARENT, *command],
+                    dying_with_parent(signal.SIGKILL, command),
                     env=environment,
                     stdout=log,
                     stderr=subprocess.STDOUT if log else None,
@@ -248,7 +240,7 @@ class TritonServer:
             if self._is_ready():
                 return
             time.sleep(0.05)
-        raise IcPortraitError(f"tritonserver was not ready after {self.ready_timeout_s:.0f} s{self._log_hint()}")
+        raise IcPortraitError(f"tritonserver was not ready after {self.ready_timeout_s:.0f} s{log_hint(self.log_file)}")
 
     def _is_ready(self) -> bool:
         if not Path(self.grpc_address.removeprefix("unix:")).is_socket():
@@ -266,14 +258,8 @@ class TritonServer:
     def _cause(self) -> str:
         """What a failed start may be due to: where a part was killed, tritonserver ends by itself, with a status."""
         if oom_kills() == self._oom_kills:
-            return self._log_hint()
+            return log_hint(self.log_file)
         return (
             "; meanwhile the kernel has killed a process for want of memory: end other programs, allow more memory, or "
-            f"serve a smaller preset{self._log_hint()}"
+            f"serve a smaller preset{log_hint(self.log_file)}"
         )
-
-    def _log_hint(self) -> str:
-        if self.log_file is None:
-            return "; its output above has the cause"
-        tail = self.log_file.read_text(errors="replace").splitlines()[-15:]
-        return f"; the end of {self.log_file}:\n" + "\n".join(tail)

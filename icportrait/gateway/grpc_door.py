@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Collection, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -33,7 +33,7 @@ from icportrait.gateway.kserve import (
     raw_of,
     wanted_outputs,
 )
-from icportrait.gateway.tls import TlsSettings, server_context
+from icportrait.gateway.tls import Handshakes, TlsSettings, server_context
 from icportrait.gateway.wire import InferRequest, read_infer_request, receive_infer_request
 
 logger = logging.getLogger(__name__)
@@ -77,14 +77,11 @@ async def serve_grpc(
         OSError: the address can't be listened at.
     """
     door = GrpcDoor(service, access, models, settings.limits, unread)
-    context = server_context(settings, ["h2"])
+    protocol: Callable[[], asyncio.Protocol] = door.calls.protocol
+    if context := server_context(settings, ["h2"]):
+        protocol = Handshakes(context, protocol, settings.limits.header_timeout_s).protocol
     server = await asyncio.get_running_loop().create_server(
-        door.calls.protocol,
-        settings.host,
-        settings.grpc_port,
-        backlog=BACKLOG,
-        ssl=context,
-        ssl_handshake_timeout=settings.limits.header_timeout_s if context else None,
+        protocol, settings.host, settings.grpc_port, backlog=BACKLOG
     )
     door.listen(server)
     return door

@@ -13,7 +13,8 @@ import contextlib
 import json
 import logging
 import ssl
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from http import HTTPStatus
 from socket import socket
 from typing import Any
@@ -22,6 +23,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from icportrait.gateway.api import ServerLimits
+from icportrait.gateway.tls import Handshakes
 
 HEADER_BYTES = 64 * 2**10
 READ_BYTES = 64 * 2**10
@@ -78,14 +80,10 @@ class HttpServer(uvicorn.Server):
             OSError: the address can't be had.
         """
         # A socket made here would have to name TCP, else asyncio leaves Nagle's algorithm on: 40 ms an answer.
-        server = await asyncio.get_running_loop().create_server(
-            lambda: HttpConnection(self),
-            host,
-            port,
-            ssl=tls,
-            backlog=BACKLOG,
-            ssl_handshake_timeout=self.limits.header_timeout_s if tls else None,
-        )
+        protocol: Callable[[], asyncio.Protocol] = partial(HttpConnection, self)
+        if tls:
+            protocol = Handshakes(tls, protocol, self.limits.header_timeout_s).protocol
+        server = await asyncio.get_running_loop().create_server(protocol, host, port, backlog=BACKLOG)
         self.servers = [server]
         return int(server.sockets[0].getsockname()[1])
 

@@ -19,22 +19,23 @@ import json
 import logging
 import secrets
 import time
-from collections import OrderedDict, deque
-from collections.abc import Callable, Coroutine, Iterable, Mapping
+from collections import deque
+from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from icportrait.admission import Demand
 from icportrait.contract import Array
 from icportrait.errors import DeadlineMissed, IcPortraitError, PermissionDenied, Unavailable
 from icportrait.faces import Crop
-from icportrait.gateway import pictures
 from icportrait.gateway.api import Caller, Event, OnEvent, Portraits, Statistics
 from icportrait.gateway.engine import Engine, EngineLostError
 from icportrait.gateway.settings import Settings
 from icportrait.gateway.workers import Workers
+from icportrait.imaging import encode_picture
 from icportrait.manifest import Manifest
 from icportrait.masking import hide, reference_visibility
 from icportrait.policy import ServingPolicy
+from icportrait.prepared import Box, Kept, prepare
 from icportrait.request import PortraitRequest
 from icportrait.serving import AnswerMetadata, FrontStage
 from icportrait.triton_config import STREAM, UNARY
@@ -67,38 +68,6 @@ class Engines(Protocol):
         Raises:
             Unavailable: none will.
         """
-
-
-class Kept:
-    """Prepared pictures, so that one that returns isn't decoded and searched again; apart for each caller's key."""
-
-    def __init__(self, count: int, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
-        """Begin without any.
-
-        Args:
-            count: of pictures, the one that was used last staying longest; 0 keeps none.
-            seconds: that one is kept, however often it is used.
-            clock: seconds.
-        """
-        self._count, self._seconds, self._clock = count, seconds, clock
-        self._kept: OrderedDict[Any, tuple[float, tuple[Crop, Array]]] = OrderedDict()
-
-    def get(self, key: Any) -> tuple[Crop, Array] | None:
-        self._forget_old()
-        if key not in self._kept:
-            return None
-        self._kept.move_to_end(key)
-        return self._kept[key][1]
-
-    def put(self, key: Any, prepared: tuple[Crop, Array]) -> None:
-        self._kept[key] = self._clock() + self._seconds, prepared
-        while len(self._kept) > self._count:
-            self._kept.popitem(last=False)
-
-    def _forget_old(self) -> None:
-        now = self._clock()
-        for key in [key for key, (until, _) in self._kept.items() if until <= now]:
-            del self._kept[key]
 
 
 class Service:
@@ -292,27 +261,31 @@ class _Life:
 
     async def _make(self) -> Portraits:
         began_ns = time.monotonic_ns()
+        decoding_waits_ns, encoding_waits_ns = [0], [0]
         (profile_crop, profile), (reference_crop, reference) = await _together(
-            self._prepare("profile", self._request.profile_box), self._prepare("reference", self._request.reference_box)
+            self._prepare("profile", self._request.profile_box, decoding_waits_ns),
+            self._prepare("reference", self._request.reference_box, decoding_waits_ns),
         )
         visibility = reference_visibility(self._service.preset, self._request.mask_ratio, self._request.seed)
         crops = profile[None], hide(reference, visibility)[None], visibility
         prepared_ns = time.monotonic_ns()
         pixels, report = await self._denoise(crops)
         pixels_ns = time.monotonic_ns()
-        images = await self._encode(pixels)
+        images = await self._encode(pixels, encoding_waits_ns)
+        waited_ns = max(decoding_waits_ns) + max(encoding_waits_ns)
         prepared = {
             "crops": {"profile": profile_crop.to_dict(), "reference": reference_crop.to_dict()},
             "started_ns": began_ns,
             "ended_ns": prepared_ns,
+            "waited_ns": waited_ns,
         }
         metadata = self._service.metadata(self._request, prepared, report, pixels_ns)
-        self.queued_ns = report["joined_ns"] - report["arrived_ns"]
+        self.queued_ns = report["joined_ns"] - report["arrived_ns"] + waited_ns
         self._let_go(metadata["stage_ms"])
         return Portraits(images, json.dumps(metadata).encode(), self._request.num_inference_steps)
 
-    async def _prepare(self, name: str, box: pictures.Box | None) -> tuple[Crop, Array]:
-        """A picture's crop and pixels, [S, S, 3]."""
+    async def _prepare(self, name: str, box: Box | None, waits_ns: list[int]) -> tuple[Crop, Array]:
+        """A picture's crop and pixels, [S, S, 3]; ``waits_ns`` takes how long it waited for a process."""
         service, data, is_base64 = self._service, self._files[name], self._request.encoding == "base64"
         if len(data) > HASHED_ASIDE_BYTES:
             digest = await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
@@ -322,7 +295,9 @@ class _Life:
         if kept := service.kept.get(key):
             return kept
         size = service.preset.image_size
-        prepared = await service.workers.run(self._demand, pictures.prepare, data, name, box, is_base64, size)
+        prepared = await service.workers.run(
+            self._demand, prepare, data, name, box, is_base64, size, on_waited=waits_ns.append
+        )
         service.kept.put(key, prepared)
         return prepared
 
@@ -343,17 +318,19 @@ class _Life:
             await self._replay()
         raise Unavailable(f"the engine has failed under this request; try again later; {RETRY}")
 
-    async def _encode(self, pixels: Array) -> tuple[bytes, ...]:
-        """Files of [n, S, S, 3] uint8."""
-        files = await _together(*(self._encode_one(portrait) for portrait in pixels))
+    async def _encode(self, pixels: Array, waits_ns: list[int]) -> tuple[bytes, ...]:
+        """Files of [n, S, S, 3] uint8; ``waits_ns`` takes how long each waited for a process."""
+        files = await _together(*(self._encode_one(portrait, waits_ns) for portrait in pixels))
         return tuple(map(base64.b64encode, files)) if self._request.encoding == "base64" else tuple(files)
 
-    async def _encode_one(self, portrait: Array) -> bytes:
+    async def _encode_one(self, portrait: Array, waits_ns: list[int]) -> bytes:
         """A file of [S, S, 3] uint8."""
         output_format = self._request.output_format
         if portrait.nbytes <= ENCODED_ASIDE_BYTES:
-            return await asyncio.to_thread(pictures.encode, portrait, output_format)
-        return await self._service.workers.run(self._demand, pictures.encode, portrait, output_format)
+            return await asyncio.to_thread(encode_picture, portrait, output_format)
+        return await self._service.workers.run(
+            self._demand, encode_picture, portrait, output_format, on_waited=waits_ns.append
+        )
 
     # Streams.
 
@@ -413,7 +390,7 @@ class _Life:
             images: tuple[bytes, ...] = ()
             if latent is not None:
                 try:
-                    images = await self._encode(await engine.decode(latent))
+                    images = await self._encode(await engine.decode(latent), [])
                 except EngineLostError:
                     continue  # the next one shows it
             await self._on_event(Event(step, self._request.num_inference_steps, images))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from icportrait.errors import IcPortraitError
+
+HANDSHAKES = 256
+"""Of a door under way at once. One takes milliseconds; a connection that begins none holds a descriptor meanwhile."""
 
 
 class TlsSettings(Protocol):
@@ -65,3 +69,64 @@ def server_context(settings: TlsSettings, protocols: Sequence[str]) -> ssl.SSLCo
 def _no_password() -> str:
     """Called where the key has one; else OpenSSL would ask for it at the terminal."""
     raise IcPortraitError("tls_key: it has a password; expected a key without")
+
+
+class Handshakes:
+    """Makes TLS connections of plain ones, within limits; where there are too many, the oldest makes room."""
+
+    def __init__(self, context: ssl.SSLContext, protocol: Callable[[], asyncio.Protocol], timeout_s: float) -> None:
+        """Prepare.
+
+        Args:
+            context: the server's.
+            protocol: makes what takes a connection once it is there; asyncio's own way counts none before that.
+            timeout_s: for a handshake.
+        """
+        self.context, self.connected, self.timeout_s = context, protocol, timeout_s
+        self._under_way: dict[_Handshake, asyncio.Transport] = {}
+
+    def protocol(self) -> asyncio.Protocol:
+        """Of a plain connection that was made just now."""
+        return _Handshake(self)
+
+    def begin(self, handshake: _Handshake, transport: asyncio.Transport) -> None:
+        self._under_way[handshake] = transport
+        if len(self._under_way) > HANDSHAKES:
+            self._under_way.pop(next(iter(self._under_way))).abort()
+
+    def end(self, handshake: _Handshake) -> None:
+        self._under_way.pop(handshake, None)
+
+
+class _Handshake(asyncio.Protocol):
+    """A connection until it has TLS."""
+
+    def __init__(self, owner: Handshakes) -> None:
+        self._owner = owner
+        self._early = bytearray()
+        self._task: asyncio.Task[None] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._owner.begin(self, transport)
+        self._task = asyncio.get_running_loop().create_task(self._run(transport))
+
+    def data_received(self, data: bytes) -> None:
+        self._early += data
+
+    async def _run(self, transport: asyncio.Transport) -> None:
+        try:
+            secured = await asyncio.get_running_loop().start_tls(
+                transport, self, self._owner.context, server_side=True, ssl_handshake_timeout=self._owner.timeout_s
+            )
+        except OSError:
+            return  # asyncio has closed it
+        finally:
+            self._owner.end(self)
+        if secured is None or secured.is_closing():
+            return
+        protocol = self._owner.connected()
+        secured.set_protocol(protocol)
+        protocol.connection_made(secured)
+        if self._early and not secured.is_closing():
+            protocol.data_received(bytes(self._early))

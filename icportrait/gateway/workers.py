@@ -17,7 +17,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from pebble import ProcessExpired, ProcessPool
@@ -50,6 +50,8 @@ class _Turn:
     """Its first argument."""
     arguments: tuple[Any, ...]
     done: asyncio.Future[Any]
+    waits_since_ns: int = field(default_factory=time.monotonic_ns)
+    waited_ns: int = 0
     deaths: int = 0
     """Of processes that had begun it."""
 
@@ -130,7 +132,7 @@ class _Worker:
 
 
 class Workers:
-    """Runs functions of ``pictures`` for requests, the most urgent first."""
+    """Runs functions on pictures for requests, the most urgent first."""
 
     def __init__(self, count: int | None, memory_bytes: int, timeout_s: float) -> None:
         """Prepare; ``start`` starts them.
@@ -168,16 +170,24 @@ class Workers:
     def pids(self) -> list[int]:
         return [worker.pid for worker in self._workers]
 
-    async def run(self, owner: Ranked, function: Callable[..., Result], data: bytes | Array, *arguments: Any) -> Result:
+    async def run(
+        self,
+        owner: Ranked,
+        function: Callable[..., Result],
+        data: bytes | Array,
+        *arguments: Any,
+        on_waited: Callable[[int], None] = lambda _: None,
+    ) -> Result:
         """``function(data, *arguments)`` in a process.
 
         Cancelling takes work that waits out of the queue; what a process has begun, it ends for nobody.
 
         Args:
             owner: its request; see ``scheduling.rank``.
-            function: of ``pictures``.
+            function: of a module's own, so that a process finds it.
             data: the first argument.
             arguments: the others.
+            on_waited: takes the nanoseconds that it waited for a process, once there is a result.
 
         Raises:
             InvalidRequest: two processes died or took too long over it.
@@ -191,6 +201,7 @@ class Workers:
         finally:
             if turn in self._waiting:
                 self._waiting.remove(turn)
+        on_waited(turn.waited_ns)
         return result
 
     def _assign(self) -> None:
@@ -203,6 +214,7 @@ class Workers:
             now_s = time.monotonic()
             turn = min(allowed, key=lambda turn: rank(turn.owner, now_s))
             self._waiting.remove(turn)
+            turn.waited_ns += time.monotonic_ns() - turn.waits_since_ns
             worker = self._free.pop()
             worker.turn = turn
             self._spawn(self._serve(worker, turn))
@@ -232,6 +244,7 @@ class Workers:
 
     def _put_back(self, turn: _Turn) -> None:
         if not turn.done.done():
+            turn.waits_since_ns = time.monotonic_ns()
             self._waiting.append(turn)
             self._assign()
 

@@ -559,6 +559,20 @@ class TestTls:
             with pytest.raises(grpc.RpcError):
                 self.ready(running, certificates / "server.pem")
 
+    def test_connections_that_begin_no_handshake_make_room(
+        self, certificates: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("icportrait.gateway.tls.HANDSHAKES", 2)
+        settings = DoorSettings(
+            tls_certificate=certificates / "server.pem",
+            tls_key=certificates / "server.key",
+            limits=ServerLimits(header_timeout_s=1000),
+        )
+        with open_door(settings=settings) as running, contextlib.ExitStack() as stack:
+            first, *_ = [stack.enter_context(connected(running)) for _ in range(3)]
+            until_closed(first)
+            assert self.ready(running, certificates / "server.pem")
+
 
 class TestLimits:
     def test_a_message_that_is_too_long_is_refused_before_it_is_sent(self, running: Running) -> None:

@@ -798,6 +798,19 @@ class TestTls:
         tls = {"tls_certificate": files / "server.pem", "tls_key": files / "server.key"}
         assert answer_of(raw(opened(tls=tls, header_timeout_s=0.2))) == b""
 
+    def test_connections_that_begin_no_handshake_make_room(
+        self, opened: Callable[..., Running], files: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("icportrait.gateway.tls.HANDSHAKES", 2)
+        tls = {"tls_certificate": files / "server.pem", "tls_key": files / "server.key"}
+        door = opened(tls=tls, header_timeout_s=1000)
+        first, *others = [raw(door) for _ in range(3)]
+        assert answer_of(first) == b""
+        live = f"https://{door.url}/v2/health/live"
+        assert curl("--cacert", str(files / "server.pem"), live, "-w", "%{http_code}").stdout == b"200"
+        for other in others:
+            other.close()
+
 
 class TestClosing:
     def test_what_runs_is_answered_and_nobody_new_is_let_in(self, door: Running) -> None:

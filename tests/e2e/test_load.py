@@ -79,3 +79,17 @@ def test_a_server_that_is_not_there_gives_one_line() -> None:
     assert answer.returncode == 1
     assert answer.stderr == f'error: {url}: no server answers; "make serve" starts one\n'
     assert answer.stdout == ""
+
+
+def test_two_servers_are_timed_side_by_side(server: ServerProcess) -> None:
+    command = [sys.executable, "-m", "benchmarks", "pairs", server.grpc_url, server.grpc_url, "--json"]
+    command += ["--rounds", "1", "--requests", "2", "--steps", "1"]
+    answer = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0, answer.stderr
+    [figures] = json.loads(answer.stdout)["rounds"]
+    # What comes second finds the latents of the first kept: the ratio tells nothing here.
+    for medians in figures["median_ms"]:
+        assert 0 < medians["denoise"] < medians["whole"]
+    assert "round 1 of 1: second to first" in answer.stderr
+    gone = subprocess.run([*command[:4], "localhost:9", *command[5:]], cwd=ROOT, capture_output=True, text=True)
+    assert (gone.returncode, gone.stderr) == (1, 'error: localhost:9: no server answers; "make serve" starts one\n')

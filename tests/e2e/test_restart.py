@@ -80,7 +80,7 @@ def test_picture_processes_that_are_killed_or_stopped_cost_callers_time_and_noth
     """All of them, while callers keep them busy with pictures that come for the first time."""
     repository = simulated_repository(tmp_path, {"unet": 1})
     # Of no meaning to a decoder.
-    new = [{name: data + index.to_bytes(2, "big") for name, data in pictures.items()} for index in range(200)]
+    new = [{name: data + index.to_bytes(2, "big") for name, data in pictures.items()} for index in range(60)]
     with supervised(repository, tmp_path) as server, ThreadPoolExecutor(CALLERS) as threads:
         workers = server.picture_workers
         assert len(workers) >= 2

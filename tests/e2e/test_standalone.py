@@ -13,6 +13,8 @@ import tritonclient.grpc as grpc_client
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from benchmarks.pairs import run_pairs
+from benchmarks.settings import PairsSettings
 from icportrait.contract import ENGINES, STANDALONE_ENSEMBLE
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
@@ -105,6 +107,12 @@ def test_a_full_queue_is_unavailable_and_says_when_to_try_again(bare: BareTriton
 def test_a_deadline_is_kept_or_told(bare: BareTriton, pictures: dict[str, bytes]) -> None:
     text = refused(bare, pictures, num_inference_steps=150, deadline_ms=200)
     assert text.startswith("UNAVAILABLE: ") and "deadline_ms: " in text
+
+
+def test_it_can_be_timed_beside_another_server(bare: BareTriton) -> None:
+    report = run_pairs(PairsSettings(bare.grpc_url, bare.grpc_url, rounds=1, requests=2, num_inference_steps=2))
+    for medians in report["rounds"][0]["median_ms"]:
+        assert 2 * UNET_MS <= medians["denoise"] < medians["whole"] and medians["beside_stages"] > 0
 
 
 def test_the_private_pipeline_is_not_there(bare: BareTriton) -> None:

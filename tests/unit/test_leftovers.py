@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -15,13 +16,14 @@ from pathlib import Path
 import pytest
 
 import icportrait.leftovers
-from icportrait.leftovers import Run, remove_leftovers
+from icportrait.leftovers import FOLDER_BYTES, Run, remove_leftovers
 
 RUN = """
 import pathlib, sys, tempfile
 import icportrait.leftovers
 
 tempfile.tempdir, icportrait.leftovers.SHM = sys.argv[1], pathlib.Path(sys.argv[2])
+icportrait.leftovers.FOLDER_BYTES = 1000
 run = icportrait.leftovers.Run()
 (icportrait.leftovers.SHM / (run.shm_prefix + "region")).touch()
 (run.folder / "loop").touch()
@@ -37,6 +39,7 @@ def shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
     monkeypatch.setattr(icportrait.leftovers, "SHM", tmp_path / "shm")
+    monkeypatch.setattr(icportrait.leftovers, "FOLDER_BYTES", 1000)
     return tmp_path / "shm"
 
 
@@ -106,3 +109,24 @@ def test_a_run_that_finds_no_room_leaves_nothing(tmp_path: Path, monkeypatch: py
     with pytest.raises(OSError, match="nowhere"):
         Run()
     assert all_files(tmp_path) == set()
+
+
+def test_where_a_sockets_path_would_be_too_long_the_folder_lies_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(icportrait.leftovers, "SHM", tmp_path)
+    with tempfile.TemporaryDirectory(prefix="ic-") as short:
+        monkeypatch.setattr(icportrait.leftovers, "SHORT", Path(short))
+        room = FOLDER_BYTES - len(f"{short}//icportrait-server-run-01234567")
+        for length, expected in ((room, Path(short, room * "x")), (room + 1, Path(short))):
+            folder = Path(short, length * "x")
+            folder.mkdir()
+            monkeypatch.setattr(tempfile, "tempdir", str(folder))
+            run = Run()
+            assert run.folder.parent == expected
+            with socket.socket(socket.AF_UNIX) as bound:
+                bound.bind(str(run.folder / "loop"))
+            left = run.folder
+            run._locks.close()
+            assert left.name in remove_leftovers() and not left.exists()

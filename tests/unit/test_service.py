@@ -20,15 +20,17 @@ from icportrait.errors import DeadlineMissed, IcPortraitError, InvalidRequest, P
 from icportrait.gateway import service
 from icportrait.gateway.api import Caller, Event, Portraits
 from icportrait.gateway.engine import EngineLostError
-from icportrait.gateway.service import ENCODED_ASIDE_BYTES, TOLD_APART, Kept, Service
+from icportrait.gateway.service import ENCODED_ASIDE_BYTES, TOLD_APART, Service
 from icportrait.gateway.settings import Settings
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
+from icportrait.prepared import Kept
 from icportrait.presets import DEMO_128
 from tests.trivial_engines import write_trivial_export
 
 SIDE = DEMO_128.image_size
 LATENT = np.zeros((1, DEMO_128.latent_channels, DEMO_128.latent_size, DEMO_128.latent_size), np.float32)
+WAITED_NS = {"prepare": 5_000_000, "encode_picture": 7_000_000}
 REPORT = {
     "arrived_ns": 1,
     "joined_ns": 2,
@@ -121,9 +123,12 @@ class Workers:
         self.gate.set()
         self.runs: list[str] = []
 
-    async def run(self, owner: Any, function: Callable[..., Any], *arguments: Any) -> Any:
+    async def run(
+        self, owner: Any, function: Callable[..., Any], *arguments: Any, on_waited: Callable[[int], None]
+    ) -> Any:
         self.runs.append(function.__name__)
         await self.gate.wait()
+        on_waited(WAITED_NS[function.__name__])
         return function(*arguments)
 
 
@@ -206,7 +211,8 @@ def test_crops_go_in_and_files_and_metadata_come_out(run: Callable[..., None]) -
         assert visibility == (1, 1, DEMO_128.latent_size, DEMO_128.latent_size)
         assert world.engine.said == [("lease", False), ("release", True)]
         statistics = world.service.statistics["ic_portrait"]
-        assert (statistics.succeeded, statistics.failed, statistics.queued_ns) == (1, 0, 1)
+        assert (statistics.succeeded, statistics.failed, statistics.queued_ns) == (1, 0, 1 + sum(WAITED_NS.values()))
+        assert metadata["queue_ms"] == 12
 
     run(test)
 
@@ -217,7 +223,7 @@ def test_small_portraits_are_encoded_without_a_process(
     async def test(world: World) -> None:
         world.engine.answer()
         assert Image.open(io.BytesIO((await world.call()).images[0])).size == (SIDE, SIDE)
-        assert "encode" not in world.workers.runs
+        assert "encode_picture" not in world.workers.runs
 
     monkeypatch.setattr(service, "ENCODED_ASIDE_BYTES", ENCODED_ASIDE_BYTES)
     run(test)
@@ -270,7 +276,7 @@ def test_a_preview_is_seen_when_its_caller_has_taken_it_and_steps_meanwhile_are_
     run(test)
 
 
-@pytest.mark.parametrize("where", ["prepare", "denoise", "encode", "stream"])
+@pytest.mark.parametrize("where", ["prepare", "denoise", "encode_picture", "stream"])
 def test_a_caller_that_leaves_gives_its_lease_back_wherever_its_request_is(
     run: Callable[..., None], where: str
 ) -> None:
@@ -281,10 +287,10 @@ def test_a_caller_that_leaves_gives_its_lease_back_wherever_its_request_is(
         await until(lambda: world.workers.runs)
         if where != "prepare":
             await world.denoising()
-        if where == "encode":
+        if where == "encode_picture":
             world.workers.gate.clear()
             world.engine.answer()
-            await until(lambda: "encode" in world.workers.runs)
+            await until(lambda: "encode_picture" in world.workers.runs)
         call.cancel()
         with pytest.raises(asyncio.CancelledError):
             await call

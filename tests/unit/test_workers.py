@@ -17,8 +17,9 @@ import pytest
 from PIL import Image
 
 from icportrait.errors import IcPortraitError, InvalidRequest
-from icportrait.gateway import pictures
 from icportrait.gateway.workers import LARGE_BYTES, Workers
+from icportrait.imaging import encode_picture
+from icportrait.prepared import prepare
 
 Result = TypeVar("Result")
 MEMORY = 3 * 2**30
@@ -87,13 +88,32 @@ def test_a_picture_comes_back_as_its_crop_and_a_broken_one_as_the_callers_mistak
     Image.fromarray(np.full((40, 60, 3), 200, np.uint8)).save(buffer, "PNG")
 
     async def test(workers: Workers) -> None:
-        crop, pixels = await workers.run(now(), pictures.prepare, buffer.getvalue(), "profile", None, False, 32)
+        crop, pixels = await workers.run(now(), prepare, buffer.getvalue(), "profile", None, False, 32)
         assert (crop.source, pixels.shape, pixels.dtype) == ("centre", (32, 32, 3), np.uint8)
         with pytest.raises(InvalidRequest, match="reference: 3 bytes that begin with b'abc' are no picture"):
-            await workers.run(now(), pictures.prepare, b"abc", "reference", None, False, 32)
-        assert (await workers.run(now(), pictures.encode, pixels, "png")).startswith(b"\x89PNG")
+            await workers.run(now(), prepare, b"abc", "reference", None, False, 32)
+        assert (await workers.run(now(), encode_picture, pixels, "png")).startswith(b"\x89PNG")
 
     run(test)
+
+
+def test_how_long_work_has_waited_for_a_process_is_told(tmp_path: Path) -> None:
+    async def test(workers: Workers) -> None:
+        waits_ns: list[int] = []
+        began_ns = time.monotonic_ns()
+        first = asyncio.ensure_future(
+            workers.run(now(), wait_for, b"", str(tmp_path), "first", on_waited=waits_ns.append)
+        )
+        await until((tmp_path / "first.begun").exists)
+        asked_ns = time.monotonic_ns()
+        second = asyncio.ensure_future(workers.run(now(), length, b"x", on_waited=waits_ns.append))
+        await until(lambda: workers._waiting)
+        went_ns = time.monotonic_ns()
+        (tmp_path / "first.end").touch()
+        await asyncio.gather(first, second)
+        assert waits_ns[0] <= asked_ns - began_ns and waits_ns[1] >= went_ns - asked_ns > 0
+
+    run(test, count=1)
 
 
 def test_work_whose_process_is_killed_is_done_by_another(tmp_path: Path) -> None:

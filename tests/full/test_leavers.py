@@ -1,0 +1,142 @@
+"""Thousands of callers who leave early, send what is wrong, or are in a hurry: the server is as it was before."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import signal
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from tritonclient.grpc import service_pb2, service_pb2_grpc
+
+from icportrait.stub_processes import descendants
+from tests.e2e.caller import infer, series, settled, tensors, until_metric
+from tests.e2e.conftest import simulated_repository
+from tests.e2e.supervised import Supervised, supervised
+
+pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
+
+CALLERS = 12
+LEAVERS, MIXED = 1000, 5000
+STOP_S = 6.0
+"""Where an inference that nobody ends is left, Triton waits for 30 s."""
+GROWTH = 1.02
+IN_FLIGHT = "nv_inference_pending_request_count"
+
+
+def request(model: str, values: dict[str, Any]) -> Any:
+    made = service_pb2.ModelInferRequest(model_name=model)
+    for tensor in tensors(values):
+        made.inputs.append(tensor._get_tensor())
+        made.raw_input_contents.append(tensor._get_content())
+    return made
+
+
+def leave(stub: Any, values: dict[str, Any], rng: random.Random) -> str:
+    """Hang up in the middle: a stream after its first answers, another call after some milliseconds."""
+    if rng.random() < 0.5:
+        stream = stub.ModelStreamInfer(iter([request("ic_portrait_stream", {**values, "preview_every": 1})]))
+        for _ in range(rng.randint(1, 3)):
+            next(stream)
+        stream.cancel()
+    else:
+        call = stub.ModelInfer.future(request("ic_portrait", values))
+        time.sleep(rng.uniform(0, 0.1))
+        call.cancel()
+    return "LEFT"
+
+
+def call(stub: Any, kind: str, pictures: dict[str, bytes], number: int) -> str:
+    """One request of a kind; how it ended."""
+    rng = random.Random(number)
+    values: dict[str, Any] = {**pictures, "seed": number, "num_inference_steps": rng.randint(1, 8)}
+    if kind == "deadline":
+        values |= {"deadline_ms": rng.randint(1, 60), "num_inference_steps": 40}
+    elif kind == "wrong option":
+        values["num_inference_steps"] = 100_000
+    elif kind == "no picture":
+        values["profile"] = rng.randbytes(1000)
+    for _ in range(1000):
+        try:
+            if kind == "leaver":
+                return leave(stub, {**values, "num_inference_steps": 40}, rng)
+            stub.ModelInfer(request("ic_portrait", values), timeout=60)
+            return "OK"
+        except grpc.RpcError as error:
+            if "is full" not in error.details() and "pending" not in error.details():
+                return str(error.code().name)
+            time.sleep(0.05)
+    return "never let in"
+
+
+def calls(server: Supervised, kinds: list[str], pictures: dict[str, bytes]) -> Counter[tuple[str, str]]:
+    with contextlib.ExitStack() as stack:
+        channels = [
+            stack.enter_context(grpc.insecure_channel(server.url, [("grpc.use_local_subchannel_pool", 1)]))
+            for _ in range(CALLERS)
+        ]
+        stubs = [service_pb2_grpc.GRPCInferenceServiceStub(channel) for channel in channels]
+        with ThreadPoolExecutor(CALLERS) as threads:
+            ends = threads.map(
+                lambda number: call(stubs[number % CALLERS], kinds[number], pictures, number), range(len(kinds))
+            )
+            return Counter(zip(kinds, ends, strict=True))
+
+
+def resident_bytes(server: Supervised) -> dict[int, int]:
+    pids = [server.process.pid, *descendants(server.process.pid)]
+    return {pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") for pid in pids}
+
+
+def stops_within_s(server: Supervised) -> float:
+    """How long tritonserver takes to stop when it is asked to, as it waits for what is in flight."""
+    pid, began_s = server.tritonserver, time.monotonic()
+    os.kill(pid, signal.SIGTERM)
+    while Path(f"/proc/{pid}/stat").exists() and ") Z " not in Path(f"/proc/{pid}/stat").read_text():
+        assert time.monotonic() < began_s + 60
+        time.sleep(0.01)
+    return time.monotonic() - began_s
+
+
+def test_a_thousand_who_leave_early_leave_nothing_in_flight(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    with supervised(simulated_repository(tmp_path, {"unet": 5}), tmp_path) as server:
+        assert calls(server, LEAVERS * ["leaver"], pictures) == {("leaver", "LEFT"): LEAVERS}
+        settled(server.metrics_url)
+        assert sum(series(server.metrics_url, IN_FLIGHT).values()) == 0
+        took_s = stops_within_s(server)
+        print(f"\ntritonserver stopped in {took_s:.1f} s after {LEAVERS} early leavers")
+        assert took_s < STOP_S
+
+
+def test_thousands_of_mixed_calls_cost_no_process_and_no_memory(tmp_path: Path, pictures: dict[str, bytes]) -> None:
+    rng = random.Random(0)
+    shares = {"plain": 45, "leaver": 30, "deadline": 10, "wrong option": 8, "no picture": 7}
+    kinds = rng.choices(list(shares), list(shares.values()), k=MIXED)
+    with supervised(simulated_repository(tmp_path, {"unet": 2}), tmp_path) as server:
+        first, *_ = infer(server.url, **pictures, seed=1, num_inference_steps=3)
+        calls(server, kinds[: MIXED // 5], pictures)
+        settled(server.metrics_url)
+        before = resident_bytes(server)
+        ends = calls(server, kinds, pictures)
+        settled(server.metrics_url)
+        after = resident_bytes(server)
+        print("\n" + "\n".join(f"{count:6} {kind}: {end}" for (kind, end), count in sorted(ends.items())))
+        print(f"resident {sum(before.values()) / 2**20:.0f} -> {sum(after.values()) / 2**20:.0f} MB")
+        assert set(ends) - {("deadline", "OK"), ("deadline", "DEADLINE_EXCEEDED"), ("deadline", "UNAVAILABLE")} == {
+            ("plain", "OK"),
+            ("leaver", "LEFT"),
+            ("wrong option", "INVALID_ARGUMENT"),
+            ("no picture", "INVALID_ARGUMENT"),
+        }
+        assert before.keys() == after.keys(), "a process has ended"
+        assert sum(after.values()) < GROWTH * sum(before.values())
+        assert infer(server.url, **pictures, seed=1, num_inference_steps=3)[0] == first
+        until_metric(server.metrics_url, "icportrait_gateway_engine_starts_total", 1)
+        assert stops_within_s(server) < STOP_S
