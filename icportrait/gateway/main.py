@@ -76,7 +76,9 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         ready=_ready_line(settings),
         probe_every_s=settings.probe_every_s,
     )
-    workers = Workers(settings.picture_workers, settings.picture_memory_bytes, settings.picture_timeout_s)
+    workers = Workers(
+        settings.picture_workers, settings.picture_cpu_s, settings.picture_memory_bytes, settings.picture_timeout_s
+    )
     service = Service(manifest, policy, settings, host, workers)
     access, models, unread = Access(settings.api_keys), KserveModels(policy), Unread(settings.limits)
     metrics = MetricsDoor(partial(_metrics_text, triton, service, host, workers, unread))

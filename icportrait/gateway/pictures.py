@@ -1,17 +1,42 @@
-"""How a process begins that decodes and encodes pictures, which a bad picture may end."""
+"""What runs in a process that decodes and encodes pictures, which a bad picture may end."""
 
 from __future__ import annotations
 
+import os
 import resource
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
 
 import icportrait.prepared  # noqa: F401  (what a picture needs)
 from icportrait import faces
 
+Result = TypeVar("Result")
+OVER_TIME = signal.SIGPROF
+"""Ends a process whose picture takes too much time, wherever in a decoder it is."""
 
-def begin(memory_bytes: int) -> None:
-    """Bound this process's address space, and load what the first picture would wait for."""
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    if most != resource.RLIM_INFINITY:
-        memory_bytes = min(memory_bytes, most)
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, most))
+
+def begin() -> None:
+    """Load what the first picture would wait for."""
     faces._finder()
+
+
+def bounded(function: Callable[..., Result], cpu_s: float, memory_bytes: int, *arguments: Any) -> Result:
+    """``function(*arguments)`` within bounds of its own, whatever came before it in this process.
+
+    Args:
+        function: what to do.
+        cpu_s: of a core; where it takes more, ``OVER_TIME`` ends the process.
+        memory_bytes: of address space beyond what the process has; where it takes more, it gets a MemoryError.
+        arguments: the function's.
+    """
+    has_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    allowed = has_bytes + memory_bytes
+    resource.setrlimit(resource.RLIMIT_AS, (allowed if most == resource.RLIM_INFINITY else min(allowed, most), most))
+    signal.setitimer(signal.ITIMER_PROF, cpu_s)
+    try:
+        return function(*arguments)
+    finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)

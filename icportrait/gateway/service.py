@@ -296,7 +296,16 @@ class _Life:
             return kept
         size = service.preset.image_size
         prepared = await service.workers.run(
-            self._demand, prepare, data, name, box, is_base64, size, on_waited=waits_ns.append
+            self._demand,
+            prepare,
+            data,
+            name,
+            box,
+            is_base64,
+            size,
+            name=name,
+            key=(key, name),
+            on_waited=waits_ns.append,
         )
         service.kept.put(key, prepared)
         return prepared

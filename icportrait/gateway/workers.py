@@ -44,7 +44,9 @@ _CONTEXT = multiprocessing.get_context("spawn")
 class _Turn:
     """Work that waits for a worker, or is done by one."""
 
-    owner: Ranked
+    owners: list[Ranked]
+    """Who wait for it: several where they asked for the same."""
+    name: str
     function: Callable[..., Any]
     data: bytes | Array
     """Its first argument."""
@@ -63,16 +65,16 @@ class _Turn:
 class _WorkerLostError(Exception):
     """The process ended, or had to be ended."""
 
-    def __init__(self, text: str, had_begun: bool) -> None:
+    def __init__(self, text: str, had_begun: bool, is_over_time: bool = False) -> None:
         super().__init__(text)
-        self.had_begun = had_begun
+        self.had_begun, self.is_over_time = had_begun, is_over_time
 
 
 class _Worker:
     """One process, and the next when it has ended."""
 
-    def __init__(self, memory_bytes: int, timeout_s: float) -> None:
-        self._memory_bytes, self._timeout_s = memory_bytes, timeout_s
+    def __init__(self, cpu_s: float, memory_bytes: int, timeout_s: float) -> None:
+        self._bounds, self._timeout_s = (cpu_s, memory_bytes), timeout_s
         self._pool: ProcessPool | None = None
         self.pid = 0
         self._pidfd = -1
@@ -83,7 +85,7 @@ class _Worker:
     def start(self) -> None:
         """Start the process and wait until it is there. Blocks: for a thread."""
         with self._changing:
-            pool = ProcessPool(1, initializer=pictures.begin, initargs=[self._memory_bytes], context=_CONTEXT)
+            pool = ProcessPool(1, initializer=pictures.begin, context=_CONTEXT)
             self._pool = pool
             self.pid = pool.schedule(os.getpid).result(START_TIMEOUT_S)
             self._pidfd = os.pidfd_open(self.pid)
@@ -116,7 +118,8 @@ class _Worker:
         assert self._pool
         try:
             # Through a pipe: 17 MB take 37 ms, and by memory that both processes open 40 ms.
-            future = asyncio.wrap_future(self._pool.schedule(turn.function, args=[turn.data, *turn.arguments]))
+            arguments = [turn.function, *self._bounds, turn.data, *turn.arguments]
+            future = asyncio.wrap_future(self._pool.schedule(pictures.bounded, args=arguments))
         except RuntimeError as error:
             raise _WorkerLostError("it had ended", had_begun=False) from error
         await asyncio.wait([future], timeout=self._timeout_s)
@@ -126,7 +129,8 @@ class _Worker:
         try:
             return future.result()
         except ProcessExpired as error:
-            raise _WorkerLostError(f"it {describe(error.exitcode or 0)}", had_begun=True) from error
+            is_over_time = error.exitcode == -pictures.OVER_TIME
+            raise _WorkerLostError(f"it {describe(error.exitcode or 0)}", True, is_over_time) from error
         except (BrokenProcessPool, asyncio.CancelledError) as error:
             raise _WorkerLostError("it had ended", had_begun=False) from error
 
@@ -134,18 +138,21 @@ class _Worker:
 class Workers:
     """Runs functions on pictures for requests, the most urgent first."""
 
-    def __init__(self, count: int | None, memory_bytes: int, timeout_s: float) -> None:
+    def __init__(self, count: int | None, cpu_s: float, memory_bytes: int, timeout_s: float) -> None:
         """Prepare; ``start`` starts them.
 
         Args:
             count: of processes; None for one a core, and two at least.
-            memory_bytes: of address space that each may take.
-            timeout_s: for one picture.
+            cpu_s: seconds of a core that one picture may take.
+            memory_bytes: that one picture may take.
+            timeout_s: for one picture, on a machine that does other things too.
         """
+        self._cpu_s = cpu_s
         count = count or max(2, len(os.sched_getaffinity(0)))
-        self._workers = [_Worker(memory_bytes, timeout_s) for _ in range(count)]
+        self._workers = [_Worker(cpu_s, memory_bytes, timeout_s) for _ in range(count)]
         self._free: list[_Worker] = []
         self._waiting: list[_Turn] = []
+        self._shared: dict[Any, _Turn] = {}
         self._most_large = max(1, count - 1)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.lost = 0
@@ -176,33 +183,53 @@ class Workers:
         function: Callable[..., Result],
         data: bytes | Array,
         *arguments: Any,
+        name: str = "picture",
+        key: Any = None,
         on_waited: Callable[[int], None] = lambda _: None,
     ) -> Result:
         """``function(data, *arguments)`` in a process.
 
-        Cancelling takes work that waits out of the queue; what a process has begun, it ends for nobody.
+        Cancelling takes work that nobody else waits for out of the queue; what a process has begun, it ends for nobody.
 
         Args:
             owner: its request; see ``scheduling.rank``.
             function: of a module's own, so that a process finds it.
             data: the first argument.
             arguments: the others.
+            name: of the input that the data came in, for messages.
+            key: equal for the same work, which is done once for all who ask meanwhile; None is like no other.
             on_waited: takes the nanoseconds that it waited for a process, once there is a result.
 
         Raises:
-            InvalidRequest: two processes died or took too long over it.
+            InvalidRequest: it takes too much time, or two processes died over it.
             IcPortraitError: the function raised it, or failed otherwise.
         """
-        turn = _Turn(owner, function, data, arguments, asyncio.get_running_loop().create_future())
-        self._waiting.append(turn)
+        turn = self._shared.get(key)
+        if turn is None or turn.done.done():
+            turn = _Turn([], name, function, data, arguments, asyncio.get_running_loop().create_future())
+            self._waiting.append(turn)
+            if key is not None:
+                self._share(key, turn)
+        turn.owners.append(owner)
         self._assign()
         try:
-            result: Result = await turn.done
+            result: Result = await asyncio.shield(turn.done)
         finally:
-            if turn in self._waiting:
-                self._waiting.remove(turn)
+            turn.owners.remove(owner)
+            if not turn.owners:
+                turn.done.cancel()
+                if turn in self._waiting:
+                    self._waiting.remove(turn)
         on_waited(turn.waited_ns)
         return result
+
+    def _share(self, key: Any, turn: _Turn) -> None:
+        def forget(_: Any) -> None:
+            if self._shared.get(key) is turn:
+                del self._shared[key]
+
+        self._shared[key] = turn
+        turn.done.add_done_callback(forget)
 
     def _assign(self) -> None:
         """Give free workers the most urgent work."""
@@ -212,7 +239,7 @@ class Workers:
             if not allowed:
                 return
             now_s = time.monotonic()
-            turn = min(allowed, key=lambda turn: rank(turn.owner, now_s))
+            turn = min(allowed, key=lambda turn: min(rank(owner, now_s) for owner in turn.owners))
             self._waiting.remove(turn)
             turn.waited_ns += time.monotonic_ns() - turn.waits_since_ns
             worker = self._free.pop()
@@ -225,10 +252,16 @@ class Workers:
         except _WorkerLostError as error:
             logger.warning("a picture's process was lost and is replaced: %s", error)
             turn.deaths += error.had_begun
-            if turn.deaths < MAX_DEATHS:
+            if error.is_over_time:
+                text = (
+                    f"takes more than {self._cpu_s:g} s of a processor; scale it down, or save it anew as a plain JPEG"
+                )
+                _fail(turn, InvalidRequest(f"{turn.name}: the picture {text}"))
+            elif turn.deaths < MAX_DEATHS:
                 self._put_back(turn)
             else:
-                _fail(turn, InvalidRequest("a picture twice ended the process that worked on it, or took too long"))
+                text = "the picture twice ended the process that worked on it, or took too long"
+                _fail(turn, InvalidRequest(f"{turn.name}: {text}"))
             await self._replace(worker)
         except Exception as error:
             if not isinstance(error, IcPortraitError):

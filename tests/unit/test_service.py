@@ -124,7 +124,7 @@ class Workers:
         self.runs: list[str] = []
 
     async def run(
-        self, owner: Any, function: Callable[..., Any], *arguments: Any, on_waited: Callable[[int], None]
+        self, owner: Any, function: Callable[..., Any], *arguments: Any, on_waited: Callable[[int], None], **_: Any
     ) -> Any:
         self.runs.append(function.__name__)
         await self.gate.wait()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
+import mmap
 import os
 import signal
 import time
@@ -22,7 +23,7 @@ from icportrait.imaging import encode_picture
 from icportrait.prepared import prepare
 
 Result = TypeVar("Result")
-MEMORY = 3 * 2**30
+MEMORY = 2**30
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,32 @@ def allocate(_: bytes, count: int) -> int:
     return len(bytearray(count))
 
 
+def keep(_: bytes, count: int) -> int:
+    kept.append(mmap.mmap(-1, count))
+    return len(kept)
+
+
+kept: list[mmap.mmap] = []
+
+
 def length(data: bytes) -> int:
     return len(data)
 
 
-def run(test: Callable[[Workers], Awaitable[Result]], count: int = 2, timeout_s: float = 20.0) -> Result:
+def spin(_: bytes, cpu_s: float, folder: str = "") -> str:
+    if folder:
+        Path(folder, str(os.getpid())).touch()
+    end_s = time.process_time() + cpu_s
+    while time.process_time() < end_s:
+        pass
+    return "done"
+
+
+def run(
+    test: Callable[[Workers], Awaitable[Result]], count: int = 2, timeout_s: float = 20.0, cpu_s: float = 10.0
+) -> Result:
     async def main() -> Result:
-        workers = Workers(count, MEMORY, timeout_s)
+        workers = Workers(count, cpu_s, MEMORY, timeout_s)
         await workers.start()
         try:
             return await test(workers)
@@ -164,6 +184,66 @@ def test_work_that_takes_too_long_is_ended(tmp_path: Path) -> None:
             await workers.run(now(), wait_for, b"", str(tmp_path), "never ended")
 
     run(test, timeout_s=0.3)
+
+
+def test_a_picture_that_takes_more_of_a_core_than_it_may_is_refused_at_once_and_others_go_on(tmp_path: Path) -> None:
+    async def test(workers: Workers) -> None:
+        bad = asyncio.ensure_future(workers.run(now(), spin, b"", 60.0, str(tmp_path), name="profile"))
+        assert [await workers.run(now(), length, b"x") for _ in range(20)] == 20 * [1]
+        with pytest.raises(InvalidRequest, match=r"^profile: the picture takes more than 0.2 s of a processor"):
+            await bad
+        assert len(list(tmp_path.iterdir())) == 1, "it was tried again"
+        await until(lambda: workers.lost == 1)
+        assert await workers.run(now(), length, b"x") == 1
+
+    run(test, cpu_s=0.2)
+
+
+def test_time_is_counted_for_each_picture() -> None:
+    async def test(workers: Workers) -> None:
+        pids = workers.pids
+        assert [await workers.run(now(), spin, b"", 0.3) for _ in range(5)] == 5 * ["done"]
+        assert (workers.pids, workers.lost) == (pids, 0)
+
+    run(test, count=1, cpu_s=1.0)
+
+
+def test_memory_is_counted_for_each_picture() -> None:
+    async def test(workers: Workers) -> None:
+        for _ in range(3):
+            assert await workers.run(now(), keep, b"", MEMORY * 3 // 4) > 0
+
+    run(test, count=1)
+
+
+def test_equal_work_at_once_is_done_once_and_whoever_is_left_gets_it(tmp_path: Path) -> None:
+    async def test(workers: Workers) -> None:
+        folder = str(tmp_path)
+        blocker = asyncio.ensure_future(workers.run(now(), wait_for, b"", folder, "blocker"))
+        await until((tmp_path / "blocker.begun").exists)
+        other = asyncio.ensure_future(workers.run(now(priority=5), wait_for, b"", folder, "other"))
+        equal = [
+            asyncio.ensure_future(workers.run(now(priority), spin, b"", 0.0, folder, key="same"))
+            for priority in (9, 9, 1)
+        ]
+        await until(lambda: len(workers._waiting) == 2)
+        equal[0].cancel()
+        (tmp_path / "blocker.end").touch()
+        assert await asyncio.gather(*equal[1:]) == ["done", "done"]
+        # It went before the other, because one of those who want it is more urgent.
+        assert not (tmp_path / "other.begun").exists() or not other.done()
+        (tmp_path / "other.end").touch()
+        await asyncio.gather(blocker, other)
+        assert sum(path.name.isdigit() for path in tmp_path.iterdir()) == 1
+        again = asyncio.ensure_future(workers.run(now(), length, b"x", key="same"))
+        await asyncio.sleep(0)
+        again.cancel()
+        for run in (equal[0], again):
+            with pytest.raises(asyncio.CancelledError):
+                await run
+        assert await workers.run(now(), length, b"xy", key="same") == 2, "nobody waits for what was given up"
+
+    run(test, count=1)
 
 
 def test_a_process_that_asks_for_too_much_memory_is_refused_it() -> None:
