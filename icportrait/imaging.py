@@ -11,21 +11,30 @@ import binascii
 import io
 import re
 import zlib
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageCms
+from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, PngImagePlugin
+from PIL.AvifImagePlugin import AvifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile, PngInfo
 from PIL.WebPImagePlugin import WebPImageFile
 
+from icportrait.damage import completed, plain_png
 from icportrait.errors import InvalidRequest
 
 MAX_FILE_BYTES = 20_000_000
-MAX_PIXELS = 32_000_000
+MAX_PIXELS = 40_000_000
+"""That are decoded."""
+MAX_JPEG_PIXELS = 400_000_000
+"""A JPEG of more than ``MAX_PIXELS`` is decoded at a half, a quarter or an eighth of its size, which is as quick."""
 MIN_SIDE_PX = 16
-_TOO_MANY_PIXELS = "the picture has too many pixels, expected at most 32 megapixels; scale it down"
+_TOO_MANY_PIXELS = "the picture has too many pixels, expected at most {:.0f} megapixels; scale it down"
+# Of what else a PNG may have, plain_png leaves nothing; a profile may be as large as the file.
+PngImagePlugin.MAX_TEXT_CHUNK = MAX_FILE_BYTES
+AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # pictures are decoded side by side
 
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
@@ -42,13 +51,17 @@ give equal bytes."""
 
 # The decoders' own classes instead of Image.open, which checks the size against a global limit of Pillow's and warns
 # through the warnings module, whose filters can't be set for one thread. Of a multi-picture JPEG this takes the first.
-_DECODERS: dict[str, type[ImageFile]] = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WebP": WebPImageFile}
+_DECODERS: dict[str, type[ImageFile]] = {
+    "JPEG": JpegImageFile,
+    "PNG": PngImageFile,
+    "WebP": WebPImageFile,
+    "AVIF": AvifImageFile,
+}
 _OTHER_FORMATS = (
     (rb"GIF8", "a GIF"),
     (rb"BM", "a BMP"),
     (rb"II\*\0|MM\0\*", "a TIFF or camera raw file"),
     (rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", "a HEIC"),
-    (rb"....ftypavi[fs]", "an AVIF"),
     (rb"....ftyp", "a video"),
     (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000"),
     (rb"\0\0\0\x0cJXL |\xff\x0a", "a JPEG XL"),
@@ -72,39 +85,44 @@ _TURN_UPRIGHT = {
 _COLOURS = Image.frombytes("RGB", (64, 1), bytes(85 * (n >> shift & 3) for n in range(64) for shift in (0, 2, 4)))
 
 
-def decode_picture(data: bytes, name: str) -> Image.Image:
-    """Decode a caller's JPEG, PNG or WebP file.
+def decode_picture(data: bytes, name: str, note: Callable[[str], object] = lambda _: None) -> Image.Image:
+    """Decode a caller's JPEG, PNG, WebP or AVIF file.
 
     The EXIF orientation is applied, an embedded colour profile is converted to sRGB (a broken one is ignored), what is
-    transparent shows white, and of an animation the first frame is taken.
+    transparent shows white, and of an animation the first frame is taken. A large JPEG is decoded smaller, and what is
+    missing at a file's end is made up where it is little (docs/pictures.md).
 
     Args:
         data: the file.
         name: the input it came in, for messages.
+        note: takes what is done with the picture, a line each.
 
     Returns:
         The upright picture, mode RGB.
 
     Raises:
-        InvalidRequest: empty, over 20 MB or 32 megapixels, a side under 16 px, another format, or damaged.
+        InvalidRequest: empty, over 20 MB or too many megapixels, a side under 16 px, another format, or damaged.
     """
     check_file_bytes(len(data), name)
     file_format = _sniff(data, name)
     try:
-        picture = _DECODERS[file_format](io.BytesIO(data))
-        _check_size(*picture.size, name)
-        picture.load()
+        picture = _loaded(file_format, plain_png(data) if file_format == "PNG" else data, name, note)
         turn, flat = _to_upright(picture), _flatten(picture)
     except (InvalidRequest, MemoryError):
         raise
     except Image.DecompressionBombError as error:
-        raise InvalidRequest(f"{name}: {_TOO_MANY_PIXELS}") from error
+        raise InvalidRequest(f"{name}: {_TOO_MANY_PIXELS.format(MAX_PIXELS / 1e6)}") from error
     except Exception as error:  # decoders raise what a damaged file makes them stumble over, not one kind of error
         raise InvalidRequest(
             f"{name}: the {file_format} is cut off or damaged ({error}); send the whole file"
         ) from error
+    if picture.info.get("icc_profile"):
+        note("its colour profile is applied")
     flat.info.clear()  # the file's metadata, its orientation among them, no longer hold
-    return flat if turn is None else flat.transpose(turn)
+    if turn is None:
+        return flat
+    note(f"its orientation is applied ({turn.name.lower().replace('_', ' ')})")
+    return flat.transpose(turn)
 
 
 def decode_base64(data: bytes, name: str) -> bytes:
@@ -160,20 +178,22 @@ def _sniff(data: bytes, name: str) -> str:
         return "PNG"
     if data.startswith(b"RIFF") and data[8:12] == b"WEBP":
         return "WebP"
-    if data.startswith((b"/9j/", b"iVBORw0KGgo", b"UklGR", b"data:")):
+    if re.match(rb"....ftypavi[fs]", data, re.DOTALL):
+        return "AVIF"
+    if data.startswith((b"/9j/", b"iVBORw0KGgo", b"UklGR", b"data:")) or re.match(rb"AAAA..Z0eXBhdml", data):
         raise InvalidRequest(f'{name}: base64 text, expected the file itself; decode it, or set encoding to "base64"')
     for pattern, kind in _OTHER_FORMATS:
         if re.match(pattern, data, re.IGNORECASE | re.DOTALL):
-            raise InvalidRequest(f"{name}: the file is {kind}, expected a JPEG, PNG or WebP; convert it first")
+            raise InvalidRequest(f"{name}: the file is {kind}, expected a JPEG, PNG, WebP or AVIF; convert it first")
     raise InvalidRequest(
-        f"{name}: {len(data)} bytes that begin with {data[:8]!r} are no picture, expected a JPEG, PNG or WebP file"
+        f"{name}: {len(data)} bytes that begin with {data[:8]!r} are no picture, expected a JPEG, PNG, WebP or AVIF"
     )
 
 
 def check_file_bytes(count: int, name: str) -> None:
     """Raise InvalidRequest where a file of ``count`` bytes is empty or over 20 MB."""
     if count == 0:
-        raise InvalidRequest(f"{name}: empty, expected the bytes of a JPEG, PNG or WebP file")
+        raise InvalidRequest(f"{name}: empty, expected the bytes of a JPEG, PNG, WebP or AVIF file")
     if count > MAX_FILE_BYTES:
         raise InvalidRequest(
             f"{name}: the file has {count:,} bytes, expected at most {MAX_FILE_BYTES:,}; "
@@ -181,9 +201,37 @@ def check_file_bytes(count: int, name: str) -> None:
         )
 
 
-def _check_size(width: int, height: int, name: str) -> None:
+def _loaded(file_format: str, data: bytes, name: str, note: Callable[[str], object]) -> ImageFile:
+    """The file, decoded."""
+    picture = _opened(file_format, data, name, note)
+    try:
+        picture.load()
+    except (OSError, SyntaxError):
+        whole = completed(file_format, data)
+        if whole is None:
+            raise
+        note("a little is missing at its end, which is made up")
+        picture = _opened(file_format, whole, name, note)
+        picture.load()
+    return picture
+
+
+def _opened(file_format: str, data: bytes, name: str, note: Callable[[str], object]) -> ImageFile:
+    picture = _DECODERS[file_format](io.BytesIO(data))
+    width, height = picture.size
+    _check_size(width, height, MAX_JPEG_PIXELS if file_format == "JPEG" else MAX_PIXELS, name)
     if width * height > MAX_PIXELS:
-        raise InvalidRequest(f"{name}: {_TOO_MANY_PIXELS} (it has {width}x{height})")
+        # Once only: a second call does nothing.
+        scale = next(scale for scale in (2, 4, 8) if width * height <= MAX_PIXELS * scale**2 or scale == 8)
+        picture.draft(None, (width // scale, height // scale))
+    if picture.size != (width, height):
+        note(f"it has {width}x{height} pixels, and is decoded at {picture.width}x{picture.height}")
+    return picture
+
+
+def _check_size(width: int, height: int, most: int, name: str) -> None:
+    if width * height > most:
+        raise InvalidRequest(f"{name}: {_TOO_MANY_PIXELS.format(most / 1e6)} (it has {width}x{height})")
     if min(width, height) < MIN_SIDE_PX:
         raise InvalidRequest(
             f"{name}: the picture is {width}x{height} px, expected at least {MIN_SIDE_PX} on each side"

@@ -26,8 +26,8 @@ from icportrait.faces import Crop
 from icportrait.imaging import check_file_bytes, encode_picture
 from icportrait.manifest import Manifest
 from icportrait.masking import hide, reference_visibility
+from icportrait.pictures import Box, Kept, prepare
 from icportrait.policy import ServingPolicy
-from icportrait.prepared import Box, Kept, prepare
 from icportrait.presets import Preset
 from icportrait.request import PortraitRequest, parse_options, parse_request
 from icportrait.sampling import NoiseSchedule

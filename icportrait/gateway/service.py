@@ -34,8 +34,8 @@ from icportrait.gateway.workers import Workers
 from icportrait.imaging import encode_picture
 from icportrait.manifest import Manifest
 from icportrait.masking import hide, reference_visibility
+from icportrait.pictures import Box, Kept, prepare
 from icportrait.policy import ServingPolicy
-from icportrait.prepared import Box, Kept, prepare
 from icportrait.request import PortraitRequest
 from icportrait.serving import AnswerMetadata, FrontStage
 from icportrait.triton_config import STREAM, UNARY

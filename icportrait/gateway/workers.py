@@ -24,7 +24,7 @@ from pebble import ProcessExpired, ProcessPool
 
 from icportrait.contract import Array
 from icportrait.errors import IcPortraitError, InvalidRequest
-from icportrait.gateway import pictures
+from icportrait.gateway import bounded
 from icportrait.scheduling import Ranked, rank
 from icportrait.stub_processes import describe, is_stopped
 
@@ -85,7 +85,7 @@ class _Worker:
     def start(self) -> None:
         """Start the process and wait until it is there. Blocks: for a thread."""
         with self._changing:
-            pool = ProcessPool(1, initializer=pictures.begin, context=_CONTEXT)
+            pool = ProcessPool(1, initializer=bounded.begin, context=_CONTEXT)
             self._pool = pool
             self.pid = pool.schedule(os.getpid).result(START_TIMEOUT_S)
             self._pidfd = os.pidfd_open(self.pid)
@@ -119,7 +119,7 @@ class _Worker:
         try:
             # Through a pipe: 17 MB take 37 ms, and by memory that both processes open 40 ms.
             arguments = [turn.function, *self._bounds, turn.data, *turn.arguments]
-            future = asyncio.wrap_future(self._pool.schedule(pictures.bounded, args=arguments))
+            future = asyncio.wrap_future(self._pool.schedule(bounded.bounded, args=arguments))
         except RuntimeError as error:
             raise _WorkerLostError("it had ended", had_begun=False) from error
         await asyncio.wait([future], timeout=self._timeout_s)
@@ -129,7 +129,7 @@ class _Worker:
         try:
             return future.result()
         except ProcessExpired as error:
-            is_over_time = error.exitcode == -pictures.OVER_TIME
+            is_over_time = error.exitcode == -bounded.OVER_TIME
             raise _WorkerLostError(f"it {describe(error.exitcode or 0)}", True, is_over_time) from error
         except (BrokenProcessPool, asyncio.CancelledError) as error:
             raise _WorkerLostError("it had ended", had_begun=False) from error

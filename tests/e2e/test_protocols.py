@@ -66,9 +66,9 @@ def test_a_bad_request_is_invalid_argument_over_grpc_and_runs_no_engine(
     assert engine_runs(server) == before
 
 
-def test_a_picture_over_32_megapixels_is_refused(server: ServerProcess, pictures: dict[str, bytes]) -> None:
-    with pytest.raises(InferenceServerException, match=r"profile: .*32 megapixels") as refusal:
-        infer(server.grpc_url, **{**pictures, "profile": png((8000, 4100))})
+def test_a_picture_over_40_megapixels_is_refused(server: ServerProcess, pictures: dict[str, bytes]) -> None:
+    with pytest.raises(InferenceServerException, match=r"profile: .*40 megapixels") as refusal:
+        infer(server.grpc_url, **{**pictures, "profile": png((8000, 5100))})
     assert refusal.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 

@@ -23,8 +23,8 @@ from icportrait.gateway.engine import EngineLostError
 from icportrait.gateway.service import ENCODED_ASIDE_BYTES, TOLD_APART, Service
 from icportrait.gateway.settings import Settings
 from icportrait.manifest import Manifest
+from icportrait.pictures import Kept
 from icportrait.policy import ServingPolicy
-from icportrait.prepared import Kept
 from icportrait.presets import DEMO_128
 from tests.trivial_engines import write_trivial_export
 

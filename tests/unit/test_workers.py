@@ -20,7 +20,7 @@ from PIL import Image
 from icportrait.errors import IcPortraitError, InvalidRequest
 from icportrait.gateway.workers import LARGE_BYTES, Workers
 from icportrait.imaging import encode_picture
-from icportrait.prepared import prepare
+from icportrait.pictures import prepare
 
 Result = TypeVar("Result")
 MEMORY = 2**30

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import icportrait.prepared  # noqa: F401  (what a picture needs)
+import icportrait.pictures  # noqa: F401  (what a picture needs)
 from icportrait import faces
 
 Result = TypeVar("Result")

@@ -1,12 +1,20 @@
-"""Pictures as the pipeline takes them: decoded, upright, cropped; and a store of those that were prepared lately."""
+"""Pictures as the pipeline takes them: decoded, upright, cropped; and a store of those that were prepared lately.
+
+``python -m icportrait.pictures FILE`` says what would be done with a picture, and why.
+"""
 
 from __future__ import annotations
 
+import argparse
+import sys
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 from icportrait.contract import Array
 from icportrait.errors import InvalidRequest
@@ -73,3 +81,35 @@ class Kept:
         now = self._clock()
         for key in [key for key, (until, _) in self._kept.items() if until <= now]:
             del self._kept[key]
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m icportrait.pictures", description="What would be done with it.")
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--box", type=float, nargs=4, metavar=("X0", "Y0", "X1", "Y1"), help="in 0..1 of the picture")
+    parser.add_argument("--size", type=int, default=512, help="the preset's (default: %(default)s)")
+    parser.add_argument("--out", type=Path, help="write the crop, as the pipeline gets it, to a PNG")
+    args = parser.parse_args(argv)
+    try:
+        data = args.file.read_bytes()
+        picture = decode_picture(data, args.file.name, note=lambda line: print(f"  {line}"))
+        crop = find_crop(picture, tuple(args.box) if args.box else None, "box")
+    except (InvalidRequest, OSError) as error:
+        print(f"refused: {error}", file=sys.stderr)
+        return 1
+    x0, y0, x1, y1 = crop.box
+    print(f"  {picture.width}x{picture.height} pixels, upright, in sRGB")
+    print(f"  crop {x0},{y0} to {x1},{y1} ({_REASONS[crop.source]}), scaled from {x1 - x0} to {args.size} pixels")
+    if args.out:
+        Image.fromarray(crop_to_square(picture, crop, args.size)).save(args.out)
+    return 0
+
+
+_REASONS = {
+    "given": "the box that was given, narrowed to a square",
+    "face": "head and shoulders of the largest face",
+    "centre": "the middle: no face was found",
+}
+
+if __name__ == "__main__":
+    sys.exit(main())
