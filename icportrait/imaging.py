@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
+from pi_heif import HeifImageFile, options
 from PIL import AvifImagePlugin, ExifTags, Image, ImageCms, PngImagePlugin
 from PIL.AvifImagePlugin import AvifImageFile
 from PIL.ImageFile import ImageFile
@@ -31,10 +32,13 @@ MAX_PIXELS = 40_000_000
 MAX_JPEG_PIXELS = 400_000_000
 """A JPEG of more than ``MAX_PIXELS`` is decoded at a half, a quarter or an eighth of its size, which is as quick."""
 MIN_SIDE_PX = 16
+FORMATS = "JPEG, PNG, WebP, AVIF or HEIC"
 _TOO_MANY_PIXELS = "the picture has too many pixels, expected at most {:.0f} megapixels; scale it down"
 # Of what else a PNG may have, plain_png leaves nothing; a profile may be as large as the file.
 PngImagePlugin.MAX_TEXT_CHUNK = MAX_FILE_BYTES
-AvifImagePlugin.DEFAULT_MAX_THREADS = 1  # pictures are decoded side by side
+# Pictures are decoded side by side.
+AvifImagePlugin.DEFAULT_MAX_THREADS = options.DECODE_THREADS = 1
+options.THUMBNAILS = False
 
 XMP = (
     '<?xpacket begin="\ufeff" id="W5M0MpCehiHzreSzNTczkc9d"?>'
@@ -56,12 +60,12 @@ _DECODERS: dict[str, type[ImageFile]] = {
     "PNG": PngImageFile,
     "WebP": WebPImageFile,
     "AVIF": AvifImageFile,
+    "HEIC": HeifImageFile,
 }
 _OTHER_FORMATS = (
     (rb"GIF8", "a GIF"),
     (rb"BM", "a BMP"),
     (rb"II\*\0|MM\0\*", "a TIFF or camera raw file"),
-    (rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", "a HEIC"),
     (rb"....ftyp", "a video"),
     (rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51", "a JPEG 2000"),
     (rb"\0\0\0\x0cJXL |\xff\x0a", "a JPEG XL"),
@@ -86,7 +90,7 @@ _COLOURS = Image.frombytes("RGB", (64, 1), bytes(85 * (n >> shift & 3) for n in 
 
 
 def decode_picture(data: bytes, name: str, note: Callable[[str], object] = lambda _: None) -> Image.Image:
-    """Decode a caller's JPEG, PNG, WebP or AVIF file.
+    """Decode a caller's JPEG, PNG, WebP, AVIF or HEIC file.
 
     The EXIF orientation is applied, an embedded colour profile is converted to sRGB (a broken one is ignored), what is
     transparent shows white, and of an animation the first frame is taken. A large JPEG is decoded smaller, and what is
@@ -113,8 +117,9 @@ def decode_picture(data: bytes, name: str, note: Callable[[str], object] = lambd
     except Image.DecompressionBombError as error:
         raise InvalidRequest(f"{name}: {_TOO_MANY_PIXELS.format(MAX_PIXELS / 1e6)}") from error
     except Exception as error:  # decoders raise what a damaged file makes them stumble over, not one kind of error
+        reason = " ".join(str(error).split())
         raise InvalidRequest(
-            f"{name}: the {file_format} is cut off or damaged ({error}); send the whole file"
+            f"{name}: the {file_format} is cut off or damaged ({reason}); send the whole file"
         ) from error
     if picture.info.get("icc_profile"):
         note("its colour profile is applied")
@@ -180,20 +185,20 @@ def _sniff(data: bytes, name: str) -> str:
         return "WebP"
     if re.match(rb"....ftypavi[fs]", data, re.DOTALL):
         return "AVIF"
+    if re.match(rb"....ftyp(hei[cxms]|hev[cxms]|mif1|msf1)", data, re.DOTALL):
+        return "HEIC"
     if data.startswith((b"/9j/", b"iVBORw0KGgo", b"UklGR", b"data:")) or re.match(rb"AAAA..Z0eXBhdml", data):
         raise InvalidRequest(f'{name}: base64 text, expected the file itself; decode it, or set encoding to "base64"')
     for pattern, kind in _OTHER_FORMATS:
         if re.match(pattern, data, re.IGNORECASE | re.DOTALL):
-            raise InvalidRequest(f"{name}: the file is {kind}, expected a JPEG, PNG, WebP or AVIF; convert it first")
-    raise InvalidRequest(
-        f"{name}: {len(data)} bytes that begin with {data[:8]!r} are no picture, expected a JPEG, PNG, WebP or AVIF"
-    )
+            raise InvalidRequest(f"{name}: the file is {kind}, expected a {FORMATS}; convert it first")
+    raise InvalidRequest(f"{name}: {len(data)} bytes that begin with {data[:8]!r} are no picture, expected a {FORMATS}")
 
 
 def check_file_bytes(count: int, name: str) -> None:
     """Raise InvalidRequest where a file of ``count`` bytes is empty or over 20 MB."""
     if count == 0:
-        raise InvalidRequest(f"{name}: empty, expected the bytes of a JPEG, PNG, WebP or AVIF file")
+        raise InvalidRequest(f"{name}: empty, expected the bytes of a {FORMATS}")
     if count > MAX_FILE_BYTES:
         raise InvalidRequest(
             f"{name}: the file has {count:,} bytes, expected at most {MAX_FILE_BYTES:,}; "

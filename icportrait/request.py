@@ -219,7 +219,7 @@ def parse_request(
         if name in tensors:
             values[name] = field.parse(tensors[name])
         elif field.required:
-            raise InvalidRequest(f"{name}: missing, expected the bytes of a JPEG, PNG, WebP or AVIF picture")
+            raise InvalidRequest(f"{name}: missing, expected a picture's bytes")
         else:
             values[name] = defaults.get(name, field.default)
     if values["seed"] is None:

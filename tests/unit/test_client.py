@@ -248,7 +248,7 @@ def damaged_image() -> Image.Image:
         ),
         ("a\0b", "profile: .* can't be read"),
         (Path(), r"profile: '\.' can't be read \(Is a directory\)"),
-        (b"", "profile: empty, expected the bytes of a JPEG, PNG, WebP or AVIF picture"),
+        (b"", "profile: empty, expected the bytes of a JPEG, PNG, WebP, AVIF or HEIC picture"),
         (None, "profile: type is NoneType, expected a path, encoded bytes, a PIL image or a uint8 array"),
         ([1, 2], "profile: type is list, expected a path"),
     ],

@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     generate = commands.add_parser("generate", help="two pictures in, portraits out")
     generate.set_defaults(run=_generate)
-    generate.add_argument("--profile", required=True, metavar="PICTURE", help="who it is: JPEG, PNG, WebP or AVIF")
+    generate.add_argument("--profile", required=True, metavar="PICTURE", help="who it is: JPEG, PNG, WebP, AVIF, HEIC")
     generate.add_argument("--reference", required=True, metavar="PICTURE", help="the view and the light")
     generate.add_argument(
         "-o",
@@ -97,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--preview-every", **_argument(preview_every, meaning))
     sweep = commands.add_parser("sweep", help="one picture of a profile under eight lights and in eight views")
     sweep.set_defaults(run=_sweep)
-    sweep.add_argument("--profile", required=True, metavar="PICTURE", help="who it is: JPEG, PNG, WebP or AVIF")
+    sweep.add_argument("--profile", required=True, metavar="PICTURE", help="who it is: JPEG, PNG, WebP, AVIF, HEIC")
     sweep.add_argument(
         "-o",
         "--output",

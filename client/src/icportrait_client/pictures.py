@@ -47,7 +47,7 @@ def picture_bytes(source: PictureSource, name: str) -> bytes:
             f"{name}: type is {type(source).__name__}, expected a path, encoded bytes, a PIL image or a uint8 array"
         )
     if not data:
-        raise InvalidRequest(f"{name}: empty, expected the bytes of a JPEG, PNG, WebP or AVIF picture")
+        raise InvalidRequest(f"{name}: empty, expected the bytes of a JPEG, PNG, WebP, AVIF or HEIC picture")
     return data
 
 
