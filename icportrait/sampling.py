@@ -29,6 +29,21 @@ from icportrait.errors import CheckpointError, InvalidRequest
 SCHEDULERS = ("ddim", "euler", "dpmpp_2m")
 
 _CLASSES = ("DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler")
+_FOREIGN = (
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Samplers that aren't ours. What their files say of the noise a model was trained with holds for any sampler."""
+_CLIPPING = ("DDIMScheduler", "DDPMScheduler")
+"""They clip where ``clip_sample`` is absent."""
 _DEFAULT_SPACING = {"ddim": "leading", "euler": "linspace", "dpmpp_2m": "linspace"}
 _OFF = ("clip_sample", "thresholding", "rescale_betas_zero_snr", "use_flow_sigmas", "use_dynamic_shifting")
 _OFF_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas")
@@ -47,6 +62,17 @@ _SUPPORTED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(_OFF + _OFF_SIGMAS, (False, None)),
 }
 """What a key may say where it is present. A key that is neither here nor read by name below can't change a picture."""
+_OF_SAMPLERS = (
+    "final_sigmas_type",
+    "algorithm_type",
+    "solver_order",
+    "solver_type",
+    "interpolation_type",
+    "timestep_type",
+    "variance_type",
+    "lambda_min_clipped",
+)
+"""Of these, what a foreign sampler does, and not what a model was trained with."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,11 +112,11 @@ class NoiseSchedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> NoiseSchedule:
-        """Read a diffusers ``scheduler_config.json``, whichever of the four known classes wrote it.
+        """Read a diffusers ``scheduler_config.json``, whichever class wrote it: one of our samplers' or another.
 
         An absent key takes the default of the scheduler that is planned, as ``from_config`` of diffusers has it, not
         of the class that wrote the file. ``clip_sample`` is the exception: its absence means True in a file of
-        ``DDIMScheduler`` and is refused there, but False elsewhere, since the other classes never clip.
+        ``DDIMScheduler`` or ``DDPMScheduler`` and is refused there, but False elsewhere, since the others don't clip.
 
         Raises:
             CheckpointError: a key asks for something that would change pictures and isn't supported.
@@ -99,13 +125,18 @@ class NoiseSchedule:
         unset = config.get("_use_default_values", ())
         config = {key: value for key, value in config.items() if key not in unset}
         writer = config.get("_class_name")
-        if writer is not None and writer not in _CLASSES:
-            raise _refusal("_class_name", writer, _one_of(_CLASSES))
+        if writer is not None and writer not in _CLASSES + _FOREIGN:
+            raise _refusal("_class_name", writer, _one_of(_CLASSES + _FOREIGN))
         for key, supported in _SUPPORTED.items():
+            if writer in _FOREIGN and key in _OF_SAMPLERS:
+                continue
             if key in config and config[key] not in supported:
-                raise _refusal(key, config[key], _one_of(supported))
-        if writer == "DDIMScheduler" and "clip_sample" not in config:
-            raise _refusal("clip_sample", True, "False (DDIMScheduler clips where the key is absent)")
+                advice = ""
+                if key in _OFF_SIGMAS:
+                    advice = "; with that, steps lie at other noise levels, and portraits come out a little different"
+                raise _refusal(key, config[key], _one_of(supported) + advice)
+        if writer in _CLIPPING and "clip_sample" not in config:
+            raise _refusal("clip_sample", True, f"False ({writer} clips where the key is absent)")
         betas = _betas(config)
         offset = config.get("steps_offset", 0)
         if not isinstance(offset, int) or not 0 <= offset < len(betas):
@@ -122,6 +153,12 @@ class NoiseSchedule:
             InvalidRequest: the sampler is unknown, or the training timesteps don't hold that many steps.
         """
         return _plan(self, scheduler, num_inference_steps)
+
+
+def foreign_sampler(config: Mapping[str, Any]) -> str | None:
+    """The class that wrote a ``scheduler_config.json``, where it is none of our samplers'."""
+    writer = config.get("_class_name")
+    return writer if writer in _FOREIGN else None
 
 
 def advance(latent: Any, model_output: Any, history: Any, coefficients: Any) -> tuple[Any, Any]:

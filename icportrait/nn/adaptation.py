@@ -9,7 +9,7 @@ from torch import Tensor
 
 from icportrait.errors import CheckpointError
 from icportrait.nn.checkpoint import PIPELINE_CLASS, Checkpoint, read_preset, read_scheduler_config
-from icportrait.nn.component_files import read_json, read_model
+from icportrait.nn.component_files import check_directory, read_json, read_model
 from icportrait.nn.prompt import encode_prompt, read_prompt_embedding
 from icportrait.nn.warping import WarpingNetwork
 
@@ -37,6 +37,7 @@ def from_stable_diffusion(
         CheckpointError: something is missing, unsafe or of a geometry that isn't supported; the text names it.
     """
     directory = Path(directory)
+    check_directory(directory)
     index = directory / "model_index.json"
     if index.is_file() and read_json(index).get("_class_name") == PIPELINE_CLASS:
         raise CheckpointError(f"{directory}: is an IC-Portrait checkpoint already; read it with load_checkpoint")

@@ -12,6 +12,7 @@ On disk it is a diffusers pipeline directory plus the constant prompt:
 from __future__ import annotations
 
 import json
+import logging
 import math
 import tempfile
 from dataclasses import dataclass
@@ -25,11 +26,13 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from icportrait.errors import CheckpointError
-from icportrait.nn.component_files import read_json, read_model, read_tensor
+from icportrait.nn.component_files import check_directory, read_json, read_model, read_tensor
 from icportrait.nn.geometry import geometry_differences, preset_from_configs
 from icportrait.nn.warping import WarpingNetwork
 from icportrait.presets import PRESETS, Preset
-from icportrait.sampling import NoiseSchedule
+from icportrait.sampling import SCHEDULERS, NoiseSchedule, foreign_sampler
+
+logger = logging.getLogger(__name__)
 
 PIPELINE_CLASS = "ICPortraitPipeline"
 MODEL_CLASSES: dict[str, tuple[str, Any]] = {
@@ -112,6 +115,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
         CheckpointError: a file is missing, unsafe or doesn't fit the others; the text names it.
     """
     directory = Path(directory)
+    check_directory(directory)
     index = read_index(directory)
     fields = _fields(directory / "model_index.json", index)
     prompt_embedding = read_tensor(directory / "prompt_embedding.safetensors", "prompt_embedding")
@@ -183,6 +187,11 @@ def read_scheduler_config(directory: Path, **changes: Any) -> dict[str, Any]:
         NoiseSchedule.from_config(config)
     except CheckpointError as error:
         raise CheckpointError(f"{path.parent}: {error}") from error
+    if sampler := foreign_sampler(config):
+        ours = ", ".join(SCHEDULERS)
+        logger.warning(
+            "%s: %s isn't a sampler here; its noise levels hold, and requests run by %s", path, sampler, ours
+        )
     return config
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,59 @@ from torch import Tensor
 from icportrait.errors import CheckpointError
 
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+_SINGLE_FILES = (".safetensors", *_PICKLES)
+_LFS_POINTER = b"version https://git-lfs"
 _SIZE_MISMATCH = re.compile(
     r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, "
     r"the shape in current model is torch\.Size\((.*?)\)"
 )
+
+
+def check_directory(path: Path) -> None:
+    """Make sure that a checkpoint is a directory with components in it.
+
+    Raises:
+        CheckpointError: it is missing, or a single file, or has only such a one in it.
+    """
+    if not path.exists():
+        raise CheckpointError(f"{path}: there is no such directory")
+    single = path
+    if path.is_dir():
+        files = [file for file in sorted(path.iterdir()) if file.suffix in _SINGLE_FILES]
+        if not files or any(file.is_dir() for file in path.iterdir()):
+            return
+        single = files[0]
+    raise CheckpointError(
+        f"{single}: all in one file, expected a directory in diffusers' layout (unet/, vae/, scheduler/, ...). With "
+        "diffusers installed, StableDiffusionPipeline.from_single_file(FILE).save_pretrained(DIRECTORY) makes one"
+    )
+
+
+def check_file(path: Path) -> None:
+    """Make sure that a file is itself and whole, as far as its beginning and its size tell.
+
+    Raises:
+        CheckpointError: it is a git-lfs pointer, or a safetensors file that was cut off.
+    """
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        begin = file.read(len(_LFS_POINTER))
+        if begin == _LFS_POINTER:
+            raise CheckpointError(f"{path}: a git-lfs pointer in place of the file; fetch it with: git lfs pull")
+        if path.suffix != ".safetensors" or len(begin) < 8:
+            return
+        (header_bytes,) = struct.unpack_from("<Q", begin)
+        size = path.stat().st_size
+        file.seek(8)
+        header = file.read(header_bytes) if header_bytes <= size else b""
+    try:
+        ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
+        expected = 8 + header_bytes + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+        return  # safetensors' own reader says what is wrong
+    if size < expected:
+        raise CheckpointError(f"{path}: cut off: {size:,} bytes, expected {expected:,}; copy or download it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -26,6 +76,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is no such file, or it holds something else.
     """
+    check_file(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -47,6 +98,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
         raise CheckpointError(f"{path}: only .safetensors files are read, because others can run code when read")
     if not path.is_file():
         raise CheckpointError(f"{path}: the file is missing, expected a tensor {name!r} in it")
+    check_file(path)
     try:
         tensors = load_file(path)
     except (OSError, SafetensorError) as error:
@@ -72,6 +124,8 @@ def read_model(model_class: Any, directory: Path) -> Any:
     """
     variant = weights_variant(directory, "diffusion_pytorch_model")
     read_json(directory / "config.json")
+    for weights in sorted(directory.glob("*.safetensors")):
+        check_file(weights)
     try:
         model, info = model_class.from_pretrained(
             directory,

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import pickle
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -336,6 +337,53 @@ def test_a_wrong_model_index_is_refused(saved: Path, changes: dict[str, Any], na
     edit_json(saved / "model_index.json", **changes)
     with pytest.raises(CheckpointError, match=named):
         load_checkpoint(saved)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 3438167540\n"
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", f"vae/{WEIGHTS}", "prompt_embedding.safetensors"])
+def test_a_git_lfs_pointer_is_named(saved: Path, file: str) -> None:
+    (saved / file).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=f"{Path(file).name}: a git-lfs pointer .*: git lfs pull$"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("file", [f"unet/{WEIGHTS}", "prompt_embedding.safetensors"])
+@pytest.mark.parametrize("lacks", [1, 100])
+def test_weights_that_were_cut_off_are_named_with_both_sizes(saved: Path, file: str, lacks: int) -> None:
+    data = (saved / file).read_bytes()
+    (saved / file).write_bytes(data[:-lacks])
+    text = f"{Path(file).name}: cut off: {len(data) - lacks:,} bytes, expected {len(data):,}; copy or download it again"
+    with pytest.raises(CheckpointError, match=re.escape(text)):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 20])
+def test_weights_without_a_header_are_damaged(saved: Path, length: int) -> None:
+    (saved / "unet" / WEIGHTS).write_bytes((saved / "unet" / WEIGHTS).read_bytes()[:length])
+    with pytest.raises(CheckpointError, match="unet"):
+        load_checkpoint(saved)
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, from_stable_diffusion])
+def test_a_single_file_is_told_how_it_becomes_a_directory(tmp_path: Path, read: Any) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    for path in (tmp_path / "model.safetensors", tmp_path):
+        with pytest.raises(CheckpointError, match=r"model.safetensors: all in one file, .*from_single_file\(FILE\)"):
+            read(path)
+    with pytest.raises(CheckpointError, match="there is no such directory"):
+        read(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("writer", ["UniPCMultistepScheduler", "LCMScheduler"])
+def test_another_sampler_is_told(saved: Path, caplog: pytest.LogCaptureFixture, writer: str) -> None:
+    edit_json(saved / "scheduler" / "scheduler_config.json", _class_name=writer)
+    load_checkpoint(saved)
+    assert (
+        f"{writer} isn't a sampler here; its noise levels hold, and requests run by ddim, euler, dpmpp_2m"
+        in caplog.text
+    )
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\udcff"])

@@ -7,13 +7,15 @@ import subprocess
 import sys
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
+from icportrait import sampling
 from icportrait.errors import CheckpointError, InvalidRequest
-from icportrait.sampling import SCHEDULERS, NoiseSchedule, StepPlan, advance, guide
+from icportrait.sampling import SCHEDULERS, NoiseSchedule, StepPlan, advance, foreign_sampler, guide
 
 REFERENCE = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 SPACINGS = (None, "leading", "linspace", "trailing")
@@ -283,6 +285,30 @@ def test_clip_sample_may_be_absent_where_its_writer_never_clips() -> None:
     assert NoiseSchedule.from_config(config) == NoiseSchedule.from_config(SD15)
     with pytest.raises(CheckpointError, match="clip_sample is True, expected False"):
         NoiseSchedule.from_config({**config, "_class_name": "DDIMScheduler"})
+
+
+@pytest.mark.parametrize("writer", sampling._FOREIGN)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+def test_another_samplers_file_says_what_noise_the_model_knows(writer: str, spacing: str) -> None:
+    """A file as diffusers writes it for each of them, with all that is its own."""
+    ours = {**SD15, "timestep_spacing": spacing, "clip_sample": False}
+    if writer == "LMSDiscreteScheduler":  # needs scipy, to be made
+        written = {**ours, "_class_name": writer}
+    else:
+        written = json.loads(getattr(diffusers, writer).from_config(ours).to_json_string())
+    assert written["_class_name"] == writer
+    assert NoiseSchedule.from_config(written) == NoiseSchedule.from_config(ours)
+    assert (foreign_sampler(written), foreign_sampler(ours)) == (writer, None)
+    with pytest.raises(CheckpointError, match="use_karras_sigmas is True, expected False or None; with that"):
+        NoiseSchedule.from_config({**written, "use_karras_sigmas": True})
+    with pytest.raises(CheckpointError, match="prediction_type is 'sample'"):
+        NoiseSchedule.from_config({**written, "prediction_type": "sample"})
+
+
+def test_where_a_file_of_a_clipping_sampler_does_not_say_it_does() -> None:
+    config = {key: value for key, value in SD15.items() if key != "clip_sample"}
+    with pytest.raises(CheckpointError, match="DDPMScheduler clips where the key is absent"):
+        NoiseSchedule.from_config({**config, "_class_name": "DDPMScheduler"})
 
 
 @pytest.mark.parametrize(
