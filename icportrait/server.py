@@ -189,9 +189,9 @@ def _make_key(name: str | None) -> int:
     if not name:
         raise IcPortraitError("key: its name is missing, as in: icportrait-server key studio")
     key, section = new_key(name)
-    print("# For the file of keys; the key itself goes to its caller, and is written nowhere else.", file=sys.stderr)
-    print(section, file=sys.stderr, end="")
-    print(key)
+    # So that >> can't put the key itself into a file.
+    print(section, end="")
+    print(f"the key, for its caller; it is written nowhere: {key}", file=sys.stderr)
     return 0
 
 

@@ -35,6 +35,8 @@ _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _RETRY_AFTER = re.compile(r"retry_after_ms: (\d+)")
 JSON = (b"content-type", b"application/json")
+# nginx would hold events back until some kilobytes have come.
+_OF_EVENTS = [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store"), (b"x-accel-buffering", b"no")]
 
 
 class CallerGone(Exception):
@@ -123,7 +125,7 @@ class Exchange:
             with self._held(len(event)) as held:
                 if not self._status_sent:
                     self._is_stream = True
-                    await self._start(200, [(b"content-type", b"text/event-stream"), (b"cache-control", b"no-store")])
+                    await self._start(200, _OF_EVENTS)
                 await self._write([event], held)
                 await self._body(b"")
 

@@ -120,7 +120,7 @@ class HttpConnection(HttpToolsProtocol):
         self._write_timer: asyncio.TimerHandle | None = None
         self._is_deaf = False
         """What comes is thrown away, and only read for the connection's end."""
-        self._reads_header, self._header_bytes = True, 0
+        self._reads_header, self._header_bytes, self._parsed_bytes = True, 0, 0
         self._chunks = self._body_bytes = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -146,8 +146,7 @@ class HttpConnection(HttpToolsProtocol):
         if self._reads_header:
             self._header_bytes += len(data)
             if self._header_bytes > HEADER_BYTES:
-                text = f"the request's header has more than {HEADER_BYTES} bytes"
-                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
+                self._refuse_header()
 
     def on_message_begin(self) -> None:
         if self._is_deaf:
@@ -158,7 +157,7 @@ class HttpConnection(HttpToolsProtocol):
             self.cycle.keep_alive = False
             self._is_deaf = True
             return
-        self._reads_header, self._header_bytes = True, 0
+        self._reads_header, self._header_bytes, self._parsed_bytes = True, 0, 0
         self._chunks = self._body_bytes = 0
         self._wait_for_request(self._limits.header_timeout_s)
         super().on_message_begin()
@@ -168,6 +167,9 @@ class HttpConnection(HttpToolsProtocol):
             return
         self._reads_header = False
         self._stop_waiting()
+        if self._parsed_bytes > HEADER_BYTES:  # its end came with what was read last
+            self._refuse_header()
+            return
         upgrades = self.parser.should_upgrade()
         if upgrades and any(name in _OF_BODIES and value != b"0" for name, value in self.headers):
             # The parser takes what follows for another protocol's.
@@ -181,9 +183,11 @@ class HttpConnection(HttpToolsProtocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         # After the body, a chunked request may have more of them, which are nobody's.
         if self._reads_header and not self._is_deaf:
+            self._parsed_bytes += len(name) + len(value)
             super().on_header(name, value)
 
     def on_url(self, url: bytes) -> None:
+        self._parsed_bytes += len(url)
         if not self._is_deaf:
             super().on_url(url)
 
@@ -252,6 +256,10 @@ class HttpConnection(HttpToolsProtocol):
             self._refuse(HTTPStatus.REQUEST_TIMEOUT, text)
         else:
             self.leave()
+
+    def _refuse_header(self) -> None:
+        text = f"the request's header has more than {HEADER_BYTES} bytes"
+        self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, text)
 
     def _refuse(self, status: HTTPStatus, text: str) -> None:
         """Answer and end, without the application."""

@@ -29,6 +29,7 @@ from icportrait.triton_server import GPU_DEVICE, TritonServer
 
 Door = TypeVar("Door")
 DESCRIPTORS = 2**16
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CLOSE_GRACE_S = 2.0
 """For answers on their way to callers, once all requests are answered."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -62,6 +63,10 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
     for number in STOP_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, stopped.set)
     raise_descriptors()
+    if not (settings.repository / "denoise").is_dir():
+        raise IcPortraitError(
+            f"repository: {settings.repository} is none, expected a folder assembled by python -m icportrait.repository"
+        )
     manifest = Manifest.read(settings.repository / "denoise" / "1")
     policy, _ = fit_memory(settings.repository, repository_policy(settings.repository, settings.policy))
     triton = TritonServer(
@@ -88,7 +93,9 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         doors.append(await _listen("grpc_port", settings, grpc))
         http = serve_http(service, settings, access, models, unread)
         doors.append(await _listen("http_port", settings, http))
-        await _listen("metrics_port", settings, metrics.start(settings.host, settings.metrics_port))
+        await _listen("metrics_port", settings, metrics.start(settings.metrics_host, settings.metrics_port))
+        if warning := _openness(settings):
+            say(warning)
         say(f"starting tritonserver on {settings.repository}")
         if not GPU_DEVICE.exists():
             say("without a GPU, what tritonserver says of CUDA and of pinned memory is no fault")
@@ -117,9 +124,10 @@ def raise_descriptors() -> None:
 
 def _ready_line(settings: Settings) -> str:
     assert settings.repository
-    host, note = settings.host, simulation_note(settings.repository)
-    ports = (
-        f"gRPC {host}:{settings.grpc_port}, HTTP {host}:{settings.http_port}, metrics {host}:{settings.metrics_port}"
+    note = simulation_note(settings.repository)
+    ports = ", ".join(
+        f"{name} {_address(settings, port)}"
+        for name, port in (("gRPC", "grpc_port"), ("HTTP", "http_port"), ("metrics", "metrics_port"))
     )
     return f"ready: {ports}; {note}" if note else f"ready: {ports}"
 
@@ -130,7 +138,27 @@ async def _listen(name: str, settings: Settings, opening: Awaitable[Door]) -> Do
         return await opening
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
-        raise IcPortraitError(f"{name}: {settings.host}:{getattr(settings, name)}: {reason}") from error
+        raise IcPortraitError(f"{name}: {_address(settings, name)}: {reason}") from error
+
+
+def _address(settings: Settings, port: str) -> str:
+    host = settings.metrics_host if port == "metrics_port" else settings.host
+    return f"{f'[{host}]' if ':' in host else host}:{getattr(settings, port)}"
+
+
+def _openness(settings: Settings) -> str | None:
+    """What whoever runs the server should know of a door that others reach."""
+    if settings.host in LOOPBACK:
+        return None
+    missing = [
+        text
+        for text, setting in (
+            ("anyone who reaches it may ask for portraits (api_keys)", settings.api_keys or settings.tls_client_ca),
+            ("pictures and keys travel unencrypted (tls_certificate)", settings.tls_certificate),
+        )
+        if not setting
+    ]
+    return f"warning: it listens on {settings.host}, and {' and '.join(missing)}" if missing else None
 
 
 async def _metrics_text(

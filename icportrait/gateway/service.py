@@ -183,6 +183,7 @@ class _Life:
         self._reason: IcPortraitError | None = None
         self._timeout = asyncio.timeout_at(self._ends_s())
         self._steps = 0
+        self._asks_engine = False
         # Of streams: what is to be told, the last step among it, and the last that was told.
         self._events: deque[tuple[int, Array | None, Engine]] = deque()
         self._queued_step = self._told_step = 0
@@ -197,16 +198,21 @@ class _Life:
 
     async def run(self) -> Portraits:
         """See ``Service.generate``."""
+        has_failed = False
         try:
             async with self._timeout:
                 await self._lease()
                 return await (self._make_and_tell() if self._on_event else self._make())
+        except IcPortraitError:
+            has_failed = True
+            raise
         except TimeoutError:
             if not self._timeout.expired():
                 raise
             raise self._reason or self._missed() from None
         finally:
-            self._let_go(None)
+            # A picture that can't be read is nobody's going away, and the engine was asked for nothing.
+            self._let_go(None, is_cancelled=self._asks_engine or not has_failed)
 
     def _ends_s(self) -> float | None:
         """When the deadline passes, the request's own or its call's, by the event loop's clock."""
@@ -248,11 +254,11 @@ class _Life:
         self._queued_step = self._told_step
         engine.listen(self._request.key, self)
 
-    def _let_go(self, stage_ms: Mapping[str, float] | None) -> None:
-        """Give the lease back; without portraits this also ends what the engine still does."""
+    def _let_go(self, stage_ms: Mapping[str, float] | None, is_cancelled: bool = False) -> None:
+        """Give the lease back; ``is_cancelled`` also ends what the engine still does."""
         if self._engine:
             self._engine.listen(self._request.key, None)
-            if stage_ms is None and not self._timeout.expired():
+            if is_cancelled and not self._timeout.expired():
                 self._engine.cancel(self._request.key)
             self._engine.release(self._request.key, stage_ms)
             self._engine = None
@@ -312,6 +318,7 @@ class _Life:
 
     async def _denoise(self, crops: tuple[Array, Array, Array]) -> tuple[Array, dict[str, Any]]:
         """Pixels and the report, of the first engine that doesn't end meanwhile."""
+        self._asks_engine = True
         for _ in range(1 + MAX_REPLAYS):
             engine = self._engine
             assert engine

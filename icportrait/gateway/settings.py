@@ -53,6 +53,7 @@ class Settings:
     host: str = _setting("127.0.0.1", "address to listen on")
     grpc_port: int = _setting(8001, "of gRPC", 1, 65535)
     http_port: int = _setting(8000, "of HTTP", 1, 65535)
+    metrics_host: str = _setting("127.0.0.1", "address to listen on for metrics, which need no key")
     metrics_port: int = _setting(8002, "of Prometheus' metrics", 1, 65535)
 
     api_keys: Path | None = _setting(None, "file of API keys; without one, no key is asked for")

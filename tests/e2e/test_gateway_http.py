@@ -602,6 +602,18 @@ class TestLimits:
     def test_a_header_that_is_too_large_ends_with_a_431(self, door: Running, header: bytes) -> None:
         assert first_of(raw(door, b"GET /v2 HTTP/1.1\r\n", header)).startswith(b"HTTP/1.1 431 ")
 
+    @pytest.mark.parametrize("pause_after", [0, 1000])
+    def test_a_header_has_64_kilobytes_whatever_is_read_with_its_end(self, door: Running, pause_after: int) -> None:
+        for size, status in ((60_000, b"200"), (66_000, b"431"), (120_000, b"431")):
+            head = (
+                b"POST /v2/health/live HTTP/1.1\r\nhost: a\r\ncontent-length: 60000\r\na: " + size * b"x" + b"\r\n\r\n"
+            )
+            if status == b"200":
+                head = head.replace(b"POST", b"GET ", 1)
+            whole = head + bytes(60_000)
+            answer = first_of(raw(door, whole[:pause_after], whole[pause_after:]))
+            assert answer.startswith(b"HTTP/1.1 " + status), size
+
     def test_what_is_no_http_is_answered(self, door: Running) -> None:
         assert first_of(raw(door, b"\x16\x03\x01 hello\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
 

@@ -414,6 +414,17 @@ def test_what_may_not_run_is_refused_before_a_picture_is_looked_at(run: Callable
     run(test)
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_a_picture_that_cannot_be_read_is_no_callers_going_away(run: Callable[..., None], is_stream: bool) -> None:
+    async def test(world: World) -> None:
+        files = {name: np.array([b"no picture"], np.object_) for name in ("profile", "reference")}
+        with pytest.raises(InvalidRequest, match="are no picture"):
+            await world.service.generate(files, Caller(), world.tell if is_stream else None)
+        assert world.engine.said == [("lease", False), ("release", False)]
+
+    run(test)
+
+
 def test_more_than_the_limit_are_refused_and_places_come_back(run: Callable[..., None]) -> None:
     async def test(world: World) -> None:
         calls = [world.call(), world.call()]

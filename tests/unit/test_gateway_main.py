@@ -1,0 +1,59 @@
+"""What a server says of itself, and of what it can't begin with."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from icportrait.gateway.main import _openness, _ready_line
+from icportrait.gateway.settings import Settings
+from icportrait.presets import DEMO_128
+from icportrait.server import main
+from tests.trivial_engines import write_trivial_export
+
+FILE = Path("a file")
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({}, ()),
+        ({"host": "::1"}, ()),
+        ({"host": "0.0.0.0"}, ("api_keys", "tls_certificate")),
+        ({"host": "10.0.0.1", "api_keys": FILE}, ("tls_certificate",)),
+        ({"host": "10.0.0.1", "tls_certificate": FILE, "tls_key": FILE}, ("api_keys",)),
+        ({"host": "::", "tls_certificate": FILE, "tls_key": FILE, "tls_client_ca": FILE}, ()),
+        ({"host": "::", "tls_certificate": FILE, "tls_key": FILE, "api_keys": FILE}, ()),
+    ],
+)
+def test_a_door_that_others_reach_without_a_key_or_encryption_is_told(
+    settings: dict[str, object], told: tuple[str, ...]
+) -> None:
+    warning = _openness(Settings(**settings)) or ""  # type: ignore[arg-type]
+    assert [name for name in ("api_keys", "tls_certificate") if name in warning] == list(told)
+    assert warning.startswith("warning: it listens on") == bool(told)
+
+
+def test_metrics_stay_on_loopback_and_addresses_are_written_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icportrait.gateway.main.simulation_note", lambda repository: None)
+    line = _ready_line(Settings(repository=tmp_path, host="::"))
+    assert line == "ready: gRPC [::]:8001, HTTP [::]:8000, metrics 127.0.0.1:8002"
+
+
+def test_what_is_no_repository_is_told_how_one_is_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_trivial_export(tmp_path, DEMO_128)
+    for folder in (tmp_path, tmp_path / "gone"):
+        assert main(["--repository", str(folder)]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith(f"error: repository: {folder} is none, expected a folder assembled by python -m")
+
+
+def test_a_keys_section_can_be_added_to_a_file_without_the_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["key", "studio"]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith("[keys.studio]\nsha256 = ") and len(out.splitlines()) == 2
+    key = err.strip().rpartition(" ")[2]
+    assert len(key) > 40 and key not in out
