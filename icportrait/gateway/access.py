@@ -207,7 +207,12 @@ def new_key(name: str) -> tuple[str, str]:
 
     Returns:
         The key, which is written nowhere, and the section of the file for it.
+
+    Raises:
+        IcPortraitError: the name can't be a section's.
     """
+    if not re.fullmatch(r"[\w-]{1,64}", name, re.ASCII):
+        raise IcPortraitError(f"key: {name[:80]!r}, expected a name of letters, digits, _ and -")
     key = secrets.token_urlsafe(32)
     return key, f'[keys.{name}]\nsha256 = "{hashlib.sha256(key.encode()).hexdigest()}"\n'
 

@@ -79,7 +79,7 @@ async def serve_grpc(
     door = GrpcDoor(service, access, models, settings.limits, unread)
     protocol: Callable[[], asyncio.Protocol] = door.calls.protocol
     if context := server_context(settings, ["h2"]):
-        protocol = Handshakes(context, protocol, settings.limits.header_timeout_s).protocol
+        protocol = Handshakes(context, protocol, settings.limits.header_timeout_s, settings.limits.connections).protocol
     server = await asyncio.get_running_loop().create_server(
         protocol, settings.host, settings.grpc_port, backlog=BACKLOG
     )

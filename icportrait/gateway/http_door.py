@@ -121,6 +121,9 @@ async def serve_http(
     return HttpDoor(app, server, served, port)
 
 
+TOO_MUCH = Unavailable("too much is being sent to this server at once; retry_after_ms: 1000")
+
+
 class HttpApp:
     """The door as an ASGI application."""
 
@@ -129,6 +132,8 @@ class HttpApp:
     ) -> None:
         self.service, self.limits, self.access, self.models, self.unread = service, limits, access, models, unread
         self.incoming_bytes = 0
+        self._reading: dict[asyncio.Timeout, None] = {}
+        """Bodies on their way, those that have taken longest first."""
         self._router = Router(routes=self._routes(), redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -254,6 +259,7 @@ class HttpApp:
         await exchange.end_events()
 
     async def _portraits(self, exchange: Exchange) -> None:
+        is_stream = exchange.query.get("stream", ["0"])[-1] not in ("", "0", "false")
         caller = self._enter(exchange)
         form = PortraitsForm(exchange.header("content-type") or "")
         held = await self._read(exchange, form.feed)
@@ -262,7 +268,7 @@ class HttpApp:
         finally:
             self.incoming_bytes -= held
         output_format = inputs["output_format"][0].decode() if "output_format" in inputs else "png"
-        if exchange.query.get("stream", ["0"])[-1] not in ("", "0", "false"):
+        if is_stream:
             await self._stream_portraits(exchange, inputs, caller)
             return
         portraits = await self._make(exchange, inputs, caller)
@@ -306,8 +312,6 @@ class HttpApp:
         length = _whole_number("Content-Length", exchange.header("content-length"))
         if length is not None and length > self.limits.message_bytes:
             raise self._too_large()
-        if self.incoming_bytes + (length or 0) > self.limits.incoming_bytes:
-            raise Unavailable("too many requests are on their way; retry_after_ms: 1000")
         return self.access.enter(key, peer)
 
     def _too_large(self) -> HTTPException:
@@ -328,23 +332,37 @@ class HttpApp:
             How long it was; ``incoming_bytes`` has it until the caller takes it away.
         """
         held = 0
+        time_limit = asyncio.timeout(self.limits.body_timeout_s)
+        self._reading[time_limit] = None
         try:
-            async with asyncio.timeout(self.limits.body_timeout_s):
+            async with time_limit:
                 while data := await exchange.read():
                     held += len(data)
                     self.incoming_bytes += len(data)
                     if held > self.limits.message_bytes:
                         raise self._too_large()
                     if self.incoming_bytes > self.limits.incoming_bytes:
-                        raise Unavailable("too many requests are on their way; retry_after_ms: 1000")
+                        self._make_room(time_limit)
                     take(data)
         except TimeoutError:
             self.incoming_bytes -= held
+            if time_limit not in self._reading:
+                raise TOO_MUCH from None
             raise HTTPException(408, f"the body took longer than {self.limits.body_timeout_s:g} s") from None
         except BaseException:
             self.incoming_bytes -= held
             raise
+        finally:
+            self._reading.pop(time_limit, None)
         return held
+
+    def _make_room(self, asking: asyncio.Timeout) -> None:
+        """End the body that takes longest, so that unfinished ones keep nobody out."""
+        longest = next(iter(self._reading))
+        if longest is asking:
+            raise TOO_MUCH
+        del self._reading[longest]
+        longest.reschedule(asyncio.get_running_loop().time())
 
     async def _make(
         self, exchange: Exchange, inputs: dict[str, Array], caller: Caller, on_event: OnEvent | None = None

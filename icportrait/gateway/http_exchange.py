@@ -11,7 +11,7 @@ from urllib.parse import parse_qs
 
 from starlette.types import Receive, Scope, Send
 
-from icportrait.errors import DeadlineMissed, IcPortraitError, Unavailable, to_caller
+from icportrait.errors import DeadlineMissed, IcPortraitError, InvalidRequest, Unavailable, to_caller
 from icportrait.gateway.api import Unread
 
 STATUS = {
@@ -25,6 +25,7 @@ STATUS = {
     "UNAVAILABLE": 503,
 }
 """By an error's code; any other is the server's fault, 500. 499 is nginx's, for want of one in the standard."""
+QUERY_FIELDS = 16
 PIECE_BYTES = 64 * 2**10
 """Of an answer, handed to the connection at once."""
 LINGER_S = 2.0
@@ -77,7 +78,11 @@ class Exchange:
     @property
     def query(self) -> dict[str, list[str]]:
         """The path's parameters."""
-        return parse_qs(self._scope["query_string"].decode("latin-1"), keep_blank_values=True, max_num_fields=16)
+        text = self._scope["query_string"].decode("latin-1")
+        try:
+            return parse_qs(text, keep_blank_values=True, max_num_fields=QUERY_FIELDS)
+        except ValueError:
+            raise InvalidRequest(f"the path has more than {QUERY_FIELDS} parameters") from None
 
     async def read(self) -> bytes:
         """More of the body; empty once there is none.

@@ -23,11 +23,9 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from icportrait.gateway.api import ServerLimits
-from icportrait.gateway.tls import Handshakes
+from icportrait.gateway.tls import READ_BYTES, Handshakes
 
 HEADER_BYTES = 64 * 2**10
-READ_BYTES = 64 * 2**10
-"""Taken from a connection at once: asyncio's own 256 KB in one-byte chunks keep the loop for 200 ms."""
 KEEP_ALIVE_S = 75
 """That a connection may wait for its next request."""
 LINGER_S = 2.0
@@ -82,7 +80,7 @@ class HttpServer(uvicorn.Server):
         # A socket made here would have to name TCP, else asyncio leaves Nagle's algorithm on: 40 ms an answer.
         protocol: Callable[[], asyncio.Protocol] = partial(HttpConnection, self)
         if tls:
-            protocol = Handshakes(tls, protocol, self.limits.header_timeout_s).protocol
+            protocol = Handshakes(tls, protocol, self.limits.header_timeout_s, self.limits.connections).protocol
         server = await asyncio.get_running_loop().create_server(protocol, host, port, backlog=BACKLOG)
         self.servers = [server]
         return int(server.sockets[0].getsockname()[1])

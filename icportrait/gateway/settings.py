@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import resource
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -29,6 +30,8 @@ PREFIX = "ICPORTRAIT_"
 """Of the environment's variables. Others that begin so are let pass: Kubernetes makes some for a service's name."""
 CONFIG_VARIABLE = "ICPORTRAIT_CONFIG"
 LIMITS = ServerLimits()
+OWN_DESCRIPTORS = 256
+"""That connections leave to the process itself."""
 POLICY = (
     "slots",
     "max_queued_slots",
@@ -92,7 +95,13 @@ class Settings:
     @property
     def limits(self) -> ServerLimits:
         """What the doors ask for."""
-        return ServerLimits(**{name.name: getattr(self, name.name) for name in dataclasses.fields(ServerLimits)})
+        limits = {name.name: getattr(self, name.name) for name in dataclasses.fields(ServerLimits)}
+        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        if descriptors != resource.RLIM_INFINITY:
+            # Two doors, each with its TLS handshakes.
+            parts = 4 if self.tls_certificate else 2
+            limits["connections"] = min(self.connections, max(1, (descriptors - OWN_DESCRIPTORS) // parts))
+        return ServerLimits(**limits)
 
     @property
     def policy(self) -> dict[str, str]:

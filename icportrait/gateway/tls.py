@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from asyncio import sslproto
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from icportrait.errors import IcPortraitError
 
-HANDSHAKES = 256
-"""Of a door under way at once. One takes milliseconds; a connection that begins none holds a descriptor meanwhile."""
+READ_BYTES = 64 * 2**10
+"""Taken from a connection at once, and held for each: asyncio's own 256 KB keep the loop for long."""
+sslproto.SSLProtocol.max_size = READ_BYTES
 
 
 class TlsSettings(Protocol):
@@ -74,15 +76,18 @@ def _no_password() -> str:
 class Handshakes:
     """Makes TLS connections of plain ones, within limits; where there are too many, the oldest makes room."""
 
-    def __init__(self, context: ssl.SSLContext, protocol: Callable[[], asyncio.Protocol], timeout_s: float) -> None:
+    def __init__(
+        self, context: ssl.SSLContext, protocol: Callable[[], asyncio.Protocol], timeout_s: float, most: int
+    ) -> None:
         """Prepare.
 
         Args:
             context: the server's.
             protocol: makes what takes a connection once it is there; asyncio's own way counts none before that.
             timeout_s: for a handshake.
+            most: under way at once. One takes milliseconds; a connection that begins none is there meanwhile.
         """
-        self.context, self.connected, self.timeout_s = context, protocol, timeout_s
+        self.context, self.connected, self.timeout_s, self._most = context, protocol, timeout_s, most
         self._under_way: dict[_Handshake, asyncio.Transport] = {}
 
     def protocol(self) -> asyncio.Protocol:
@@ -91,7 +96,7 @@ class Handshakes:
 
     def begin(self, handshake: _Handshake, transport: asyncio.Transport) -> None:
         self._under_way[handshake] = transport
-        if len(self._under_way) > HANDSHAKES:
+        if len(self._under_way) > self._most:
             self._under_way.pop(next(iter(self._under_way))).abort()
 
     def end(self, handshake: _Handshake) -> None:
@@ -115,6 +120,9 @@ class _Handshake(asyncio.Protocol):
         self._early += data
 
     async def _run(self, transport: asyncio.Transport) -> None:
+        if transport.is_closing():  # TLS on it would wait for its end, which has been told
+            self._owner.end(self)
+            return
         try:
             secured = await asyncio.get_running_loop().start_tls(
                 transport, self, self._owner.context, server_side=True, ssl_handshake_timeout=self._owner.timeout_s

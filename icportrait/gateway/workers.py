@@ -252,7 +252,7 @@ class Workers:
         except _WorkerLostError as error:
             logger.warning("a picture's process was lost and is replaced: %s", error)
             turn.deaths += error.had_begun
-            if error.is_over_time:
+            if error.is_over_time and isinstance(turn.data, bytes):
                 text = (
                     f"takes more than {self._cpu_s:g} s of a processor; scale it down, or save it anew as a plain JPEG"
                 )
@@ -260,8 +260,10 @@ class Workers:
             elif turn.deaths < MAX_DEATHS:
                 self._put_back(turn)
             else:
-                text = "the picture twice ended the process that worked on it, or took too long"
-                _fail(turn, InvalidRequest(f"{turn.name}: {text}"))
+                text = "twice ended the process that worked on it, or took too long"
+                # A caller's file may be why; of pixels of ours nothing is.
+                is_file = isinstance(turn.data, bytes)
+                _fail(turn, InvalidRequest(f"{turn.name}: the picture {text}") if is_file else _ours(turn.name, text))
             await self._replace(worker)
         except Exception as error:
             if not isinstance(error, IcPortraitError):
@@ -312,6 +314,11 @@ class Workers:
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _ours(name: str, text: str) -> IcPortraitError:
+    logger.error("a %s %s", name, text)
+    return IcPortraitError(f"a {name} could not be handled on this server; its log has the cause")
 
 
 def _fail(turn: _Turn, error: IcPortraitError) -> None:

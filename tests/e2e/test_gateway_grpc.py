@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -13,8 +14,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 import warnings
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -559,19 +562,36 @@ class TestTls:
             with pytest.raises(grpc.RpcError):
                 self.ready(running, certificates / "server.pem")
 
-    def test_connections_that_begin_no_handshake_make_room(
-        self, certificates: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("icportrait.gateway.tls.HANDSHAKES", 2)
+    def test_connections_that_begin_no_handshake_make_room(self, certificates: Path) -> None:
         settings = DoorSettings(
             tls_certificate=certificates / "server.pem",
             tls_key=certificates / "server.key",
-            limits=ServerLimits(header_timeout_s=1000),
+            limits=ServerLimits(header_timeout_s=1000, connections=2),
         )
         with open_door(settings=settings) as running, contextlib.ExitStack() as stack:
             first, *_ = [stack.enter_context(connected(running)) for _ in range(3)]
             until_closed(first)
             assert self.ready(running, certificates / "server.pem")
+
+    def test_very_many_at_once_leave_nothing_behind(self, certificates: Path) -> None:
+        settings = DoorSettings(
+            tls_certificate=certificates / "server.pem",
+            tls_key=certificates / "server.key",
+            limits=ServerLimits(header_timeout_s=1000, connections=3),
+        )
+        with open_door(settings=settings) as running, contextlib.ExitStack() as stack:
+            busy = threading.Event()
+            threading.Thread(target=running.call, args=(lambda: busy.wait(30),)).start()
+            connections = [stack.enter_context(connected(running)) for _ in range(50)]
+            busy.set()  # they are all taken in one turn of the loop
+            for connection in connections[:-3]:
+                until_closed(connection)
+
+            def handshakes() -> int:
+                gc.collect()
+                return sum(isinstance(each, SSLProtocol) for each in gc.get_objects())
+
+            until(running, lambda: handshakes() <= 3)
 
 
 class TestLimits:

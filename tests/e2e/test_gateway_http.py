@@ -565,14 +565,18 @@ class TestLimits:
         connection = raw(door, head_of(GENERATE, CHUNKED), b"3e9\r\n" + b"x" * 1001 + b"\r\n")
         assert first_of(connection).startswith(b"HTTP/1.1 413 ")
 
-    def test_bodies_on_their_way_are_bounded_together(self, opened: Callable[..., Running]) -> None:
-        door = opened(incoming_bytes=1000)
+    def test_bodies_on_their_way_are_bounded_together_and_the_longest_makes_room(
+        self, opened: Callable[..., Running]
+    ) -> None:
+        door = opened(incoming_bytes=1000, body_timeout_s=1000)
         with raw(door, head_of(GENERATE, b"content-length: 900"), b"x" * 800) as slow:
-            until(lambda: ask(door, GENERATE, b" " * 300)[0] == 503, "there is no room")
+            until(lambda: door.call(lambda: door.door.app.incoming_bytes) == 800, "it is being read")
             assert ask(door, GENERATE, b" " * 100)[0] == 400
-            slow.sendall(b"x" * 100)
-            assert slow.recv(100).startswith(b"HTTP/1.1 400 ")
-        assert ask(door, GENERATE, b" " * 300)[0] == 400
+            assert ask(door, GENERATE, b" " * 300)[0] == 400
+            assert b"too much is being sent to this server at once; retry_after_ms: " in slow.recv(1000)
+        status, headers, _ = ask(door, GENERATE, b" " * 1001)
+        assert (status, headers["retry-after"]) == (503, "1")
+        assert ask(door, GENERATE, b" " * 1000)[0] == 400
 
     def test_a_compressed_body_is_refused_unread(self, door: Running) -> None:
         body = gzip.compress(json.dumps(TEXTS).encode())
@@ -613,6 +617,11 @@ class TestLimits:
             whole = head + bytes(60_000)
             answer = first_of(raw(door, whole[:pause_after], whole[pause_after:]))
             assert answer.startswith(b"HTTP/1.1 " + status), size
+
+    def test_very_many_parameters_are_the_callers_mistake(self, door: Running) -> None:
+        query = "&".join(f"a{number}=1" for number in range(17))
+        status, _, answer = ask(door, f"/v1/portraits?{query}", b"{}")
+        assert (status, b"the path has more than 16 parameters" in answer) == (400, True)
 
     def test_what_is_no_http_is_answered(self, door: Running) -> None:
         assert first_of(raw(door, b"\x16\x03\x01 hello\r\n\r\n")).startswith(b"HTTP/1.1 400 ")
@@ -810,12 +819,9 @@ class TestTls:
         tls = {"tls_certificate": files / "server.pem", "tls_key": files / "server.key"}
         assert answer_of(raw(opened(tls=tls, header_timeout_s=0.2))) == b""
 
-    def test_connections_that_begin_no_handshake_make_room(
-        self, opened: Callable[..., Running], files: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        monkeypatch.setattr("icportrait.gateway.tls.HANDSHAKES", 2)
+    def test_connections_that_begin_no_handshake_make_room(self, opened: Callable[..., Running], files: Path) -> None:
         tls = {"tls_certificate": files / "server.pem", "tls_key": files / "server.key"}
-        door = opened(tls=tls, header_timeout_s=1000)
+        door = opened(tls=tls, header_timeout_s=1000, connections=2)
         first, *others = [raw(door) for _ in range(3)]
         assert answer_of(first) == b""
         live = f"https://{door.url}/v2/health/live"

@@ -51,6 +51,21 @@ def test_what_is_no_repository_is_told_how_one_is_made(tmp_path: Path, capsys: p
         assert error.startswith(f"error: repository: {folder} is none, expected a folder assembled by python -m")
 
 
+@pytest.mark.parametrize("name", ["my studio", "a.b]", "", "x" * 65, "ü"])
+def test_a_key_has_a_name_that_a_section_can_have(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["key", name]) == 1
+    assert capsys.readouterr().err.startswith("error: key: ")
+
+
+def test_connections_leave_descriptors_to_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (1024, 1024))
+    assert Settings().limits.connections == (1024 - 256) // 2
+    assert Settings(tls_certificate=FILE, tls_key=FILE).limits.connections == (1024 - 256) // 4
+    assert Settings(connections=7).limits.connections == 7
+    monkeypatch.setattr("resource.getrlimit", lambda kind: (2**16, 2**16))
+    assert Settings().limits.connections == 1024
+
+
 def test_a_keys_section_can_be_added_to_a_file_without_the_key(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["key", "studio"]) == 0
     out, err = capsys.readouterr()

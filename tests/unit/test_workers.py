@@ -155,6 +155,15 @@ def test_work_that_kills_its_process_twice_is_refused_and_others_are_served() ->
     run(test)
 
 
+def test_a_process_that_ends_twice_over_pixels_of_ours_is_no_callers_fault() -> None:
+    async def test(workers: Workers) -> None:
+        with pytest.raises(IcPortraitError, match="could not be handled on this server") as error:
+            await workers.run(now(), die, np.zeros((4, 4, 3), np.uint8), name="portrait")
+        assert not isinstance(error.value, InvalidRequest)
+
+    run(test)
+
+
 def test_processes_that_are_killed_while_they_wait_cost_nothing() -> None:
     async def test(workers: Workers) -> None:
         killed = set(workers.pids)
