@@ -162,8 +162,8 @@ def test_keys_are_asked_for_and_share_nothing_that_is_kept(tmp_path: Path, pictu
     for name in ("one", "two"):
         command = [sys.executable, "-m", "icportrait.server", "key", name]
         made = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-        keys[name] = made.stdout.strip()
-        sections += made.stderr
+        keys[name] = made.stderr.split()[-1]
+        sections += made.stdout
     (tmp_path / "keys.toml").write_text(sections + "priorities = [1, 2]\n")
     repository = simulated_repository(tmp_path, {"unet": 1})
     flags = (f"--api-keys={tmp_path / 'keys.toml'}",)
