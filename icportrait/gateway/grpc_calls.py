@@ -15,8 +15,8 @@ import re
 import time
 import zlib
 from collections import deque
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from grpclib.const import Status
 from grpclib.metadata import decode_timeout, encode_grpc_message
@@ -36,6 +36,8 @@ MAX_CALLS = 8192
 """Of a door, idle streams included; each takes some KB."""
 SMALL_MESSAGE_BYTES = 64 * 1024
 """Of every call but an inference; also from where on a message is inflated in a thread."""
+PIECE_BYTES = 64 * 1024
+"""Of an answer, that are sent at once."""
 END_TIMEOUT_S = 5.0
 """For a call's last frame; a connection that doesn't take it is closed."""
 ECHOED = {
@@ -154,6 +156,8 @@ class Call:
         self.deadline_s = self._deadline()
         self.task: asyncio.Task[None] | None = None
         self.failure: IcPortraitError | CallError | None = None
+        self.gives_way = False
+        """It needs no key, and it, or its connection, may be ended where others need the room."""
         self.unread_bytes = 0
         self.waits_since_s = math.inf
         """Since when its connection takes nothing of an answer, by ``time.monotonic``."""
@@ -239,7 +243,7 @@ class Call:
         """Send an answer, after those before it; returns when the connection has taken it.
 
         Raises:
-            TooMuch: the call's answers, or those of all calls, aren't read.
+            TooMuch: the call's answers, or those of all calls, aren't read, or none of them for too long.
         """
         self._owner.take_unread(self, len(message))
         if asyncio.current_task() is self.task:
@@ -301,8 +305,10 @@ class Call:
                 self.waits_since_s = time.monotonic()
                 if not self._has_headers:
                     self._has_headers = True
-                    await self._stream.send_headers(self._first_headers())
-                await self._stream.send_data(b"\0" + len(message).to_bytes(4, "big") + message)
+                    await self._taken(self._stream.send_headers(self._first_headers()))
+                data, before = b"\0" + len(message).to_bytes(4, "big") + message, self._stream.data_sent
+                while (at := self._stream.data_sent - before) < len(data):
+                    await self._taken(self._stream.send_data(data[at : at + PIECE_BYTES]))
         except (H2Error, OSError):
             # The caller has gone, and nobody needs to be told.
             if self.task:
@@ -310,6 +316,24 @@ class Call:
             raise asyncio.CancelledError from None
         finally:
             self.waits_since_s = math.inf
+
+    async def _taken(self, sending: Coroutine[Any, Any, None]) -> None:
+        """Wait until the connection has taken what is sent, or, where that takes long, a part of it.
+
+        Raises:
+            TooMuch: it took nothing within the time that is set.
+        """
+        timeout_s, before = self._owner.limits.body_timeout_s, self._stream.data_sent
+        try:
+            async with asyncio.timeout(timeout_s):
+                await sending
+        except TimeoutError:
+            if self._stream.data_sent > before:
+                return
+            if not self._stream.connection.write_ready.is_set():
+                # It takes nothing at all, the call's end neither.
+                self.abort_connection()
+            raise TooMuch(f"its answers weren't read for {timeout_s:g} s") from None
 
     def _count_read(self, nbytes: int) -> None:
         self._owner.take_unread(self, -nbytes)
@@ -356,7 +380,7 @@ async def outcome(call: Call, owner: Calls) -> tuple[Status, str]:
         method = owner.methods.get(call.path)
         if method is None:
             raise Unsupported(f"{call.path[:100]}: this server has no such method")
-        if len(owner.calls) > MAX_CALLS:
+        if len(owner.calls) > MAX_CALLS and not owner.end_one_that_gives_way():
             raise TooMuch(f"{MAX_CALLS} calls are under way; try again later")
         left_s = call.deadline_s - time.monotonic()
         async with asyncio.timeout(left_s if math.isfinite(left_s) else None) as time_limit:

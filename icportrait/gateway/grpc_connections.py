@@ -13,9 +13,10 @@ from collections.abc import Callable, Mapping
 from grpclib.config import Configuration
 from grpclib.protocol import AbstractHandler, H2Protocol, Stream
 from h2.config import H2Configuration
-from h2.events import UnknownFrameReceived
+from h2.errors import ErrorCodes
+from h2.events import Event, UnknownFrameReceived
 from h2.settings import SettingCodes
-from hyperframe.frame import DataFrame, GoAwayFrame
+from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame
 
 from icportrait.errors import TooMuch, Unavailable
 from icportrait.gateway.api import ServerLimits, Unread
@@ -28,6 +29,14 @@ WINDOW_BYTES = 4 * 2**20
 """That a connection may send ahead of what is read."""
 FRAME_BYTES = 64 * 1024
 """Of a caller's frames; of those of HTTP/2's own 16 KB a large picture takes a quarter longer."""
+READ_BYTES = 64 * 1024
+"""Taken from a connection at once: asyncio's own 256 KB of the smallest frames keep the loop for half a second."""
+OWN_FRAMES_PER_S = 1000
+"""Of HTTP/2 itself (pings, settings and the like) that a connection may send over time; each takes some 20 us."""
+OWN_FRAMES_AT_ONCE = 2000
+"""After a pause."""
+SMALL_DATA_BYTES = 256
+"""A frame with less of a call's data counts as one of HTTP/2 itself; each time as many of answers allow one more."""
 OWN_DESCRIPTORS = 256
 """That are left for the process itself."""
 CONTROL_BYTES = 2**20
@@ -52,13 +61,20 @@ class Calls:
         return Connection(self)
 
     def make_room(self) -> bool:
-        """Whether another connection may stay; one without calls goes for it, the longest idle first."""
+        """Whether another connection may stay; an idle one goes for it, the one that is so for longest first."""
         if len(self.connections) < self.most_connections:
             return True
-        idle = [connection for connection in self.connections if not connection.calls]
+        idle = [connection for connection in self.connections if connection.is_idle]
         if idle:
             min(idle, key=lambda connection: connection.idle_since_s).abort()
         return bool(idle)
+
+    def end_one_that_gives_way(self) -> bool:
+        """End a call for another that needs the room; whether there was one."""
+        leaving = next((call for call in self.calls if call.gives_way and not call.failure), None)
+        if leaving:
+            leaving.fail(Unavailable("others need the room; try again later"))
+        return leaving is not None
 
     def count_incoming(self, nbytes: int) -> None:
         """Count bytes of messages that are being read. Where they are too many, the one that takes longest goes."""
@@ -124,12 +140,24 @@ class Connection(H2Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._unparsed_bytes = 0
         self._unparsed_since_s = time.monotonic()
+        self._own_frames_left: float = OWN_FRAMES_AT_ONCE
+        self._counted_at_s = time.monotonic()
+        self._counted_sent_bytes = 0
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it has no calls but such as give way."""
+        return all(call.gives_way for call in self.calls)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
         self._transport = transport
+        if hasattr(transport, "max_size"):
+            transport.max_size = READ_BYTES
         super().connection_made(_Gathering(transport))
         self._h2 = self.connection._connection
+        self._take_frame = self._h2._receive_frame
+        self._h2._receive_frame = self._receive_frame  # type: ignore[method-assign]
         if not self.owner.make_room():
             transport.abort()
             return
@@ -150,7 +178,7 @@ class Connection(H2Protocol):
             super().data_received(data)
         except Exception:
             # h2 and grpclib raise errors of many kinds at what isn't HTTP/2 as they expect it.
-            logger.debug("a connection that doesn't speak HTTP/2 is closed", exc_info=True)
+            logger.debug("a connection that doesn't speak HTTP/2, or too much of it, is closed", exc_info=True)
             self._transport.abort()
             return
         before, self._unparsed_bytes = self._unparsed_bytes, len(self._h2.incoming_buffer._data)
@@ -173,13 +201,36 @@ class Connection(H2Protocol):
         if self._transport:
             self._transport.abort()
 
-    def go_away(self) -> None:
+    def go_away(self, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
         """Tell the peer to begin no calls here; those under way go on."""
         if self._transport and not self._transport.is_closing():
             # h2 takes its own GOAWAY for the connection's end.
-            self._transport.write(
-                GoAwayFrame(stream_id=0, last_stream_id=self._h2.highest_inbound_stream_id).serialize()
-            )
+            last = self._h2.highest_inbound_stream_id
+            self._transport.write(GoAwayFrame(stream_id=0, last_stream_id=last, error_code=code).serialize())
+
+    def _receive_frame(self, frame: Frame) -> list[Event]:
+        """Count a frame before h2 takes it.
+
+        Raises:
+            TooMuch: they are too many; the connection was told so, and the rest of what came isn't looked at.
+        """
+        carries_much = isinstance(frame, DataFrame) and len(frame.data) >= SMALL_DATA_BYTES
+        if not (carries_much or isinstance(frame, HeadersFrame)):
+            self._count_own_frame()
+        return self._take_frame(frame)
+
+    def _count_own_frame(self) -> None:
+        now_s, sent_bytes = time.monotonic(), self.connection.data_sent
+        # Who reads answers tells that he has; who reads none has no reason to send many of these.
+        self._own_frames_left += (sent_bytes - self._counted_sent_bytes) / SMALL_DATA_BYTES
+        if self._own_frames_left < OWN_FRAMES_AT_ONCE:
+            came = (now_s - self._counted_at_s) * OWN_FRAMES_PER_S
+            self._own_frames_left = min(self._own_frames_left + came, OWN_FRAMES_AT_ONCE)
+        self._counted_at_s, self._counted_sent_bytes = now_s, sent_bytes
+        self._own_frames_left -= 1
+        if self._own_frames_left < 0:
+            self.go_away(ErrorCodes.ENHANCE_YOUR_CALM)
+            raise TooMuch("a connection sends too many frames that carry nothing")
 
     def _look_again(self) -> None:
         """Close a connection that hasn't begun with what HTTP/2 begins with, or that leaves a frame unfinished."""

@@ -162,6 +162,7 @@ class GrpcDoor:
         """A method of one small message each way."""
 
         async def method(call: Call) -> None:
+            call.gives_way = not needs_key
             if needs_key:
                 self._access.identify(call.headers.get(HEADER), call.peer)
             await call.send(answer(_parsed(request, await call.read())).SerializeToString())
@@ -183,8 +184,6 @@ class GrpcDoor:
 
     async def _infer(self, call: Call) -> None:
         caller = self._enter(call)
-        if refusal := self._service.refusal():
-            raise refusal
         received = await call.receive(self._limits.message_bytes, receive_infer_request, read_infer_request)
         if received is None:
             raise InvalidRequest("the call has no message")
@@ -220,8 +219,6 @@ class GrpcDoor:
         """What answers a request."""
         try:
             caller = self._enter(call)
-            if refusal := self._service.refusal():
-                raise refusal
             request, inputs = _checked(self._models, received)
             on_event = self._on_event(call, request) if request.model.is_stream else None
             generating = self._service.generate(inputs, replace(caller, deadline_ms=call.deadline_ms), on_event)
@@ -274,6 +271,7 @@ class GrpcDoor:
             call.fail(unread)
 
     async def _check(self, call: Call) -> None:
+        call.gives_way = True
         request = _parsed(HealthCheckRequest, await call.read())
         if (
             status := self._serving_status(request.service, self._service.is_ready)
@@ -283,6 +281,7 @@ class GrpcDoor:
 
     async def _watch(self, call: Call) -> None:
         """The status now, and whenever it changes."""
+        call.gives_way = True
         service = _parsed(HealthCheckRequest, await call.read()).service
         self._watchers += 1
         if self._poller is None:
@@ -316,6 +315,14 @@ class GrpcDoor:
         return HealthCheckResponse.SERVING if is_ready else HealthCheckResponse.NOT_SERVING
 
     def _enter(self, call: Call) -> Caller:
+        """Let a request in; one that is refused whoever asks isn't counted against a key's rate and quota.
+
+        Raises:
+            IcPortraitError: it won't be served.
+        """
+        self._access.identify(call.headers.get(HEADER), call.peer)
+        if refusal := self._service.refusal():
+            raise refusal
         return self._access.enter(call.headers.get(HEADER), call.peer)
 
 

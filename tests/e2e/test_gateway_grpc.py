@@ -24,7 +24,9 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import h2.errors
 import h2.events
+import h2.exceptions
 import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
@@ -37,7 +39,7 @@ from tritonclient.utils import InferenceServerException
 from icportrait.errors import Unavailable
 from icportrait.gateway.access import Access
 from icportrait.gateway.api import ServerLimits
-from icportrait.gateway.grpc_connections import OWN_DESCRIPTORS
+from icportrait.gateway.grpc_connections import OWN_DESCRIPTORS, OWN_FRAMES_AT_ONCE, READ_BYTES, Connection
 from icportrait.gateway.wire import MAX_HEAD_BYTES
 from tests.conftest import EXAMPLES, ROOT
 from tests.e2e.caller import StreamCall, infer, tensors
@@ -518,6 +520,19 @@ class TestAccess:
             stream = caller.begin("ModelInfer", ("authorization", "Bearer sesame"))
             assert caller.status(stream) == (14, "UNAVAILABLE: the queue is full; retry_after_ms: 70")
 
+    def test_what_is_refused_whoever_asks_is_not_counted_against_a_key(self, guarded: Running) -> None:
+        key = [("authorization", "Bearer sesame")]
+        guarded.service.refuses = Unavailable("the queue is full; retry_after_ms: 70")
+        with raw_stub(guarded) as stub:
+            for _ in range(3):
+                assert refused(stub.ModelInfer, request(), metadata=key)[0] == "UNAVAILABLE"
+                (answer,) = stub.ModelStreamInfer(iter([request()]), metadata=key)
+                assert answer.error_message.startswith("UNAVAILABLE: the queue is full")
+            guarded.service.refuses = None
+            stub.ModelInfer(request(), metadata=key)
+            (answer,) = stub.ModelStreamInfer(iter([request()]), metadata=key)
+            assert not answer.error_message
+
 
 class TestTls:
     @pytest.fixture
@@ -722,6 +737,145 @@ class TestLimits:
             while sum(isinstance(event, h2.events.PingAckReceived) for event in caller.events) < 100:
                 caller.receive()
             running.call(running.service.release)
+            assert caller.status(stream) == (0, "")
+
+    @pytest.mark.parametrize(
+        "frame",
+        [
+            b"\0\0\x08\x06\0\0\0\0\0" + bytes(8),  # a ping
+            b"\0\0\0\x04\0\0\0\0\0",  # settings
+            b"\0\0\5\x02\0\0\0\0\1\0\0\0\3\x10",  # a priority
+            b"\0\0\4\x08\0\0\0\0\0\0\0\0\1",  # a window's update
+            b"\0\0\0\x77\0\0\0\0\0",  # of no known type
+        ],
+        ids=["ping", "settings", "priority", "window", "unknown"],
+    )
+    def test_a_connection_that_sends_too_many_frames_of_http2_itself_is_closed(
+        self, running: Running, monkeypatch: pytest.MonkeyPatch, frame: bytes
+    ) -> None:
+        monkeypatch.setattr("icportrait.gateway.grpc_connections.OWN_FRAMES_PER_S", 0)
+        with BareCaller(running.url) as caller:
+            caller.socket.sendall(frame * OWN_FRAMES_AT_ONCE)
+            with pytest.raises(ConnectionError):
+                while True:
+                    caller.receive()
+            last = caller.events[-1]
+            assert isinstance(last, h2.events.ConnectionTerminated)
+            assert last.error_code == h2.errors.ErrorCodes.ENHANCE_YOUR_CALM
+        infer(running.url, **PICTURES)
+
+    def test_a_call_of_many_small_frames_is_closed(self, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("icportrait.gateway.grpc_connections.OWN_FRAMES_PER_S", 0)
+        with BareCaller(running.url) as caller:
+            stream = caller.begin("ModelInfer")
+            with pytest.raises(ConnectionError):
+                for _ in range(OWN_FRAMES_AT_ONCE):
+                    caller.h2.send_data(stream, b"")
+                caller.flush()
+                while True:
+                    caller.receive()
+
+    def test_who_reads_much_may_say_so_often(self, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Each kilobyte of a large answer is acknowledged by itself."""
+        monkeypatch.setattr("icportrait.gateway.grpc_connections.OWN_FRAMES_PER_S", 0)
+        running.service.image_bytes = 4 * 2**20
+        with BareCaller(running.url, window_bytes=1000) as caller:
+            stream = caller.begin("ModelInfer")
+            caller.send(stream, message(request().SerializeToString()), end=True)
+            updates = 0
+            while not any(isinstance(event, h2.events.StreamEnded) for event in caller.events):
+                for event in caller.receive():
+                    if isinstance(event, h2.events.DataReceived) and event.data:
+                        caller.h2.increment_flow_control_window(len(event.data))
+                        with contextlib.suppress(h2.exceptions.StreamClosedError):  # that was the last of it
+                            caller.h2.increment_flow_control_window(len(event.data), stream)
+                        updates += 2
+                caller.flush()
+            assert caller.status(stream) == (0, "")
+            assert updates > 2 * OWN_FRAMES_AT_ONCE
+
+    def test_no_more_is_taken_from_a_connection_at_once_than_is_set(
+        self, running: Running, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        taken: list[int] = []
+        take = Connection.data_received
+
+        def data_received(connection: Connection, data: bytes) -> None:
+            taken.append(len(data))
+            take(connection, data)
+
+        monkeypatch.setattr(Connection, "data_received", data_received)
+        with raw_stub(running) as stub:
+            stub.ModelInfer(request(profile=bytes(40 * 2**20)))
+        assert sum(taken) > 40 * 2**20
+        assert max(taken) <= READ_BYTES
+
+    def test_connections_that_only_watch_make_room_for_callers(self) -> None:
+        with limited(connections=4) as running, contextlib.ExitStack() as stack:
+            busy = stack.enter_context(BareCaller(running.url))
+            stream = busy.begin("ModelInfer")
+            busy.send(stream, message(request(seed=HELD).SerializeToString()), end=True)
+            running.service.until(begun=1)
+            watches = []
+            for _ in range(3):
+                own = [("grpc.use_local_subchannel_pool", 1)]
+                channel = stack.enter_context(grpc.insecure_channel(running.url, options=own))
+                watches.append(channel.unary_stream("/grpc.health.v1.Health/Watch")(b""))
+                next(watches[-1])
+            infer(running.url, **PICTURES)
+            assert refused(lambda: watches[0])[0] == "UNAVAILABLE", "the one that was idle for longest"
+            running.call(running.service.release)
+            assert busy.status(stream) == (0, "")
+
+    def test_calls_that_only_watch_make_room_for_others(
+        self, running: Running, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("icportrait.gateway.grpc_calls.MAX_CALLS", 2)
+        with raw_stub(running) as stub, grpc.insecure_channel(running.url) as channel:
+            held = stub.ModelInfer.future(request(seed=HELD))
+            running.service.until(begun=1)
+            watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
+            next(watch)
+            also_held = stub.ModelInfer.future(request(seed=HELD))
+            assert refused(lambda: watch) == ("UNAVAILABLE", "UNAVAILABLE: others need the room; try again later")
+            running.service.until(begun=2)
+            assert refused(stub.ModelInfer, request())[0] == "RESOURCE_EXHAUSTED", "those that have keys stay"
+            running.call(running.service.release)
+            assert held.result(30).id == also_held.result(30).id == "7"
+
+    @pytest.mark.parametrize("method", ["ModelInfer", "ModelStreamInfer"])
+    def test_answers_of_which_nothing_is_read_are_waited_for_no_longer_than_is_set(self, method: str) -> None:
+        with limited(body_timeout_s=0.2) as running, BareCaller(running.url, window_bytes=1000) as caller:
+            running.service.image_bytes = 200_000
+            stream = caller.begin(method)
+            model = "ic_portrait_stream" if method == "ModelStreamInfer" else "ic_portrait"
+            caller.send(stream, message(request(model, preview_every=1).SerializeToString()), end=True)
+            assert caller.status(stream) == (8, "RESOURCE_EXHAUSTED: its answers weren't read for 0.2 s")
+            until(running, lambda: (len(running.door.calls.calls), running.unread.nbytes) == (0, 0))
+            running.service.until(cancelled=method == "ModelStreamInfer")
+
+    def test_a_connection_that_takes_nothing_at_all_is_closed(self) -> None:
+        with limited(body_timeout_s=0.2) as running, BareCaller(running.url, window_bytes=2**30) as caller:
+            running.service.image_bytes = 32 * 2**20
+            caller.h2.increment_flow_control_window(2**30)
+            stream = caller.begin("ModelInfer")
+            caller.send(stream, message(request().SerializeToString()), end=True)
+            running.service.until(begun=1)
+            until(running, lambda: not running.door.calls.connections)
+
+    def test_answers_that_are_read_slowly_are_waited_for(self) -> None:
+        """Their whole takes longer than a caller who reads nothing has."""
+        with limited(body_timeout_s=1.0) as running, BareCaller(running.url, window_bytes=1000) as caller:
+            running.service.image_bytes = 20_000
+            stream = caller.begin("ModelInfer")
+            caller.send(stream, message(request().SerializeToString()), end=True)
+            while not any(isinstance(event, h2.events.StreamEnded) for event in caller.events):
+                for event in caller.receive():
+                    if isinstance(event, h2.events.DataReceived) and event.data:
+                        time.sleep(0.1)
+                        with contextlib.suppress(h2.exceptions.StreamClosedError):  # that was the last of it
+                            caller.h2.increment_flow_control_window(len(event.data), stream)
+                caller.flush()
             assert caller.status(stream) == (0, "")
 
     def test_answers_that_are_not_read_are_limited_for_a_call(self) -> None:
