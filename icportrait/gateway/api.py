@@ -58,6 +58,10 @@ class Statistics:
     """When a request ended last, by the wall clock."""
 
 
+OWN_DESCRIPTORS = 256
+"""That connections leave to the process itself."""
+
+
 @dataclass(frozen=True)
 class ServerLimits:
     """What a caller may take of the gateway, beside the queue."""

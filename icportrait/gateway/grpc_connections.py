@@ -19,8 +19,9 @@ from h2.settings import SettingCodes
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame
 
 from icportrait.errors import TooMuch, Unavailable
-from icportrait.gateway.api import ServerLimits, Unread
+from icportrait.gateway.api import OWN_DESCRIPTORS, ServerLimits, Unread
 from icportrait.gateway.grpc_calls import END_TIMEOUT_S, Call, Method, outcome
+from icportrait.gateway.tls import READ_BYTES
 
 logger = logging.getLogger(__name__)
 
@@ -29,16 +30,13 @@ WINDOW_BYTES = 4 * 2**20
 """That a connection may send ahead of what is read."""
 FRAME_BYTES = 64 * 1024
 """Of a caller's frames; of those of HTTP/2's own 16 KB a large picture takes a quarter longer."""
-READ_BYTES = 64 * 1024
-"""Taken from a connection at once: asyncio's own 256 KB of the smallest frames keep the loop for half a second."""
-OWN_FRAMES_PER_S = 1000
-"""Of HTTP/2 itself (pings, settings and the like) that a connection may send over time; each takes some 20 us."""
-OWN_FRAMES_AT_ONCE = 2000
+OWN_FRAMES_PER_S = 3000
+"""Of HTTP/2 itself (pings, settings and the like) that a connection may send over time; each takes some 20 us. A call
+of a few bytes has two or three."""
+OWN_FRAMES_AT_ONCE = 4000
 """After a pause."""
 SMALL_DATA_BYTES = 256
 """A frame with less of a call's data counts as one of HTTP/2 itself; each time as many of answers allow one more."""
-OWN_DESCRIPTORS = 256
-"""That are left for the process itself."""
 CONTROL_BYTES = 2**20
 """Answers to pings and the like that a connection may leave unread."""
 LOST_AFTER_S = 60

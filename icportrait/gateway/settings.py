@@ -24,14 +24,12 @@ from types import NoneType
 from typing import Any
 
 from icportrait.errors import IcPortraitError
-from icportrait.gateway.api import ServerLimits
+from icportrait.gateway.api import OWN_DESCRIPTORS, ServerLimits
 
 PREFIX = "ICPORTRAIT_"
 """Of the environment's variables. Others that begin so are let pass: Kubernetes makes some for a service's name."""
 CONFIG_VARIABLE = "ICPORTRAIT_CONFIG"
 LIMITS = ServerLimits()
-OWN_DESCRIPTORS = 256
-"""That connections leave to the process itself."""
 POLICY = (
     "slots",
     "max_queued_slots",
