@@ -56,7 +56,7 @@ class MetricsDoor:
         """
         self._text = text
         self._server: asyncio.Server | None = None
-        self._open = 0
+        self._open: dict[asyncio.StreamWriter, None] = {}
 
     async def start(self, host: str, port: int) -> None:
         """Begin to listen.
@@ -72,10 +72,11 @@ class MetricsDoor:
             self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self._open >= CONNECTIONS:
-            writer.close()
-            return
-        self._open += 1
+        if len(self._open) >= CONNECTIONS:
+            longest = next(iter(self._open))
+            del self._open[longest]
+            longest.transport.abort()
+        self._open[writer] = None
         try:
             async with asyncio.timeout(HEADER_TIMEOUT_S):
                 header = await reader.readuntil(b"\r\n\r\n")
@@ -89,5 +90,5 @@ class MetricsDoor:
         except (OSError, EOFError, ValueError, TimeoutError, asyncio.LimitOverrunError):
             pass
         finally:
-            self._open -= 1
+            self._open.pop(writer, None)
             writer.close()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 
@@ -69,6 +70,34 @@ def test_what_is_no_request_ends_its_connection_alone(request_: bytes, monkeypat
     monkeypatch.setattr(metrics, "HEADER_TIMEOUT_S", 0.05)
     answers = ask(request_, b"GET /metrics HTTP/1.1\r\n\r\n")
     assert answers[0] == b"" and answers[1].startswith(b"HTTP/1.1 200 OK")
+
+
+def test_connections_that_ask_for_nothing_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "HEADER_TIMEOUT_S", 1000)
+    monkeypatch.setattr(metrics, "CONNECTIONS", 2)
+
+    async def main() -> bytes:
+        async def text() -> str:
+            return "all is well\n"
+
+        door = MetricsDoor(text)
+        await door.start("127.0.0.1", 0)
+        assert door._server
+        address = door._server.sockets[0].getsockname()[:2]
+        idle = [await asyncio.open_connection(*address) for _ in range(2)]
+        while len(door._open) < 2:
+            await asyncio.sleep(0)
+        reader, writer = await asyncio.open_connection(*address)
+        writer.write(b"GET /metrics HTTP/1.1\r\n\r\n")
+        answer = await reader.read()
+        with contextlib.suppress(ConnectionResetError):
+            assert await idle[0][0].read() == b"", "the longest idle one has made room"
+        for _, each in (*idle, (reader, writer)):
+            each.close()
+        await door.close()
+        return answer
+
+    assert asyncio.run(main()).endswith(b"all is well\n")
 
 
 def test_tritons_own_are_passed_on_and_missed_where_it_does_not_answer(tmp_path: Path) -> None:
