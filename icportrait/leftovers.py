@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -20,8 +21,10 @@ LOCK, FOLDER = "icportrait_{token}_lock", "icportrait-server-run-{token}"
 """A file's name, and a folder's, which is its own lock."""
 FOLDER_BYTES = 107 - len("/loop")
 """Linux takes no longer paths of sockets."""
+PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
+"""Triton's Python backend starts its processes through a shell, with their paths unquoted."""
 SHORT = Path("/tmp")
-"""Where the folder lies if its path would be too long for its sockets."""
+"""Where the folder lies if its path would be too long for its sockets, or isn't plain."""
 
 
 class Run:
@@ -49,7 +52,8 @@ class Run:
     def remove(self) -> None:
         """Remove all of it."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        _remove_regions(self._token)
+        with contextlib.suppress(OSError):
+            _remove_regions(self._token)
         self._locks.close()
 
     def _take_region(self) -> bool:
@@ -59,7 +63,10 @@ class Run:
 
     def _take_folder(self) -> bool:
         self.folder.mkdir(0o700)
-        return self._take(self.folder, os.O_DIRECTORY)
+        try:
+            return self._take(self.folder, os.O_DIRECTORY)
+        except FileNotFoundError:  # another server, which starts now, has taken it for a leftover
+            return False
 
     def _take(self, path: Path, flags: int) -> bool:
         if (descriptor := _take(path, flags)) is not None:
@@ -71,27 +78,26 @@ def remove_leftovers() -> list[str]:
     """Remove what dead runs of this user have left, and say what it was, by name."""
     removed = []
     for name in sorted(SHM.glob(LOCK.format(token="*"))):
-        if _is_left(name, os.O_RDWR):
+        if (lock := _take_left(name, os.O_RDWR)) is not None:
             before, behind = LOCK.split("{token}")
             _remove_regions(name.name[len(before) : -len(behind)])
+            os.close(lock)
             removed.append(name.name)
     pattern = _folder(8 * "?")
     for folder in sorted(pattern.parent.glob(pattern.name)):
-        if _is_left(folder, os.O_DIRECTORY):
+        if (lock := _take_left(folder, os.O_DIRECTORY)) is not None:
             shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
             removed.append(folder.name)
     return removed
 
 
-def _is_left(path: Path, flags: int) -> bool:
-    """Whether nobody holds the lock of a file or folder of this user's."""
+def _take_left(path: Path, flags: int) -> int | None:
+    """The lock of a file or folder of this user's, to be held while it is removed; None where another holds it."""
     try:
-        if path.stat().st_uid != os.getuid() or (descriptor := _take(path, flags)) is None:
-            return False
+        return _take(path, flags) if path.stat().st_uid == os.getuid() else None
     except OSError:
-        return False
-    os.close(descriptor)
-    return True
+        return None
 
 
 def _take(path: Path, flags: int) -> int | None:
@@ -116,8 +122,9 @@ def _remove_regions(token: str) -> None:
 
 
 def _folder(token: str) -> Path:
-    folder = Path(tempfile.gettempdir()) / FOLDER.format(token=token)
-    return folder if len(os.fsencode(folder)) <= FOLDER_BYTES else SHORT / folder.name
+    parent, name = Path(tempfile.gettempdir()), FOLDER.format(token=token)
+    fits = len(os.fsencode(parent / name)) <= FOLDER_BYTES and PLAIN.fullmatch(str(parent))
+    return (parent if fits else SHORT) / name
 
 
 def _prefix(token: str) -> str:

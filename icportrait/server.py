@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import queue
 import random
 import signal
@@ -20,7 +21,6 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 
 from icportrait.errors import IcPortraitError
@@ -176,11 +176,30 @@ def main(argv: list[str] | None = None) -> int:
             raise IcPortraitError("repository: missing, expected a folder assembled by python -m icportrait.repository")
         from icportrait.gateway.main import run
 
-        run(settings, partial(print, flush=True))
+        try:
+            run(settings, _say)
+        finally:
+            _let_go_of_output()
     except IcPortraitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _say(line: str) -> None:
+    """Write a line for the operator; where nobody reads it, or there is no room, the service goes on."""
+    with contextlib.suppress(OSError):
+        print(line, flush=True)
+
+
+def _let_go_of_output() -> None:
+    """What can't be written when the server ends is no fault of its run: Python would make one of it."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with Path(os.devnull).open("wb") as nowhere:
+                os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def _make_key(name: str | None) -> int:

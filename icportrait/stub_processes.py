@@ -32,8 +32,11 @@ class StubProcess:
     """When, in the kernel's clock; a number that is given to another process later isn't this one."""
 
     def ending(self) -> str | None:
-        """How it ended, None while it runs."""
-        fields = _stat(self.pid)
+        """How it ended, None while it runs, and where there is no telling now."""
+        try:
+            fields = _stat(self.pid)
+        except OSError:  # too many open files
+            return None
         if fields is None or fields[STARTED] != self.started:
             return "ended"
         return describe(os.waitstatus_to_exitcode(int(fields[EXIT_CODE]))) if fields[STATE] in "ZX" else None
@@ -84,8 +87,11 @@ def _arguments(pid: int) -> list[str]:
 
 
 def is_stopped(pid: int) -> bool:
-    """Whether a signal has stopped the process; one that a debugger holds isn't."""
-    fields = _stat(pid)
+    """Whether a signal has stopped the process; not where a debugger holds it, or where there is no telling now."""
+    try:
+        fields = _stat(pid)
+    except OSError:  # too many open files
+        return False
     return fields is not None and fields[STATE] == "T"
 
 

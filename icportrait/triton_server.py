@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from icportrait.control import LOOP_VARIABLE
-from icportrait.errors import IcPortraitError
+from icportrait.errors import IcPortraitError, NotEnoughMemory
 from icportrait.installation import find_installation
 from icportrait.leftovers import Run, remove_leftovers
 from icportrait.machine_memory import oom_kills
 from icportrait.policy import POLICY_VARIABLE
 from icportrait.runtime.shared_device import DEVICE_FOLDER
 from icportrait.startup import check_plans, check_shared_memory, fit_memory, repository_policy
-from icportrait.stub_processes import StubProcess, describe, dying_with_parent, log_hint, stub_processes
+from icportrait.stub_processes import StubProcess, describe, dying_with_parent, is_stopped, log_hint, stub_processes
 from icportrait.supervisor import Ending
 
 GPU_DEVICE = Path("/dev/nvidiactl")
@@ -36,6 +36,8 @@ KILLED_S = 5
 """How long killed processes may take to let go of a GPU's memory."""
 KILL_TAKES_S = 30.0
 """How long after the kernel has counted a kill for want of memory the killed process may still be seen to run."""
+LOOK_EVERY_S = 1.0
+"""So often a start looks for processes that a signal has stopped."""
 
 
 @dataclass
@@ -109,8 +111,8 @@ class TritonServer:
                 can't run here.
             PlanError: a plan in the repository was changed, or built by another TensorRT.
             NotEnoughMemory: the server would need more than there is.
-            IcPortraitError: there is no room for its files, or the server or a part of it ended or didn't get ready in
-                time.
+            IcPortraitError: there is no room for its files, or the server or a part of it ended, was stopped by a
+                signal, or didn't get ready in time.
         """
         policy = repository_policy(self.repository, self.overrides)
         installation = find_installation(policy.runtime)
@@ -230,17 +232,28 @@ class TritonServer:
         self._stubs = stub_processes(self.pid)
         expected = {path.parents[1].name for path in self.repository.glob("*/*/model.py")}
         if lost := expected - {stub.model for stub in self._stubs}:
-            raise IcPortraitError(f"model {min(lost)}: its process ended before the server was ready{self._cause()}")
+            raise self._failed(f"model {min(lost)}: its process ended before the server was ready")
 
     def _wait_ready(self) -> None:
-        deadline = time.monotonic() + self.ready_timeout_s
+        look_at = time.monotonic()
+        deadline = look_at + self.ready_timeout_s
         while time.monotonic() < deadline:
             if (status := self.poll()) is not None:
-                raise IcPortraitError(f"tritonserver ended with status {status} before it was ready{self._cause()}")
+                raise self._failed(f"tritonserver ended with status {status} before it was ready")
             if self._is_ready():
                 return
+            if time.monotonic() >= look_at:
+                look_at = time.monotonic() + LOOK_EVERY_S
+                if stopped := self._stopped_part():
+                    raise IcPortraitError(f"{stopped} was stopped by a signal before the server was ready")
             time.sleep(0.05)
         raise IcPortraitError(f"tritonserver was not ready after {self.ready_timeout_s:.0f} s{log_hint(self.log_file)}")
+
+    def _stopped_part(self) -> str | None:
+        parts = [(self.pid, "tritonserver")]
+        with contextlib.suppress(OSError):  # too many open files: there is no telling now
+            parts += [(stub.pid, f"the process of model {stub.model}") for stub in stub_processes(self.pid)]
+        return next((part for pid, part in parts if is_stopped(pid)), None)
 
     def _is_ready(self) -> bool:
         if not Path(self.grpc_address.removeprefix("unix:")).is_socket():
@@ -255,11 +268,11 @@ class TritonServer:
             except grpc.RpcError:
                 return False
 
-    def _cause(self) -> str:
+    def _failed(self, text: str) -> IcPortraitError:
         """What a failed start may be due to: where a part was killed, tritonserver ends by itself, with a status."""
-        if oom_kills() == self._oom_kills:
-            return log_hint(self.log_file)
-        return (
-            "; meanwhile the kernel has killed a process for want of memory: end other programs, allow more memory, or "
-            f"serve a smaller preset{log_hint(self.log_file)}"
+        if oom_kills() <= self._oom_kills:
+            return IcPortraitError(f"{text}{log_hint(self.log_file)}")
+        return NotEnoughMemory(
+            f"{text}; meanwhile the kernel has killed a process for want of memory: end other programs, allow more "
+            f"memory, or serve a smaller preset{log_hint(self.log_file)}"
         )

@@ -19,6 +19,10 @@ from icportrait.supervisor import POLL_S, Ending, keep_running
 
 MISSED_PROBES = 2
 """So many in a row, and the engine is ended."""
+TURNS = 10
+"""A probe's wait is made of so many, so that the time in which the event loop itself was late counts for nothing."""
+LATE_S = 0.05
+"""The event loop is late if it comes back from a turn so much after its end."""
 MANY_TIMES = 20
 """A step that runs so many times as long as expected doesn't end any more,"""
 AT_LEAST_S = 10.0
@@ -67,7 +71,7 @@ class EngineHost:
             connect: gives a coroutine that connects to a started one, an ``Engine``.
             say: takes a line for whoever runs the server.
             ready: the line to say each time that the engine is ready.
-            probe_every_s: an answer that takes longer is missed.
+            probe_every_s: an answer that takes longer is missed, unless the event loop itself was late meanwhile.
         """
         self._triton, self._connect, self._say, self._ready = triton, connect, say, ready
         self._probe_every_s = probe_every_s
@@ -140,6 +144,10 @@ class EngineHost:
         self._is_starting = True
         try:
             self._triton.start()
+        except BaseException:
+            if self._stop_requested.is_set():  # and ``stop`` has interrupted it
+                raise _StopRequested from None
+            raise
         finally:
             self._is_starting = False
         asyncio.run_coroutine_threadsafe(self._come_up(), self._loop).result()
@@ -163,7 +171,9 @@ class EngineHost:
     async def _come_up(self) -> None:
         engine = await self._connect()
         engine.lost.add_done_callback(self._expect_another)
-        self._probing = asyncio.create_task(self._probe(engine))
+        stubs = [(stub.pid, f"the process of model {stub.model}") for stub in self._triton.stubs]
+        parts = [(self._triton.pid, "tritonserver"), *stubs]
+        self._probing = asyncio.create_task(self._probe(engine, parts))
         self.starts += 1
         self._engine = engine
         self._up.set_result(engine)
@@ -193,7 +203,7 @@ class EngineHost:
         else:
             self.ended.set_result(None)
 
-    async def _probe(self, engine: Engine) -> None:
+    async def _probe(self, engine: Engine, parts: list[tuple[int, str]]) -> None:
         """Ask Triton and the loop again and again, and look at the processes; what is wrong becomes ``_hung``."""
         missed = 0
         asked: asyncio.Task[Pong] | None = None
@@ -201,20 +211,29 @@ class EngineHost:
             if asked is None or asked.done():
                 asked = asyncio.create_task(_answers(engine))
                 asked.add_done_callback(_take_note)
-            await asyncio.wait([asked], timeout=self._probe_every_s)
+            left = TURNS
+            while left and not asked.done() and self._hung is None:
+                left -= await self._is_on_time(asked, self._probe_every_s / TURNS)
+                self._look_for_stopped(parts)
             has_answered = asked.done() and not asked.exception()
             missed = 0 if has_answered else missed + 1
-            stopped = [stub.model for stub in self._triton.stubs if is_stopped(stub.pid)]
-            if is_stopped(self._triton.pid):
-                self._hung = Ending("tritonserver has been stopped by a signal")
-            elif stopped:
-                self._hung = Ending(f"the process of model {stopped[0]} has been stopped by a signal")
-            elif missed >= MISSED_PROBES:
+            self._look_for_stopped(parts)
+            if self._hung is None and missed >= MISSED_PROBES:
                 self._hung = Ending(f"the engine has missed {missed} probes of {self._probe_every_s:g} s")
-            elif has_answered and _hangs(asked.result()):
+            elif self._hung is None and has_answered and _hangs(asked.result()):
                 self._hung = Ending("a step of the denoising loop runs many times its expected time")
             if asked.done():
                 await asyncio.sleep(self._probe_every_s)
+
+    async def _is_on_time(self, asked: asyncio.Task[Pong], turn_s: float) -> bool:
+        """Wait for an answer, for one turn; whether the event loop came back from it in time."""
+        ends_s = self._loop.time() + turn_s
+        await asyncio.wait([asked], timeout=turn_s)
+        return self._loop.time() < ends_s + LATE_S
+
+    def _look_for_stopped(self, parts: list[tuple[int, str]]) -> None:
+        if stopped := next((part for pid, part in parts if is_stopped(pid)), None):
+            self._hung = Ending(f"{stopped} has been stopped by a signal")
 
 
 class _Watched:

@@ -139,6 +139,10 @@ async def _listen(name: str, settings: Settings, opening: Awaitable[Door]) -> Do
     except OSError as error:
         reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         raise IcPortraitError(f"{name}: {_address(settings, name)}: {reason}") from error
+    except ValueError as error:  # a name that can't be encoded as one
+        raise IcPortraitError(
+            f"{name}: {_address(settings, name)}: its host is neither a name nor an address"
+        ) from error
 
 
 def _address(settings: Settings, port: str) -> str:

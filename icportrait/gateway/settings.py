@@ -72,7 +72,7 @@ class Settings:
 
     picture_workers: int | None = _setting(None, "processes that decode and encode pictures; one a core", 1)
     picture_cpu_s: float = _setting(2.0, "seconds of a core that one picture may take", 0)
-    picture_memory_bytes: int = _setting(3 * 2**29, "memory that one picture may take", 2**28)
+    picture_memory_bytes: int = _setting(3 * 2**29, "memory that one picture may take", 2**28, 2**40)
     picture_timeout_s: float = _setting(20.0, "for one picture, on a machine that does other things too", 0)
     pictures_kept: int = _setting(128, "prepared pictures that are kept; 0 keeps none", 0)
     pictures_kept_s: float = _setting(600.0, "for how long a prepared picture is kept", 0)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from icportrait.gateway.main import _openness, _ready_line
+from icportrait.errors import IcPortraitError
+from icportrait.gateway.main import _listen, _openness, _ready_line
 from icportrait.gateway.settings import Settings
 from icportrait.presets import DEMO_128
 from icportrait.server import main
@@ -72,3 +76,43 @@ def test_a_keys_section_can_be_added_to_a_file_without_the_key(capsys: pytest.Ca
     assert out.startswith("[keys.studio]\nsha256 = ") and len(out.splitlines()) == 2
     key = err.strip().rpartition(" ")[2]
     assert len(key) > 40 and key not in out
+
+
+@pytest.mark.parametrize("host", [70 * "a", "a..b", "\udcff", "a\0b"])
+def test_a_host_that_is_neither_a_name_nor_an_address_is_told_as_that(host: str) -> None:
+    async def listen() -> None:
+        opening = asyncio.get_running_loop().create_server(asyncio.Protocol, host, 8001)
+        await _listen("grpc_port", Settings(host=host), opening)  # type: ignore[type-var]
+
+    with pytest.raises(IcPortraitError, match=r"^grpc_port: .*: its host is neither a name nor an address$"):
+        asyncio.run(listen())
+
+
+SAYING = """
+import sys
+import icportrait.gateway.main
+from icportrait.server import main
+
+def run(settings, say):
+    say("before")
+    sys.stdin.readline()
+    for _ in range(3):
+        say("nobody reads this")
+    print("it has served", file=sys.stderr)
+
+icportrait.gateway.main.run = run
+sys.exit(main(["--repository", "."]))
+"""
+
+
+def test_a_server_whose_words_nobody_reads_any_more_serves_on_and_ends_in_order() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SAYING], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdin and process.stdout and process.stderr
+        assert process.stdout.readline() == "before\n"
+        process.stdout.close()
+        process.stdin.write("\n")
+        process.stdin.close()
+        assert process.stderr.read() == "it has served\n"
+        assert process.wait() == 0

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import pytest
 
 from icportrait.errors import IcPortraitError, Unavailable
 from icportrait.gateway.engine import EngineLostError, Pong
-from icportrait.gateway.host import AT_LEAST_S, MANY_TIMES, EngineHost
+from icportrait.gateway.host import AT_LEAST_S, LATE_S, MANY_TIMES, EngineHost
 from icportrait.stub_processes import StubProcess
 from icportrait.supervisor import Ending
 
@@ -220,6 +221,81 @@ def test_one_slow_answer_costs_no_engine(run: Callable[..., None]) -> None:
         engine.ping = ping  # type: ignore[method-assign]
         await until(lambda: asked == 4)
         assert world.host.starts == 1
+
+    run(test)
+
+
+def test_an_event_loop_that_is_late_itself_costs_no_engine(run: Callable[..., None]) -> None:
+    """Whatever is done in one turn takes the loop longer than a probe."""
+
+    async def test(world: World) -> None:
+        world.host.start()
+        await world.host.engine()
+        answers: list[None] = []
+
+        async def ping() -> Pong:
+            for _ in range(12):
+                await asyncio.sleep(0)
+            answers.append(None)
+            return WELL
+
+        world.engines[0].ping = ping  # type: ignore[method-assign]
+        while len(answers) < 2 and not world.host._hung:
+            time.sleep(LATE_S + 0.02)
+            await asyncio.sleep(0)
+        assert world.host._hung is None and world.host.refusal is None
+
+    run(test)
+
+
+def test_a_process_that_is_stopped_is_seen_though_the_event_loop_is_late(run: Callable[..., None]) -> None:
+    async def test(world: World) -> None:
+        world.host.start()
+        await world.host.engine()
+        silent(world)
+        stopped(world)
+        while not world.host._hung:
+            time.sleep(LATE_S + 0.02)
+            await asyncio.sleep(0)
+        assert str(world.host._hung) == "tritonserver has been stopped by a signal"
+
+    run(test)
+
+
+def test_a_restart_that_fails_is_followed_by_another_and_all_that_wait_are_served(
+    run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("icportrait.supervisor.AGAIN_AFTER_S", 0.0)
+
+    async def test(world: World) -> None:
+        world.host.start()
+        first = await world.host.engine()
+        world.triton.starts = 4
+        ended(world)
+        await first.lost
+        assert await world.host.engine() is world.engines[1]  # type: ignore[comparison-overlap]
+        await until(lambda: world.said[-1] == "ready")
+        assert world.said[1:] == [
+            "tritonserver was ended; restarting the server, 1 of at most 3 times in 10 minutes",
+            "it doesn't start; restarting the server, 2 of at most 3 times in 10 minutes",
+            "ready",
+        ]
+
+    run(test)
+
+
+def test_a_restart_that_is_under_way_is_cut_short_by_a_stop_without_a_word(run: Callable[..., None]) -> None:
+    async def test(world: World) -> None:
+        world.host.start()
+        first = await world.host.engine()
+        world.triton.may_start.clear()
+        world.triton.starting.clear()
+        ended(world)
+        await first.lost
+        await until(world.triton.starting.is_set)
+        await world.host.stop()
+        await world.host.ended
+        assert len(world.said) == 2 and world.said[1].startswith("tritonserver was ended")
 
     run(test)
 

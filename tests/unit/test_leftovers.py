@@ -130,3 +130,47 @@ def test_where_a_sockets_path_would_be_too_long_the_folder_lies_elsewhere(
             left = run.folder
             run._locks.close()
             assert left.name in remove_leftovers() and not left.exists()
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", "$(touch x)", "a;b", "é", "a\nb"])
+def test_where_a_shell_would_read_something_into_its_path_the_folder_lies_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
+    monkeypatch.setattr(icportrait.leftovers, "SHORT", tmp_path / "tmp")
+    run = Run()
+    assert run.folder.parent == tmp_path / "tmp"
+    run._locks.close()
+    assert run.folder.name in remove_leftovers() and all_files(tmp_path) == set()
+
+
+def test_a_folder_that_another_server_takes_for_a_leftover_is_followed_by_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one looks between its making and its lock."""
+    mkdir, removed = Path.mkdir, []
+
+    def mkdir_and_lose(folder: Path, mode: int) -> None:
+        mkdir(folder, mode)
+        if not removed:
+            removed.extend(remove_leftovers())
+
+    monkeypatch.setattr(Path, "mkdir", mkdir_and_lose)
+    run = Run()
+    assert len(removed) == 1 and run.folder.exists() and run.folder.name not in removed
+    run.remove()
+
+
+def test_a_leftover_is_locked_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that nobody takes it for its own meanwhile."""
+    folder = tmp_path / "tmp" / "icportrait-server-run-0a1b2c3d"
+    folder.mkdir()
+    taken = []
+    monkeypatch.setattr(
+        icportrait.leftovers.shutil,
+        "rmtree",
+        lambda path, **_: taken.append(icportrait.leftovers._take(path, os.O_DIRECTORY)),
+    )
+    remove_leftovers()
+    assert taken == [None]

@@ -48,6 +48,7 @@ def test_variables_that_name_no_setting_are_let_pass() -> None:
         (["--slots", "many"], {}, "slots: 'many' from --slots, expected a whole number"),
         (["--slots", "0"], {}, "slots: 0 from --slots, expected 1 or more"),
         ([], {"ICPORTRAIT_GRPC_PORT": "70000"}, "grpc_port: 70000 from ICPORTRAIT_GRPC_PORT, expected 1..65535"),
+        (["--picture-memory-bytes", str(10**20)], {}, f"from --picture-memory-bytes, expected {2**28}..{2**40}"),
         ([], {"ICPORTRAIT_HOST": ""}, "host: '' from ICPORTRAIT_HOST, expected text"),
         (["--stop-timeout-s", "nan"], {}, "stop_timeout_s: nan from --stop-timeout-s, expected 0 or more"),
         (["--grpc-port", "8000"], {}, r"expected three different ports"),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 import icportrait.triton_server
-from icportrait.errors import IcPortraitError
+from icportrait.errors import IcPortraitError, NotEnoughMemory
 from icportrait.machine_memory import oom_kills
-from icportrait.stub_processes import STUB, StubProcess, stub_processes
+from icportrait.stub_processes import STUB, StubProcess, is_stopped, stub_processes
 from icportrait.supervisor import AGAIN_WITHIN_S, MAX_RESTARTS, WITHIN_S, Ending, keep_running
 from icportrait.triton_server import KILL_TAKES_S, TritonServer
 
@@ -30,9 +32,13 @@ class FakeServer:
         self._lives_s = iter(lives_s)
         self.on_stop: Callable[[], None] = lambda: None
         self.ending = Ending("a part ended")
+        self.failures: dict[int, Exception] = {}
+        """What the start of that number fails with."""
 
     def start(self) -> None:
         self.calls.append("start")
+        if error := self.failures.get(self.calls.count("start")):
+            raise error
         self._ends_at = self.now + next(self._lives_s, float("inf"))
 
     def stop(self) -> None:
@@ -103,6 +109,45 @@ def test_a_kill_for_memory_that_lies_far_back_is_not_the_same_again() -> None:
 def test_restarts_that_lie_back_do_not_count() -> None:
     server = FakeServer(*[WITHIN_S / MAX_RESTARTS + 1] * 10)
     assert run(server).count("ready") == 11
+
+
+@pytest.mark.parametrize("error", [IcPortraitError("it doesn't start"), OSError("it doesn't start")])
+def test_a_restart_that_fails_is_one_of_them_and_is_followed_by_another(error: Exception) -> None:
+    server = FakeServer(1.0)
+    server.failures = {2: error, 3: error}
+    assert run(server) == [
+        "ready",
+        f"a part ended; restarting the server, 1 of at most {MAX_RESTARTS} times in 10 minutes",
+        f"it doesn't start; restarting the server, 2 of at most {MAX_RESTARTS} times in 10 minutes",
+        f"it doesn't start; restarting the server, 3 of at most {MAX_RESTARTS} times in 10 minutes",
+        "ready",
+    ]
+    assert server.calls == ["start", "stop"] * 4
+
+
+def test_restarts_that_fail_too_often_end_with_what_the_last_one_failed_with() -> None:
+    server = FakeServer(1.0)
+    server.failures = dict.fromkeys(range(2, 6), IcPortraitError("it doesn't start"))
+    said: list[str] = []
+    with pytest.raises(IcPortraitError, match=rf"^it doesn't start; that was after {MAX_RESTARTS} restarts in 10 min"):
+        keep_running(server, said.append, "ready", lambda: server.now, server.sleep)
+    assert server.calls.count("start") == MAX_RESTARTS + 1 and server.calls[-2:] == ["stop", "stop"]
+
+
+def test_the_first_start_of_all_has_no_second_try() -> None:
+    server = FakeServer()
+    server.failures = {1: IcPortraitError("it doesn't start")}
+    with pytest.raises(IcPortraitError, match=r"^it doesn't start$"):
+        run(server)
+    assert server.calls == ["start", "stop"]
+
+
+def test_a_restart_for_which_there_is_no_memory_is_tried_again_once() -> None:
+    server = FakeServer(1.0)
+    server.failures = dict.fromkeys(range(2, 6), NotEnoughMemory("too little memory"))
+    with pytest.raises(NotEnoughMemory, match=r"^too little memory$"):
+        run(server)
+    assert server.calls.count("start") == 3
 
 
 def test_a_signal_while_the_broken_server_stops_stops_it_all_the_same() -> None:
@@ -202,3 +247,46 @@ def test_a_start_during_which_the_kernel_killed_for_memory_says_so(monkeypatch: 
 
 def test_a_process_that_got_the_number_later_is_another_one() -> None:
     assert StubProcess("denoise", os.getpid(), started="1").ending() == "ended"
+
+
+def test_a_process_that_cannot_be_looked_at_has_not_ended(
+    stub: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there are too many open files."""
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as triton:
+        server = TritonServer(Path("repository"), _process=triton, _stubs=stub_processes(os.getpid()))
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "read_text", too_many_open_files)
+            assert server.what_ended() is None and not is_stopped(stub.pid)
+        stub.kill()
+        os.waitid(os.P_PID, stub.pid, os.WEXITED | os.WNOWAIT)
+        assert server.what_ended() == Ending("the process of model denoise was ended by signal 9")
+        triton.communicate()
+
+
+def too_many_open_files(*_: object) -> None:
+    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+
+def test_a_start_during_which_a_part_is_stopped_by_a_signal_says_so(tmp_path: Path) -> None:
+    server = TritonServer(Path("repository"), ready_timeout_s=5, _run=Mock(folder=tmp_path))
+    with subprocess.Popen(["sleep", "1000"]) as triton:
+        server._process = triton
+        triton.send_signal(signal.SIGSTOP)
+        try:
+            with pytest.raises(IcPortraitError, match=r"^tritonserver was stopped by a signal before the server was"):
+                server._wait_ready()
+        finally:
+            triton.kill()
+
+
+def test_a_start_during_which_a_models_process_is_stopped_by_a_signal_says_so(
+    stub: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(icportrait.triton_server, "stub_processes", lambda _: stub_processes(os.getpid()))
+    server = TritonServer(Path("repository"), ready_timeout_s=5, _run=Mock(folder=tmp_path))
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as server._process:
+        stub.send_signal(signal.SIGSTOP)
+        with pytest.raises(IcPortraitError, match=r"^the process of model denoise was stopped by a signal before"):
+            server._wait_ready()
+        server._process.communicate()
