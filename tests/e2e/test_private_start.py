@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from icportrait.errors import IcPortraitError
-from icportrait.leftovers import SHM
+from icportrait.leftovers import SHM, SHORT
 from icportrait.presets import DEMO_128
 from icportrait.triton_server import TritonServer
 from tests.e2e.conftest import simulated_repository
@@ -88,6 +88,15 @@ def test_a_temporary_folder_that_takes_no_file_is_named_in_one_line(
     with pytest.raises(IcPortraitError, match=r"the server can't be started: .*gone.* name another folder with TMPDIR"):
         TritonServer(repository, tmp_path / "log").start()
     assert not {path for path in SHM.iterdir() if "icportrait" in path.name} - before
+
+
+def test_a_temporary_folder_whose_path_a_shell_would_read_something_into_is_not_used(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tempfile.TemporaryDirectory(prefix="it's $(of) a ") as odd:
+        monkeypatch.setattr(tempfile, "tempdir", odd)
+        with TritonServer(repository, tmp_path / "log") as server:
+            assert server.directory.parent == SHORT and not list(Path(odd).iterdir())
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_logs_end(tmp_path: Path) -> None:

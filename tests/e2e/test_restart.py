@@ -20,7 +20,8 @@ from icportrait.presets import DEMO_128
 from icportrait.repository import assemble
 from tests.e2e.caller import infer, series, settled, until_metric
 from tests.e2e.conftest import simulated_repository
-from tests.e2e.supervised import LINE_TIMEOUT_S, STOP_TIMEOUT_S, Supervised, supervised
+from tests.e2e.supervised import LINE_TIMEOUT_S, STOP_TIMEOUT_S, Supervised, children, name, supervised
+from tests.stage_front import until
 from tests.trivial_engines import write_trivial_export
 
 ACTIVE, READY, PENDING = "icportrait_active_slots", "icportrait_gateway_ready", "icportrait_gateway_pending_requests"
@@ -70,6 +71,37 @@ def test_a_part_that_is_killed_or_stopped_costs_those_who_were_let_in_time_and_n
             assert len(list(tmp_path.glob("icportrait-server-run-*"))) == 1
             assert {call.result(LINE_TIMEOUT_S) for call in calls} == {"served"}, (part, number)
             assert series(server.metrics_url)[REPLAYS] > replays
+    assert "Traceback" not in server.errors()
+
+
+def test_a_part_that_ends_or_stops_while_the_engine_is_being_restarted_costs_another_restart_and_nothing_else(
+    tmp_path: Path, pictures: dict[str, bytes]
+) -> None:
+    repository = simulated_repository(tmp_path, {"unet": 10})
+    with supervised(repository, tmp_path) as server, ThreadPoolExecutor(CALLERS) as threads:
+        calls = [threads.submit(outcome, server.url, pictures, 100) for _ in range(CALLERS)]
+        until_metric(server.metrics_url, ACTIVE, CALLERS)
+        seen: set[int] = set()
+
+        def new_tritonserver() -> set[int]:
+            return {pid for pid in children(server.process.pid) if name(pid) == "tritonserver"} - seen
+
+        for count, (number, text) in enumerate(
+            [
+                (Signal.SIGKILL, "tritonserver was ended by signal 9"),
+                (Signal.SIGKILL, "tritonserver ended with status -9 before it was ready"),
+                (Signal.SIGSTOP, "tritonserver was stopped by a signal before the server was ready"),
+            ],
+            1,
+        ):
+            until(lambda: bool(new_tritonserver()))
+            (pid,) = new_tritonserver()
+            seen.add(pid)
+            os.kill(pid, number)
+            line = server.next_line("tritonserver")
+            assert line.startswith(text) and f"; restarting the server, {count} of at most 3 times" in line
+        server.next_line("ready")
+        assert {call.result(LINE_TIMEOUT_S) for call in calls} == {"served"}
     assert "Traceback" not in server.errors()
 
 
