@@ -20,7 +20,9 @@ from icportrait.supervisor import POLL_S, Ending, keep_running
 MISSED_PROBES = 2
 """So many in a row, and the engine is ended."""
 TURNS = 10
-"""A probe's wait is made of so many, so that the time in which the event loop itself was late counts for nothing."""
+"""A probe's wait is made of so many; one from which the event loop itself came back late counts for little,"""
+LATE_TURN = 0.1
+"""but for something, so that an engine that hangs is found on a busy gateway too."""
 LATE_S = 0.05
 """The event loop is late if it comes back from a turn so much after its end."""
 MANY_TIMES = 20
@@ -211,9 +213,9 @@ class EngineHost:
             if asked is None or asked.done():
                 asked = asyncio.create_task(_answers(engine))
                 asked.add_done_callback(_take_note)
-            left = TURNS
-            while left and not asked.done() and self._hung is None:
-                left -= await self._is_on_time(asked, self._probe_every_s / TURNS)
+            left = float(TURNS)
+            while left > 0 and not asked.done() and self._hung is None:
+                left -= 1 if await self._is_on_time(asked, self._probe_every_s / TURNS) else LATE_TURN
                 self._look_for_stopped(parts)
             has_answered = asked.done() and not asked.exception()
             missed = 0 if has_answered else missed + 1
