@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from icportrait.gateway.main import _openness, _ready_line
+from icportrait.errors import IcPortraitError
+from icportrait.gateway.main import _listen, _openness, _ready_line
 from icportrait.gateway.settings import Settings
 from icportrait.presets import DEMO_128
 from icportrait.server import main
@@ -66,6 +68,33 @@ def test_connections_leave_descriptors_to_the_process(monkeypatch: pytest.Monkey
     assert Settings(connections=7).limits.connections == 7
     monkeypatch.setattr("resource.getrlimit", lambda kind: (2**16, 2**16))
     assert Settings().limits.connections == 1024
+
+
+@pytest.mark.parametrize("host", [70 * "a", "a..b", "\udcff", "a\0b"])
+def test_a_host_that_is_neither_a_name_nor_an_address_is_told_as_that(host: str) -> None:
+    async def listen() -> None:
+        opening = asyncio.get_running_loop().create_server(asyncio.Protocol, host, 8001)
+        await _listen("grpc_port", Settings(host=host), opening)  # type: ignore[type-var]
+
+    with pytest.raises(IcPortraitError, match=r"^grpc_port: .*: its host is neither a name nor an address$"):
+        asyncio.run(listen())
+
+
+SAYING = """
+import sys
+import icportrait.gateway.main
+from icportrait.server import main
+
+def run(settings, say):
+    say("before")
+    sys.stdin.readline()
+    for _ in range(3):
+        say("nobody reads this")
+    print("it has served", file=sys.stderr)
+
+icportrait.gateway.main.run = run
+sys.exit(main(["--repository", "."]))
+"""
 
 
 def test_a_server_whose_words_nobody_reads_any_more_serves_on_and_ends_in_order() -> None:
