@@ -34,7 +34,7 @@ OWN_FRAMES_PER_S = 3000
 """Of HTTP/2 itself (pings, settings and the like) that a connection may send over time; each takes some 20 us. A call
 of a few bytes has two or three."""
 OWN_FRAMES_AT_ONCE = 4000
-"""After a pause."""
+"""After a pause; ten times as many after many answers."""
 SMALL_DATA_BYTES = 256
 """A frame with less of a call's data counts as one of HTTP/2 itself; each time as many of answers allow one more."""
 CONTROL_BYTES = 2**20
@@ -220,7 +220,8 @@ class Connection(H2Protocol):
     def _count_own_frame(self) -> None:
         now_s, sent_bytes = time.monotonic(), self.connection.data_sent
         # Who reads answers tells that he has; who reads none has no reason to send many of these.
-        self._own_frames_left += (sent_bytes - self._counted_sent_bytes) / SMALL_DATA_BYTES
+        allowed = (sent_bytes - self._counted_sent_bytes) / SMALL_DATA_BYTES
+        self._own_frames_left = min(self._own_frames_left + allowed, 10 * OWN_FRAMES_AT_ONCE)
         if self._own_frames_left < OWN_FRAMES_AT_ONCE:
             came = (now_s - self._counted_at_s) * OWN_FRAMES_PER_S
             self._own_frames_left = min(self._own_frames_left + came, OWN_FRAMES_AT_ONCE)

@@ -834,7 +834,7 @@ class TestLimits:
         with raw_stub(running) as stub, grpc.insecure_channel(running.url) as channel:
             held = stub.ModelInfer.future(request(seed=HELD))
             running.service.until(begun=1)
-            watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"")
+            watch = channel.unary_stream("/grpc.health.v1.Health/Watch")(b"", timeout=30)
             next(watch)
             also_held = stub.ModelInfer.future(request(seed=HELD))
             assert refused(lambda: watch) == ("UNAVAILABLE", "UNAVAILABLE: others need the room; try again later")
@@ -854,7 +854,8 @@ class TestLimits:
             until(running, lambda: (len(running.door.calls.calls), running.unread.nbytes) == (0, 0))
             running.service.until(cancelled=method == "ModelStreamInfer")
 
-    def test_a_connection_that_takes_nothing_at_all_is_closed(self) -> None:
+    def test_a_connection_that_takes_nothing_at_all_is_closed(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("icportrait.gateway.grpc_calls.END_TIMEOUT_S", 1000)
         with limited(body_timeout_s=0.2) as running, BareCaller(running.url, window_bytes=2**30) as caller:
             running.service.image_bytes = 32 * 2**20
             caller.h2.increment_flow_control_window(2**30)
