@@ -604,7 +604,7 @@ class TestTls:
 
             def handshakes() -> int:
                 gc.collect()
-                return sum(isinstance(each, SSLProtocol) for each in gc.get_objects())
+                return sum(type(each) is SSLProtocol for each in gc.get_objects())
 
             until(running, lambda: handshakes() <= 3)
 

@@ -56,6 +56,7 @@ def test_a_part_that_is_killed_or_stopped_costs_those_who_were_let_in_time_and_n
     repository = simulated_repository(tmp_path, {"unet": 10})
     with supervised(repository, tmp_path) as server, ThreadPoolExecutor(CALLERS) as threads:
         for count, (part, number) in enumerate(parts, 1):
+            until_metric(server.metrics_url, ACTIVE, 0)  # not what was published before
             calls = [threads.submit(outcome, server.url, pictures, 100) for _ in range(CALLERS)]
             until_metric(server.metrics_url, ACTIVE, CALLERS)
             regions, replays = server.shm_regions(), series(server.metrics_url)[REPLAYS]
