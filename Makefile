@@ -129,7 +129,7 @@ test: lint $(QUANTIZER_STAMP) ## lint, types, and the unit, contract, training a
 	@$(PYTHON) -m tests.exports
 	@$(PYTHON) -m pytest $(ON_ALL_CORES) tests/contract tests/training tests/e2e tests/gpu
 
-test-full: $(STAMP) ## adapt, export, compile and serve all of sd15-512: about 18 minutes, 14 GB of memory, 30 GB of disk
+test-full: $(STAMP) ## thousands of calls; adapt, export, compile and serve all of sd15-512: about 20 minutes, 14 GB of memory, 30 GB of disk
 	@$(PYTHON) -m pytest -m full -s
 
 mutants: $(STAMP) ## change 150 lines of the loop, admission, sampling and pictures: do the unit tests notice?
