@@ -100,9 +100,11 @@ def test_refusals_come_with_their_code_and_when_to_try_again(slow: ServerProcess
         "UNAVAILABLE: the queue is full (2 of 2 slots, and 1 more are asked for); retry_after_ms: "
         in full.value.message()
     )
-    for stream in streams:
+    # Those that wait first, else the next one joins where the first has left.
+    for number, stream in reversed(list(enumerate(streams))):
         stream.cancel()
         stream.__exit__()
+        until_metric(slow.metrics_url, "icportrait_queued_slots", max(0, number - 1))
     after = settled(slow.metrics_url)
     more = {name: value - before[name] for name, value in after.items()}
     assert more["icportrait_warping_ms_count"] == 1, "what was refused or left runs no engine"
