@@ -84,6 +84,7 @@ def test_refusals_come_with_their_code_and_when_to_try_again(slow: ServerProcess
     with call(slow, pictures, num_inference_steps=0) as stream, pytest.raises(InferenceServerException) as invalid:
         stream.next()
     assert invalid.value.message().startswith("num_inference_steps: 0, expected 1..150")
+    infer(slow.grpc_url, num_inference_steps=2, **pictures)  # so that it knows how long a step takes
     before = settled(slow.metrics_url)
     with pytest.raises(InferenceServerException) as late:
         infer(slow.grpc_url, num_inference_steps=100, guidance_scale=1.0, deadline_ms=1000, **pictures)
