@@ -118,12 +118,20 @@ class Access:
             Unauthenticated: a key is asked for, and this is none.
             TooMuch: the key's rate or quota is used up; says when to try again.
         """
-        key = self._find(header_value, peer)
-        if key is None:
-            return Caller()
-        used = self._used.setdefault(key.name, _Used(key.at_once, self._clock()))
-        used.count(key, self._clock(), self._day_clock())
-        return Caller(name=key.name, priorities=key.priorities)
+        caller = self.identify(header_value, peer)
+        self.count(caller)
+        return caller
+
+    def count(self, caller: Caller) -> None:
+        """Count a request of a caller that was just identified.
+
+        Raises:
+            TooMuch: the key's rate or quota is used up; says when to try again.
+        """
+        for _, key in self._keys:
+            if key.name == caller.name:
+                used = self._used.setdefault(key.name, _Used(key.at_once, self._clock()))
+                used.count(key, self._clock(), self._day_clock())
 
     def _find(self, header_value: str | None, peer: str) -> ApiKey | None:
         if self._path is None:

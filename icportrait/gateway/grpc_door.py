@@ -320,10 +320,11 @@ class GrpcDoor:
         Raises:
             IcPortraitError: it won't be served.
         """
-        self._access.identify(call.headers.get(HEADER), call.peer)
+        caller = self._access.identify(call.headers.get(HEADER), call.peer)
         if refusal := self._service.refusal():
             raise refusal
-        return self._access.enter(call.headers.get(HEADER), call.peer)
+        self._access.count(caller)
+        return caller
 
 
 def _checked(models: KserveModels, request: InferRequest) -> tuple[_Inference, dict[str, Array]]:

@@ -121,7 +121,9 @@ async def serve_http(
     return HttpDoor(app, server, served, port)
 
 
-TOO_MUCH = Unavailable("too much is being sent to this server at once; retry_after_ms: 1000")
+def _too_much() -> Unavailable:
+    # Another each time: one that is raised again keeps all frames that it has ever passed, and their bodies.
+    return Unavailable("too much is being sent to this server at once; retry_after_ms: 1000")
 
 
 class HttpApp:
@@ -302,8 +304,7 @@ class HttpApp:
             IcPortraitError: it won't be served.
             HTTPException: its body won't be read.
         """
-        key, peer = exchange.header(HEADER), exchange.peer
-        self.access.identify(key, peer)
+        caller = self.access.identify(exchange.header(HEADER), exchange.peer)
         if refusal := self.service.refusal():
             raise refusal
         encoding = exchange.header("content-encoding") or "identity"
@@ -312,7 +313,8 @@ class HttpApp:
         length = _whole_number("Content-Length", exchange.header("content-length"))
         if length is not None and length > self.limits.message_bytes:
             raise self._too_large()
-        return self.access.enter(key, peer)
+        self.access.count(caller)
+        return caller
 
     def _too_large(self) -> HTTPException:
         return HTTPException(413, f"a request may have {self.limits.message_bytes} bytes")
@@ -347,7 +349,7 @@ class HttpApp:
         except TimeoutError:
             self.incoming_bytes -= held
             if time_limit not in self._reading:
-                raise TOO_MUCH from None
+                raise _too_much() from None
             raise HTTPException(408, f"the body took longer than {self.limits.body_timeout_s:g} s") from None
         except BaseException:
             self.incoming_bytes -= held
@@ -360,7 +362,7 @@ class HttpApp:
         """End the body that takes longest, so that unfinished ones keep nobody out."""
         longest = next(iter(self._reading))
         if longest is asking:
-            raise TOO_MUCH
+            raise _too_much()
         del self._reading[longest]
         longest.reschedule(asyncio.get_running_loop().time())
 

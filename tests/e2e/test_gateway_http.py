@@ -6,6 +6,7 @@ Time-outs are short here and waited for; nothing else is timed.
 from __future__ import annotations
 
 import asyncio
+import gc
 import gzip
 import http.client
 import io
@@ -21,6 +22,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import pytest
@@ -578,6 +580,9 @@ class TestLimits:
         status, headers, _ = ask(door, GENERATE, b" " * 1001)
         assert (status, headers["retry-after"]) == (503, "1")
         assert ask(door, GENERATE, b" " * 1000)[0] == 400
+        gc.collect()
+        tracebacks = [each for each in gc.get_objects() if type(each) is TracebackType]
+        assert "_make_room" not in {each.tb_frame.f_code.co_name for each in tracebacks}, "a refused body is kept"
 
     def test_a_compressed_body_is_refused_unread(self, door: Running) -> None:
         body = gzip.compress(json.dumps(TEXTS).encode())
