@@ -12,7 +12,7 @@ from icportrait_client.errors import InvalidRequest, PortraitError
 from benchmarks.perf_analyzer import PerfAnalyzerSettings, measure
 from benchmarks.perf_analyzer import table as perf_table
 from benchmarks.perf_analyzer_program import PerfAnalyzerError
-from benchmarks.settings import CompareSettings, LoadSettings, LoopSettings, PairsSettings
+from benchmarks.settings import HEADS, CompareSettings, LoadSettings, LoopSettings, PairsSettings
 from icportrait.errors import IcPortraitError
 from icportrait.scheduling import BATCHING_MODES
 
@@ -114,9 +114,7 @@ def _add_perf_analyzer_arguments(command: argparse.ArgumentParser) -> None:
         ("--window", "window_s", float, "seconds of one measurement"),
         ("--stability", "stability_percent", float, "percent by which three measurements in a row may differ"),
     )
-    for name in ("profile", "reference"):
-        head = getattr(default, name)
-        command.add_argument(f"--{name}", type=Path, default=head, metavar="FILE", help="default: a rendered head")
+    _add_head_arguments(command)
     _add_json_argument(command)
 
 
@@ -171,9 +169,7 @@ def _add_pairs_arguments(command: argparse.ArgumentParser) -> None:
         ("--seed", "seed", int, "of the noise that makes every picture new"),
     )
     command.add_argument("--steps", dest="num_inference_steps", type=int, metavar="N", help="default: not sent")
-    for name in ("profile", "reference"):
-        head = getattr(PairsSettings, name)
-        command.add_argument(f"--{name}", type=Path, default=head, metavar="FILE", help="default: a rendered head")
+    _add_head_arguments(command)
     _add_json_argument(command)
 
 
@@ -193,6 +189,12 @@ def _add_numbers(
         default = getattr(settings, name)
         help_text = f"{meaning} (default: {default:g})"
         command.add_argument(flag, dest=name, type=kind, default=default, metavar="N", help=help_text)
+
+
+def _add_head_arguments(command: argparse.ArgumentParser) -> None:
+    for name in ("profile", "reference"):
+        head = HEADS / f"{name}.png"
+        command.add_argument(f"--{name}", type=Path, default=head, metavar="FILE", help="default: a rendered head")
 
 
 def _add_json_argument(command: argparse.ArgumentParser) -> None:

@@ -21,7 +21,7 @@ PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 PNG_CHUNKS = 100_000
 """A 20 MB file of pieces of 8 KB, which is what encoders write, has 2,500."""
 PNG_ORDER = (b"IHDR", b"iCCP", b"PLTE", b"tRNS", b"eXIf")
-"""What the picture is made of, before its data and in this order."""
+"""Chunks that the picture is made of, before its data and in this order."""
 PNG_CRITICAL = (b"IHDR", b"PLTE")
 CHANNELS = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}
 """By a PNG's colour type."""
@@ -134,7 +134,7 @@ _MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]", re.DOTALL)
 
 
 def _has_all_scans(segments: list[tuple[int, bytes]]) -> bool:
-    """Whether the last scan of every coefficient of every component has begun: what may lack is some of its detail."""
+    """Tell whether the last scan of every coefficient of every component has begun: all that may lack is detail."""
     frame = next(content for marker, content in segments if marker == SOF2)
     left = {component: set(range(COEFFICIENTS)) for component in frame[6::3]}
     for content in (content for marker, content in segments if marker == SOS):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -60,6 +61,13 @@ class Statistics:
 
 OWN_DESCRIPTORS = 256
 """That connections leave to the process itself."""
+
+
+def descriptors_of_door(has_tls: bool = False) -> int:
+    """Count the connections that one of two doors may hold; with TLS, as many handshakes may be under way beside."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    parts = 4 if has_tls else 2
+    return 2**31 if limit == resource.RLIM_INFINITY else max((limit - OWN_DESCRIPTORS) // parts, 1)
 
 
 @dataclass(frozen=True)

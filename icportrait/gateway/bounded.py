@@ -1,4 +1,4 @@
-"""What runs in a process that decodes and encodes pictures, which a bad picture may end."""
+"""Runs what decodes and encodes pictures, in a process that a bad picture may end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def begin() -> None:
 
 
 def bounded(function: Callable[..., Result], cpu_s: float, memory_bytes: int, *arguments: Any) -> Result:
-    """``function(*arguments)`` within bounds of its own, whatever came before it in this process.
+    """Run ``function(*arguments)`` within bounds of its own, whatever came before it in this process.
 
     Args:
         function: what to do.

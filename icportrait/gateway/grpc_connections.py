@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-import resource
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +18,7 @@ from h2.settings import SettingCodes
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame
 
 from icportrait.errors import TooMuch, Unavailable
-from icportrait.gateway.api import OWN_DESCRIPTORS, ServerLimits, Unread
+from icportrait.gateway.api import ServerLimits, Unread, descriptors_of_door
 from icportrait.gateway.grpc_calls import END_TIMEOUT_S, Call, Method, outcome
 from icportrait.gateway.tls import READ_BYTES
 
@@ -52,14 +51,14 @@ class Calls:
         """Of messages that are being read."""
         self.calls: set[Call] = set()
         self.connections: set[Connection] = set()
-        self.most_connections = min(limits.connections, _descriptors_of_door())
+        self.most_connections = min(limits.connections, descriptors_of_door())
 
     def protocol(self) -> Connection:
         """Of a connection that was made just now."""
         return Connection(self)
 
     def make_room(self) -> bool:
-        """Whether another connection may stay; an idle one goes for it, the one that is so for longest first."""
+        """Tell whether another connection may stay; an idle one goes for it, the one that is so for longest first."""
         if len(self.connections) < self.most_connections:
             return True
         idle = [connection for connection in self.connections if connection.is_idle]
@@ -68,7 +67,7 @@ class Calls:
         return bool(idle)
 
     def end_one_that_gives_way(self) -> bool:
-        """End a call for another that needs the room; whether there was one."""
+        """End a call for another that needs the room, and tell whether there was one."""
         leaving = next((call for call in self.calls if call.gives_way and not call.failure), None)
         if leaving:
             leaving.fail(Unavailable("others need the room; try again later"))
@@ -144,7 +143,7 @@ class Connection(H2Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether it has no calls but such as give way."""
+        """Tells whether it has no calls but such as give way."""
         return all(call.gives_way for call in self.calls)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -318,12 +317,6 @@ class _Handler(AbstractHandler):
     async def _serve(self, call: Call) -> None:
         owner = self._connection.owner
         await call.end(*await outcome(call, owner))
-
-
-def _descriptors_of_door() -> int:
-    """Connections that one of two doors may hold, so that the process has descriptors left for itself."""
-    limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 2**31 if limit == resource.RLIM_INFINITY else max((limit - OWN_DESCRIPTORS) // 2, 1)
 
 
 def _notice_lost_peers(sock: socket.socket | None) -> None:

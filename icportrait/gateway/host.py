@@ -219,7 +219,6 @@ class EngineHost:
                 self._look_for_stopped(parts)
             has_answered = asked.done() and not asked.exception()
             missed = 0 if has_answered else missed + 1
-            self._look_for_stopped(parts)
             if self._hung is None and missed >= MISSED_PROBES:
                 self._hung = Ending(f"the engine has missed {missed} probes of {self._probe_every_s:g} s")
             elif self._hung is None and has_answered and _hangs(asked.result()):

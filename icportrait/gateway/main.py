@@ -151,7 +151,7 @@ def _address(settings: Settings, port: str) -> str:
 
 
 def _openness(settings: Settings) -> str | None:
-    """What whoever runs the server should know of a door that others reach."""
+    """Say what whoever runs the server should know of a door that others reach; None where there is nothing."""
     if settings.host in LOOPBACK:
         return None
     missing = [

@@ -14,7 +14,6 @@ import dataclasses
 import difflib
 import functools
 import os
-import resource
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -24,7 +23,7 @@ from types import NoneType
 from typing import Any
 
 from icportrait.errors import IcPortraitError
-from icportrait.gateway.api import OWN_DESCRIPTORS, ServerLimits
+from icportrait.gateway.api import ServerLimits, descriptors_of_door
 
 PREFIX = "ICPORTRAIT_"
 """Of the environment's variables. Others that begin so are let pass: Kubernetes makes some for a service's name."""
@@ -94,11 +93,7 @@ class Settings:
     def limits(self) -> ServerLimits:
         """What the doors ask for."""
         limits = {name.name: getattr(self, name.name) for name in dataclasses.fields(ServerLimits)}
-        descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        if descriptors != resource.RLIM_INFINITY:
-            # Two doors, each with its TLS handshakes.
-            parts = 4 if self.tls_certificate else 2
-            limits["connections"] = min(self.connections, max(1, (descriptors - OWN_DESCRIPTORS) // parts))
+        limits["connections"] = min(self.connections, descriptors_of_door(bool(self.tls_certificate)))
         return ServerLimits(**limits)
 
     @property

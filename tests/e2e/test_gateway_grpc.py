@@ -38,8 +38,8 @@ from tritonclient.utils import InferenceServerException
 
 from icportrait.errors import Unavailable
 from icportrait.gateway.access import Access
-from icportrait.gateway.api import ServerLimits
-from icportrait.gateway.grpc_connections import OWN_DESCRIPTORS, OWN_FRAMES_AT_ONCE, READ_BYTES, Connection
+from icportrait.gateway.api import OWN_DESCRIPTORS, ServerLimits
+from icportrait.gateway.grpc_connections import OWN_FRAMES_AT_ONCE, READ_BYTES, Connection
 from icportrait.gateway.wire import MAX_HEAD_BYTES
 from tests.conftest import EXAMPLES, ROOT
 from tests.e2e.caller import StreamCall, infer, tensors
@@ -549,6 +549,10 @@ class TestTls:
             openssl("req", "-x509", *new, *names, "-keyout", f"{name}.key", "-out", f"{name}.pem")
         return tmp_path
 
+    def settings(self, certificates: Path, **others: Any) -> DoorSettings:
+        files = {"tls_certificate": certificates / "server.pem", "tls_key": certificates / "server.key"}
+        return DoorSettings(**files, **others)
+
     def ready(self, running: Running, root: Path, key: bytes | None = None, chain: bytes | None = None) -> bool:
         credentials = grpc.ssl_channel_credentials(root.read_bytes(), key, chain)
         with grpc.secure_channel(f"localhost:{running.door.port}", credentials) as channel:
@@ -556,7 +560,7 @@ class TestTls:
             return bool(stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=30).ready)
 
     def test_with_a_certificate_the_door_speaks_tls_alone(self, certificates: Path) -> None:
-        settings = DoorSettings(tls_certificate=certificates / "server.pem", tls_key=certificates / "server.key")
+        settings = self.settings(certificates)
         with open_door(settings=settings) as running:
             assert self.ready(running, certificates / "server.pem")
             with PortraitClient(f"localhost:{running.door.port}", tls=certificates / "server.pem") as client:
@@ -566,11 +570,7 @@ class TestTls:
                 until_closed(bare)
 
     def test_callers_must_show_a_certificate_where_that_is_set(self, certificates: Path) -> None:
-        settings = DoorSettings(
-            tls_certificate=certificates / "server.pem",
-            tls_key=certificates / "server.key",
-            tls_client_ca=certificates / "client.pem",
-        )
+        settings = self.settings(certificates, tls_client_ca=certificates / "client.pem")
         own = [(certificates / f"client.{end}").read_bytes() for end in ("key", "pem")]
         with open_door(settings=settings) as running:
             assert self.ready(running, certificates / "server.pem", *own)
@@ -578,22 +578,14 @@ class TestTls:
                 self.ready(running, certificates / "server.pem")
 
     def test_connections_that_begin_no_handshake_make_room(self, certificates: Path) -> None:
-        settings = DoorSettings(
-            tls_certificate=certificates / "server.pem",
-            tls_key=certificates / "server.key",
-            limits=ServerLimits(header_timeout_s=1000, connections=2),
-        )
+        settings = self.settings(certificates, limits=ServerLimits(header_timeout_s=1000, connections=2))
         with open_door(settings=settings) as running, contextlib.ExitStack() as stack:
             first, *_ = [stack.enter_context(connected(running)) for _ in range(3)]
             until_closed(first)
             assert self.ready(running, certificates / "server.pem")
 
     def test_very_many_at_once_leave_nothing_behind(self, certificates: Path) -> None:
-        settings = DoorSettings(
-            tls_certificate=certificates / "server.pem",
-            tls_key=certificates / "server.key",
-            limits=ServerLimits(header_timeout_s=1000, connections=3),
-        )
+        settings = self.settings(certificates, limits=ServerLimits(header_timeout_s=1000, connections=3))
         with open_door(settings=settings) as running, contextlib.ExitStack() as stack:
             busy = threading.Event()
             threading.Thread(target=running.call, args=(lambda: busy.wait(30),)).start()
