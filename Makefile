@@ -5,12 +5,12 @@ unexport PYTHONDONTWRITEBYTECODE
 
 PRESET ?= demo-128
 NEEDS_OPSET_23 := $(filter bf16 int8 fp8,$(PRECISION))
-# fp16 is what GPUs are fast in, and as good (README, "Precision"); on the CPU it gains nothing.
+# fp16 is what GPUs are fast in, and as good (docs/tensorrt.md); on the CPU it gains nothing.
 PRECISION ?= $(if $(filter demo-128-20,$(PRESET)-$(OPSET))$(filter demo-128-openvino,$(PRESET)-$(RUNTIME)),fp32,fp16)
 # Which of a CPU's is better for a preset was measured (ADR 0010).
 RUNTIME ?= $(if $(filter demo-128,$(PRESET))$(NEEDS_OPSET_23),onnxruntime,openvino)
 BATCHING ?= in-flight
-# 1, for runtimes other than onnxruntime: a seed's bytes are the same whatever shares its batch (README, "Same seed, same picture").
+# 1, for runtimes other than onnxruntime: a seed's bytes are the same whatever shares its batch (docs/determinism.md).
 DETERMINISTIC ?=
 PLAN_RUNTIME := $(filter tensorrt tensorrt-rtx,$(RUNTIME))
 TARGET ?= $(or $(PLAN_RUNTIME),tensorrt-rtx)
@@ -44,11 +44,11 @@ EXPORT_FROM := --checkpoint $(CHECKPOINT)
 WEIGHT_FILES := $(CHECKPOINT)/model_index.json $(wildcard $(CHECKPOINT)/*.safetensors $(CHECKPOINT)/*/*.*)
 endif
 
-# A worker a core; tests that share a server have the same one (tests/e2e/conftest.py).
-ON_ALL_CORES := --numprocesses auto --dist loadgroup
+# Tests that share a server have the same worker (tests/conftest.py).
+WORKERS := --dist loadgroup --numprocesses
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup quantizer quality demo serve compare export engines plans gpu-acceptance accept repository configs heads test test-full mutants lint format clean
+.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants lint format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -106,7 +106,7 @@ accept: $(EXPORT)/manifest.json
 	@$(PYTHON) -m engines accept --onnx $(EXPORT) $(if $(filter-out file,$(origin TARGET)),--target $(TARGET))
 
 repository: $(EXPORT)/manifest.json $(if $(PLAN_RUNTIME),$(PLANS)/vae_decoder.plan.json) ## assemble build/repository/<runtime> from triton_repo/ and the export
-	@$(PYTHON) -m icportrait.repository --export $(EXPORT) --out $(REPOSITORY) --runtime $(RUNTIME) \
+	@$(PYTHON) -m icportrait.deploy.repository --export $(EXPORT) --out $(REPOSITORY) --runtime $(RUNTIME) \
 		--batching $(BATCHING) $(if $(LATENCY_TABLE),--latency-table "$(LATENCY_TABLE)") $(if $(PLAN_RUNTIME),--plans $(PLANS)) \
 		$(if $(filter 1,$(DETERMINISTIC)),--deterministic)
 
@@ -114,23 +114,38 @@ serve: repository ## run the gateway and its tritonserver on loopback until Ctrl
 	@exec $(PYTHON) -m icportrait.server --repository $(REPOSITORY) \
 		--grpc-port $(GRPC_PORT) --http-port $(HTTP_PORT) --metrics-port $(METRICS_PORT)
 
-compare: $(EXPORT)/manifest.json ## in-flight and whole batches under the same loads, with simulated engines: about 11 minutes
+compare: $(EXPORT)/manifest.json ## in-flight and whole batches under the same loads, with simulated engines: about 17 minutes
 	@$(PYTHON) -m benchmarks compare --export $(EXPORT) $(if $(LATENCY_TABLE),--latency-table "$(LATENCY_TABLE)")
 
-configs: $(STAMP) ## regenerate the committed config.pbtxt files and the client's contract
-	@$(PYTHON) -m icportrait.repository --configs
+bench: $(EXPORT)/manifest.json ## how fast a portrait is, and why: build/bench/latency.html; about 8 minutes
+	@mkdir -p build/bench
+	@$(PYTHON) -m benchmarks latency --export $(EXPORT) --out build/bench/latency.json --report build/bench/latency.html
+
+bench-check: $(EXPORT)/manifest.json ## the same, and an error where it is slower by its peers than the committed run
+	@$(PYTHON) -m benchmarks latency --export $(EXPORT) --compare-with $(wildcard benchmarks/results/latency-*.json)
+
+configs: $(STAMP) ## regenerate the committed config.pbtxt files, the client's contract and the tables of docs/api.md
+	@$(PYTHON) -m icportrait.deploy.repository --configs
+	@$(PYTHON) -m tests.documents
 
 heads: $(STAMP) ## render the committed heads of the demo and of the client's sweep again
 	@$(PYTHON) -m training.example_heads
 
-# Each step ends the run where it fails, and what is quickest to fail comes first.
-test: lint $(QUANTIZER_STAMP) ## lint, types, and the unit, contract, training and e2e tests
-	@$(PYTHON) -m pytest $(ON_ALL_CORES) tests/unit
+# Each step ends the run where it fails, and what is quickest to fail comes first. mypy takes one core, for a minute in a
+# fresh clone. The last step has a worker more than there are cores, because its tests wait for servers.
+test: $(STAMP) ## lint, types, and the unit, contract, training and e2e tests
+	@$(MAKE) --no-print-directory --jobs 2 lint unit
 	@$(PYTHON) -m tests.exports
-	@$(PYTHON) -m pytest $(ON_ALL_CORES) tests/contract tests/training tests/e2e tests/gpu
+	@$(PYTHON) -m pytest $(WORKERS) $$(($$(nproc) + 1)) tests/contract tests/training tests/e2e tests/gpu
 
-test-full: $(STAMP) ## thousands of calls; adapt, export, compile and serve all of sd15-512: about 20 minutes, 14 GB of memory, 30 GB of disk
-	@$(PYTHON) -m pytest -m full -s
+unit: $(STAMP)
+	@$(PYTHON) -m pytest $(WORKERS) auto tests/unit
+
+# The calls run alone, because other work moves the gateway's memory, which is compared before and after.
+test-full: $(QUANTIZER_STAMP) ## the slow tests: thousands of calls, all of sd15-512, int8 and fp8; about 15 minutes, 16 GB of memory, 12 GB of disk
+	@$(PYTHON) -m tests.full
+	@$(PYTHON) -m pytest -m full -s tests/full/test_leavers.py
+	@$(PYTHON) -m pytest -m full -s --numprocesses 2 --dist loadfile --ignore tests/full/test_leavers.py
 
 mutants: $(STAMP) ## change 150 lines of the loop, admission, sampling and pictures: do the unit tests notice?
 	@$(PYTHON) -m tests.mutants $(if $(SEED),--seed $(SEED))
@@ -140,7 +155,7 @@ lint: $(STAMP) ## ruff, and mypy against the real signatures of both TensorRT pr
 	@$(PYTHON) -m ruff format --check .
 	@$(PYTHON) -m engines.stubs
 	@$(PYTHON) -m mypy
-	@MYPYPATH=build/stubs/tensorrt $(PYTHON) -m mypy -p engines -m icportrait.runtime.tensorrt
+	@MYPYPATH=build/stubs/tensorrt $(PYTHON) -m mypy -p engines -p icportrait.runtime.tensorrt
 
 format: $(STAMP) ## let ruff format the code
 	@$(PYTHON) -m ruff format .

@@ -18,7 +18,7 @@ esac
 "$python" -c 'import ensurepip, venv' 2>/dev/null ||
     fail "Python $version lacks the venv module; on Debian or Ubuntu: apt-get install python$version-venv libpython$version"
 
-"$python" icportrait/libpython.py
+"$python" icportrait/deploy/libpython.py
 
 echo "setting up $venv with Python $version (a few minutes the first time)"
 started=$(date +%s)

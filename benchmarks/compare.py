@@ -21,26 +21,32 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from benchmarks.calls import OK
 from benchmarks.compare_report import SERVER, medians, run_line
-from benchmarks.load import OK, run_load
-from benchmarks.report import conditions_here, summarise
+from benchmarks.load import run_load
+from benchmarks.report import conditions_here, sample_quantiles, steady_answers, summarise
 from benchmarks.settings import CompareSettings, LoadSettings
 from icportrait.contract import engine_specs
+from icportrait.deploy.repository import assemble
 from icportrait.errors import IcPortraitError
 from icportrait.manifest import Manifest
 from icportrait.metrics import PREFIX
 from icportrait.policy import SIMULATED, ServingPolicy
-from icportrait.repository import assemble
-from icportrait.runtime.simulated import LatencyTable
+from icportrait.runtime.latency_table import LatencyTable
 from icportrait.server import Ports, ServerProcess
 
 BASELINE = "whole"
 """The mode whose capacity the loads are shares of."""
 OVERLOAD = 1.5
-"""What saturates, in capacities as the latency table alone has them. No server has more than that, and refusing more
-takes CPU: with 3.0 on 2 cores no more was answered."""
+"""Load that saturates a server, in capacities as the latency table alone has them.
+
+No server has more capacity than that, and refusing more takes CPU: with 3.0 on 2 cores no more was answered.
+"""
 SATURATED_RUNS = 2
-"""How long that is, in durations: answers come a batch at a time, so a short look counts one too many or too few."""
+"""Length of the saturated run, in durations.
+
+Answers come a batch at a time, so a short look counts one batch too many or too few.
+"""
 _METRICS_TIMEOUT_S = 5.0
 
 Say = Callable[[str], None]
@@ -101,7 +107,10 @@ def compare(settings: CompareSettings, say: Say = lambda _: None) -> dict[str, A
 
 
 def estimated_capacity_per_s(latencies: LatencyTable, manifest: Manifest) -> float:
-    """What full whole batches would serve if nothing but engines took any time, and profiles were encoded before."""
+    """Estimate the requests a second of full whole batches, if only engines took time.
+
+    Profiles count as encoded before.
+    """
     slots, (low, high) = ServingPolicy.slots, LoadSettings.steps
     count = high - low + 1
     # The longest of a batch, expected: it is above k unless every slot's steps are at most k.
@@ -124,7 +133,8 @@ def measure(server: ServerProcess, load: LoadSettings) -> dict[str, Any]:
     report = summarise(run)
     counts = {code: kind["count"] for code, kind in report["outcomes"].items()}
     refused, sent = counts.get("UNAVAILABLE", 0), report["requests"]["sent"]
-    steady = report["latency_ms"]["steady"]
+    # Medians over rounds are reported, so that a round's p99 of few answers does no harm.
+    steady = sample_quantiles(1000 * outcome.latency_s for outcome in steady_answers(run))
     return {
         "rate_per_s": round(load.rate_per_s, 3),
         "offered_per_s": report["rate_per_s"]["offered"],
@@ -152,7 +162,7 @@ def _check_engine(server: ServerProcess) -> None:
 
 
 class _Window:
-    """What the server counts, and the machine's CPUs do, from the end of a run's warm-up to its last sending.
+    """The server's counters and the machine's CPU times, from the end of a run's warm-up to its last sending.
 
     The server publishes its counters four times a second; sums and counts are as old as each other.
     """
@@ -174,7 +184,7 @@ class _Window:
             timer.join()
 
     def figures(self) -> dict[str, float | None]:
-        """Means per step; None where there was none, or the server's metrics couldn't be read."""
+        """Return means per step; None where there was no step, or the server's metrics couldn't be read."""
         if len(self._samples) < 2:
             return dict.fromkeys(("outside_engine_ms", "occupancy", "cpu_busy"))
         first, last = self._samples
@@ -190,13 +200,13 @@ class _Window:
 
 
 def mean_between(first: Mapping[str, float], last: Mapping[str, float], name: str) -> float | None:
-    """Of what was observed between two readings of ``<name>_sum`` and ``<name>_count``."""
+    """Return the mean of the values between two readings of ``<name>_sum`` and ``<name>_count``; None without any."""
     sums, counts = (last.get(f"{name}_{part}", 0.0) - first.get(f"{name}_{part}", 0.0) for part in ("sum", "count"))
     return round(sums / counts, 4) if counts else None
 
 
 def server_counters(url: str) -> dict[str, float]:
-    """This project's series without labels, by name, from a server's metrics endpoint."""
+    """Read this project's series from a server's metrics endpoint, by name and ``{label="value"}``."""
     # http.client asks no proxy.
     connection = http.client.HTTPConnection(url, timeout=_METRICS_TIMEOUT_S)
     try:
@@ -204,12 +214,12 @@ def server_counters(url: str) -> dict[str, float]:
         text = connection.getresponse().read().decode()
     finally:
         connection.close()
-    found = re.findall(rf"^{PREFIX}(\w+) (\S+)$", text, re.MULTILINE)
+    found = re.findall(rf"^{PREFIX}(\w+(?:{{[^}}]*}})?) (\S+)$", text, re.MULTILINE)
     return {name: float(value) for name, value in found}
 
 
 def _cpu_times() -> dict[str, float]:
-    """All CPUs' busy and whole time; see proc_stat(5)."""
+    """Read all CPUs' busy and whole time; proc_stat(5) describes the file."""
     user, nice, system, idle, iowait, irq, softirq, steal = map(
         float, Path("/proc/stat").read_text().splitlines()[0].split()[1:9]
     )
@@ -238,7 +248,7 @@ def _load(settings: CompareSettings, server: ServerProcess, rate_per_s: float, s
 
 
 def _find_capacity(settings: CompareSettings, folder: Path, estimate_per_s: float, say: Say) -> dict[str, Any]:
-    """Answers a second of whole batches that always find a full queue."""
+    """Measure the answers a second of whole batches that always find a full queue."""
     with _serve(folder, BASELINE) as server:
         load = _load(settings, server, OVERLOAD * estimate_per_s, settings.seed)
         found = measure(server, replace(load, duration_s=SATURATED_RUNS * load.duration_s))

@@ -1,4 +1,4 @@
-"""What a comparison of batching modes says: medians over rounds, ratios, and the same as a table."""
+"""The report of a comparison of batching modes: medians over rounds, ratios, and the same as a table."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 SERVER = ("preset", "precision", "model_version", "engine")
-"""What answers say of their server."""
+"""Fields in which answers describe their server."""
 REFERENCE = "in-flight"
 """The mode that ratios are to."""
 RATIOS = ("p50_ms", "p99_ms", "throughput_per_s", "outside_engine_ms", "occupancy")
@@ -24,13 +24,13 @@ _COLUMNS = {
 
 
 def run_line(run: Mapping[str, Any], rounds: int) -> str:
-    """A run's first figures, for whoever waits."""
+    """Return a line with a run's first figures, for a waiting reader."""
     figures = (f"{_COLUMNS[name][0]} {_cell(run[name], name)}" for name in ("p50_ms", "p99_ms", "throughput_per_s"))
     return f"round {run['round']} of {rounds}, {run['mode']} at {run['load']:g}: {', '.join(figures)}"
 
 
 def medians(modes: Sequence[str], runs: Sequence[Mapping[str, Any]], share: float) -> dict[str, Any]:
-    """Each mode's figures under one load, and their ratios; None where a round has none."""
+    """Return each mode's figures under one load, and their ratios; None where a round has none."""
     of_mode = {mode: [run for run in runs if (run["mode"], run["load"]) == (mode, share)] for mode in modes}
     figures = {
         mode: {
@@ -48,7 +48,7 @@ def _median(values: Sequence[float | None]) -> float | None:
 
 
 def ratios(modes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Every other mode's figures by in-flight's; none without in-flight."""
+    """Divide every other mode's figures by in-flight's; empty without in-flight."""
     if REFERENCE not in modes:
         return {}
     reference = modes[REFERENCE]
@@ -63,7 +63,7 @@ def ratios(modes: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float 
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The figures of ``compare`` as lines for a reader."""
+    """Write the figures of ``compare`` as lines for a reader."""
     conditions, capacity = report["conditions"], report["capacity"]
     arguments = conditions["arguments"]
     server = ", ".join(str(conditions[name]) for name in SERVER if name in conditions)

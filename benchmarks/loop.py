@@ -1,7 +1,7 @@
 """The denoising loop alone: what it takes between two runs of the UNet, without Triton and without a GPU.
 
-``Batcher`` over simulated slots is kept full by another thread, as a server's requests would. Engines take the times of
-a latency table; what lies between them is this machine's, and real.
+Another thread keeps a ``DenoisingLoop`` over simulated slots full, as a server's requests would. Engines take the times
+of a latency table; all that lies between them is this machine's, and real.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import numpy as np
 
 from benchmarks.report import conditions_here
 from benchmarks.settings import LoopSettings
-from icportrait.batching import Batcher
 from icportrait.contract import engine_specs
+from icportrait.diffusion.sampling import NoiseSchedule
 from icportrait.errors import IcPortraitError, InvalidRequest
+from icportrait.loop.job import DenoiseResult, Job
+from icportrait.loop.loop import DenoisingLoop
 from icportrait.manifest import Manifest
 from icportrait.metrics import Metrics
 from icportrait.policy import SIMULATED, ServingPolicy
 from icportrait.request import PortraitRequest
 from icportrait.runtime import Slots, load_slots
+from icportrait.runtime.latency_table import LatencyTable
 from icportrait.runtime.shared_device import DEVICE_FOLDER
-from icportrait.runtime.simulated import LatencyTable
-from icportrait.sampling import NoiseSchedule
-from icportrait.ticket import DenoiseJob, DenoiseResult
 
 WARM_UP_S = 0.5
 _SERIES = ("step_outside_engine_ms", "step_ms", "step_slots")
@@ -46,7 +46,7 @@ class Recorder(Metrics):
         self.values: dict[str, list[float]] = {name: [] for name in _SERIES}
 
     def observe(self, name: str, value: float, **labels: str) -> None:
-        """See ``Metrics.observe``."""
+        """Keep a value while recording, as ``Metrics.observe`` would count it."""
         if self.is_recording and name in self.values:
             self.values[name].append(value)
 
@@ -68,8 +68,8 @@ def run_loop(settings: LoopSettings) -> dict[str, Any]:
     recorder = Recorder()
     with _simulated_slots(settings, manifest) as slots:
         schedule = NoiseSchedule.from_config(manifest.scheduler_config)
-        batcher = Batcher(slots, schedule, manifest.preset, metrics=recorder)
-        feeder = _Feeder(batcher, settings, manifest)
+        loop = DenoisingLoop(slots, schedule, manifest.preset, metrics=recorder)
+        feeder = _Feeder(loop, settings, manifest)
         try:
             time.sleep(WARM_UP_S)
             began_s, recorder.is_recording = time.perf_counter(), True
@@ -77,7 +77,7 @@ def run_loop(settings: LoopSettings) -> dict[str, Any]:
             recorder.is_recording, took_s = False, time.perf_counter() - began_s
         finally:
             feeder.stop()
-            batcher.close()
+            loop.close()
     if feeder.failure:
         raise feeder.failure
     return _report(settings, manifest, latencies, recorder.values, took_s)
@@ -86,9 +86,9 @@ def run_loop(settings: LoopSettings) -> dict[str, Any]:
 class _Feeder:
     """Submits a request as soon as one is answered, so that as many wait as there are slots."""
 
-    def __init__(self, batcher: Batcher, settings: LoopSettings, manifest: Manifest) -> None:
+    def __init__(self, loop: DenoisingLoop, settings: LoopSettings, manifest: Manifest) -> None:
         self.failure: IcPortraitError | None = None
-        self._batcher, self._settings = batcher, settings
+        self._loop, self._settings = loop, settings
         spec = engine_specs(manifest.preset, manifest.precision)["warping_network"]
         self._inputs = spec.dummy_inputs(1)
         self._room = threading.Semaphore(2 * settings.slots // settings.rows)
@@ -111,11 +111,11 @@ class _Feeder:
             if self._stopped:
                 return
             steps = int(rng.integers(low, high, endpoint=True))
-            self._batcher.submit(DenoiseJob(self._request(seed, steps), **self._inputs), self._on_done)
+            self._loop.submit(self._job(seed, steps))
             seed += 1
 
-    def _request(self, seed: int, steps: int) -> PortraitRequest:
-        return PortraitRequest(
+    def _job(self, seed: int, steps: int) -> Job:
+        request = PortraitRequest(
             seed=seed,
             num_portraits=1,
             num_inference_steps=steps,
@@ -124,6 +124,10 @@ class _Feeder:
             scheduler="dpmpp_2m",
             output_format="png",
             encoding="binary",
+        )
+        given = self._inputs
+        return Job(
+            request, given["profile_latent"], given["reference_latent"], given["visibility"], on_done=self._on_done
         )
 
     def _on_done(self, outcome: DenoiseResult | IcPortraitError) -> None:
@@ -135,7 +139,7 @@ class _Feeder:
 
 @contextmanager
 def _simulated_slots(settings: LoopSettings, manifest: Manifest) -> Iterator[Slots]:
-    """Slots on a device of their own, in a folder as a server's is."""
+    """Open slots on a device of their own, in a folder as a server's is."""
     policy = ServingPolicy(
         runtime=SIMULATED, slots=settings.slots, latency_table=str(settings.latency_table.absolute())
     )
@@ -175,7 +179,7 @@ def _report(
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures of ``run_loop`` as lines for a reader."""
+    """Write the figures of ``run_loop`` as lines for a reader."""
     conditions = report["conditions"]
     arguments, outside, engine = conditions["arguments"], report["outside_engine_ms"], report["engine_ms"]
     low, high = arguments["steps"]

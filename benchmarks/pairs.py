@@ -11,7 +11,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,13 +27,13 @@ from tritonclient.utils import InferenceServerException
 from benchmarks.load import tensor
 from benchmarks.report import conditions_here
 from benchmarks.settings import PairsSettings
+from benchmarks.spread import ratio, ratio_text
 from icportrait.contract import STANDALONE_ENSEMBLE
 
 WARM_UP = 5
-_RESAMPLED = 5000
 _NOISE_PX = 16
-Ask = Callable[[dict[str, bytes], int], dict[str, Any]]
-"""The metadata of the portrait of two pictures and a seed."""
+Ask = Callable[[Mapping[str, bytes], int], tuple[dict[str, Any], bytes]]
+"""Returns the metadata and the file of the portrait of two pictures and a seed."""
 
 
 def run_pairs(settings: PairsSettings) -> dict[str, Any]:
@@ -44,19 +44,20 @@ def run_pairs(settings: PairsSettings) -> dict[str, Any]:
         PortraitError: a server isn't there, or refuses a request.
     """
     rng = np.random.default_rng(settings.seed)
-    pictures = {name: _pixels(getattr(settings, name), name) for name in ("profile", "reference")}
+    pictures = {name: pixels(getattr(settings, name), name) for name in ("profile", "reference")}
+    options = {"num_inference_steps": settings.num_inference_steps} if settings.num_inference_steps else {}
     clients = [InferenceServerClient(url) for url in settings.urls]
-    asks = [_ask(url, client, settings) for url, client in zip(settings.urls, clients, strict=True)]
+    asks = [asker(url, client, options) for url, client in zip(settings.urls, clients, strict=True)]
     rounds: list[dict[str, Any]] = []
     for number in range(settings.rounds):
         times: list[list[dict[str, float]]] = [[], []]
         for request in range(-WARM_UP if number == 0 else 0, settings.requests):
-            files = {name: _new_file(pixels, rng) for name, pixels in pictures.items()}
+            files = {name: new_file(pixels, rng) for name, pixels in pictures.items()}
             for which in (0, 1) if request % 2 else (1, 0):
                 began_s = time.perf_counter()
-                stages = asks[which](files, settings.requests * number + max(0, request))["stage_ms"]
+                stages = asks[which](files, settings.requests * number + max(0, request))[0]["stage_ms"]
                 times[which].append(stages | {"whole": 1000 * (time.perf_counter() - began_s)})
-        rounds.append(_figures([each[-settings.requests :] for each in times], rng))
+        rounds.append(_figures([each[-settings.requests :] for each in times]))
         print(f"round {number + 1} of {settings.rounds}: {_ratio(rounds[-1])}", file=sys.stderr, flush=True)
     for client in clients:
         client.close()
@@ -67,9 +68,17 @@ def run_pairs(settings: PairsSettings) -> dict[str, Any]:
     }
 
 
-def _ask(url: str, client: Any, settings: PairsSettings) -> Ask:
-    """How a server is asked: a gateway, or a Triton with the standalone pipeline."""
-    options = {"num_inference_steps": settings.num_inference_steps} if settings.num_inference_steps else {}
+def asker(url: str, client: Any, options: Mapping[str, Any]) -> Ask:
+    """Return the function that asks a server: a gateway, or a Triton with the standalone pipeline.
+
+    Args:
+        url: the server's, for messages.
+        client: a ``tritonclient.grpc.InferenceServerClient`` of it.
+        options: the request's, beside its pictures and seed.
+
+    Raises:
+        ServerUnavailable: the server isn't there, or isn't ready.
+    """
     try:
         if not client.is_server_ready():
             raise ServerUnavailable(f"{url}: the server isn't ready")
@@ -77,7 +86,7 @@ def _ask(url: str, client: Any, settings: PairsSettings) -> Ask:
     except InferenceServerException as error:
         raise ServerUnavailable(f'{url}: no server answers; "make serve" starts one') from error
 
-    def ask(files: dict[str, bytes], seed: int) -> dict[str, Any]:
+    def ask(files: Mapping[str, bytes], seed: int) -> tuple[dict[str, Any], bytes]:
         if is_standalone:
             request = InferInput("request", [1], "BYTES")
             request.set_data_from_numpy(np.array([json.dumps({**options, "seed": seed}).encode()], object))
@@ -88,18 +97,18 @@ def _ask(url: str, client: Any, settings: PairsSettings) -> Ask:
             result = client.infer(STANDALONE_ENSEMBLE if is_standalone else load_contract().model, inputs)
         except InferenceServerException as error:
             raise PortraitError(f"a request failed: {error}") from error
-        metadata: dict[str, Any] = json.loads(result.as_numpy("metadata")[0])
-        return metadata
+        return json.loads(result.as_numpy("metadata")[0]), result.as_numpy("image")[0]
 
     return ask
 
 
-def _pixels(path: Path, name: str) -> Any:
+def pixels(path: Path, name: str) -> Any:
+    """Read a picture's pixels, [h, w, 3] uint8."""
     return np.asarray(Image.open(io.BytesIO(picture_bytes(path, name))).convert("RGB"))
 
 
-def _new_file(pixels: Any, rng: np.random.Generator) -> bytes:
-    """The picture as a JPEG that nobody has sent before: a corner of it is noise."""
+def new_file(pixels: Any, rng: np.random.Generator) -> bytes:
+    """Encode the picture as a JPEG that was never sent before: a corner of it is noise."""
     pixels = pixels.copy()
     pixels[:_NOISE_PX, :_NOISE_PX] = rng.integers(0, 256, pixels[:_NOISE_PX, :_NOISE_PX].shape)
     file = io.BytesIO()
@@ -107,13 +116,11 @@ def _new_file(pixels: Any, rng: np.random.Generator) -> bytes:
     return file.getvalue()
 
 
-def _figures(times: list[list[dict[str, float]]], rng: np.random.Generator) -> dict[str, Any]:
-    """Medians of both servers by stage, and the ratio of the second's to the first's with its 95 % interval."""
-    ratios = np.array([second["whole"] / first["whole"] for first, second in zip(*times, strict=True)])
-    resampled = np.median(rng.choice(ratios, (_RESAMPLED, len(ratios))), axis=1)
-    low, high = np.percentile(resampled, (2.5, 97.5))
+def _figures(times: list[list[dict[str, float]]]) -> dict[str, Any]:
+    """Return both servers' medians by stage, and the ratio of the second's to the first's with its 95 % interval."""
+    first, second = ([each["whole"] for each in server] for server in times)
     return {
-        "ratio": {"median": round(float(np.median(ratios)), 4), "low": round(low, 4), "high": round(high, 4)},
+        "ratio": ratio(second, first),
         "median_ms": [
             {name: round(median(each[name] for each in server), 2) for name in server[0]}
             | {"beside_stages": round(median(2 * each["whole"] - sum(each.values()) for each in server), 2)}
@@ -123,12 +130,11 @@ def _figures(times: list[list[dict[str, float]]], rng: np.random.Generator) -> d
 
 
 def _ratio(figures: dict[str, Any]) -> str:
-    ratio = figures["ratio"]
-    return f"second to first {ratio['median']:.3f} ({ratio['low']:.3f} to {ratio['high']:.3f})"
+    return f"second to first {ratio_text(figures['ratio'])}"
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures of ``run_pairs`` as lines for a reader."""
+    """Write the figures of ``run_pairs`` as lines for a reader."""
     arguments = report["conditions"]["arguments"]
     lines = [
         f"first {arguments['first']}, second {arguments['second']}; {arguments['rounds']} rounds of"

@@ -11,75 +11,21 @@ import base64
 import csv
 import io
 import json
-import math
 import re
 import struct
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from icportrait_client import DEFAULT_URL
-from icportrait_client.contract import load_contract
-from icportrait_client.errors import InvalidRequest
-
 from benchmarks.perf_analyzer_program import PerfAnalyzerError, Program, find_program
-from benchmarks.settings import HEADS
+from benchmarks.report import headline, is_simulated, run_conditions
+from benchmarks.settings import PerfAnalyzerSettings
 
 _WINDOWS = 10
-"""As many may pass before it gives a concurrency up; each is a little longer than asked for."""
+"""Windows that perf_analyzer measures before it gives a concurrency up; each is a little longer than asked for."""
 _GRACE_S = 30.0
 _QUANTILES = ("p50", "p90", "p95", "p99")
-
-
-@dataclass(frozen=True)
-class PerfAnalyzerSettings:
-    """One run: ``concurrency`` levels one after the other."""
-
-    url: str = DEFAULT_URL
-    model: str = load_contract().model
-    concurrency: str = "1:8"
-    """FIRST, FIRST:LAST or FIRST:LAST:STEP calls under way at once."""
-    profile: Path = HEADS / "profile.png"
-    reference: Path = HEADS / "reference.png"
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-    seed: int | None = None
-    """None leaves it out of every call, as the two above."""
-    window_s: float = 5.0
-    stability_percent: float = 25.0
-    """How far throughput and latency of three windows in a row may lie apart. perf_analyzer's own default is 10, which
-    no shared CPU holds."""
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            InvalidRequest: names the value, what came and what was expected.
-        """
-        if not self.levels:
-            raise InvalidRequest(f"concurrency: {self.concurrency!r}, expected such as 4, 1:8 or 2:8:2")
-        for name, value in (("window", self.window_s), ("stability", self.stability_percent)):
-            if not (math.isfinite(value) and value > 0):
-                raise InvalidRequest(f"{name}: {value:g}, expected a number above 0")
-        inputs = load_contract().inputs
-        for name, value in self.options.items():
-            inputs[name].elements(value)
-
-    @property
-    def levels(self) -> range:
-        """The concurrencies, none where the text isn't of that form."""
-        match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*)(?::([1-9]\d*))?)?", self.concurrency)
-        if match is None:
-            return range(0)
-        return range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1))
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The optional inputs that every call has."""
-        values = {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
-        return {name: value for name, value in values.items() if value is not None}
 
 
 def measure(settings: PerfAnalyzerSettings, echo: TextIO) -> dict[str, Any]:
@@ -104,9 +50,11 @@ def measure(settings: PerfAnalyzerSettings, echo: TextIO) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="icportrait-perf-analyzer-") as name:
         folder = Path(name)
         program = find_program(folder)
-        pictures = {name: picture_bytes(getattr(settings, name), name) for name in ("profile", "reference")}
+        pictures = {
+            name: picture_bytes(getattr(settings, name), name, shrink=False) for name in ("profile", "reference")
+        }
         with PortraitClient(settings.url) as client:
-            portraits = client.generate(**pictures, **settings.options)  # type: ignore[arg-type]
+            portrait = client.generate(**pictures, **settings.options)  # type: ignore[arg-type]
         (folder / "input.json").write_text(json.dumps(input_data(pictures, settings.options)))
         # It waits for an answer without end.
         lines = program.run(_arguments(settings, folder), _WINDOWS * 2 * settings.window_s + _GRACE_S, echo)
@@ -118,11 +66,11 @@ def measure(settings: PerfAnalyzerSettings, echo: TextIO) -> dict[str, Any]:
         raise PerfAnalyzerError(
             f"perf_analyzer has figures of concurrency {measured}, expected {list(settings.levels)}"
         )
-    return _report(settings, program, pictures, portraits.metadata, figures, unstable)
+    return _report(settings, program, pictures, portrait.metadata.raw, figures, unstable)
 
 
 def input_data(pictures: dict[str, bytes], options: dict[str, Any]) -> dict[str, Any]:
-    """What ``--input-data`` reads: one call's inputs. perf_analyzer sends no optional input that isn't here."""
+    """Build ``--input-data``'s content: one call's inputs. perf_analyzer sends no optional input that isn't here."""
     # It sends what b64 holds as it is, and a BYTES tensor's element has its length before it.
     elements = {name: struct.pack("<I", len(data)) + data for name, data in pictures.items()}
     tensors: dict[str, Any] = {name: {"b64": base64.b64encode(data).decode()} for name, data in elements.items()}
@@ -139,13 +87,13 @@ def _arguments(settings: PerfAnalyzerSettings, folder: Path) -> list[str]:
 
 
 def unstable_level(lines: Iterable[str]) -> int | None:
-    """The concurrency at which perf_analyzer gave up; its status says so only where that was the first."""
+    """Find the concurrency at which perf_analyzer gave up. Its status says so only where that was the first."""
     found = [re.match(r"Failed to obtain stable measurement within .* for concurrency (\d+)", line) for line in lines]
     return next((int(match[1]) for match in found if match), None)
 
 
 def request_counts(lines: Iterable[str]) -> dict[int, int]:
-    """How many calls the figures of each concurrency are of; only what perf_analyzer prints has that."""
+    """Read the number of calls behind each concurrency's figures. Only perf_analyzer's printed output has it."""
     counts, level = {}, 0
     for line in lines:
         name, _, value = line.partition(": ")
@@ -157,7 +105,7 @@ def request_counts(lines: Iterable[str]) -> dict[int, int]:
 
 
 def levels(table: Iterable[str], counts: dict[int, int]) -> list[dict[str, Any]]:
-    """The lines of perf_analyzer's CSV, in microseconds and by throughput, as figures by concurrency."""
+    """Convert the lines of perf_analyzer's CSV, in microseconds and by throughput, to figures by concurrency."""
     figures = [
         {
             "concurrency": int(row["Concurrency"]),
@@ -178,8 +126,6 @@ def _report(
     figures: list[dict[str, Any]],
     unstable: int | None,
 ) -> dict[str, Any]:
-    from benchmarks.report import is_simulated, run_conditions
-
     return {
         "simulated": is_simulated(metadata),
         "levels": figures,
@@ -202,9 +148,7 @@ def _pixels(picture: bytes) -> list[int]:
 
 
 def table(report: dict[str, Any]) -> str:
-    """The figures of ``measure`` as lines for a reader."""
-    from benchmarks.report import headline
-
+    """Write the figures of ``measure`` as lines for a reader."""
     conditions = report["conditions"]
     arguments, pixels = conditions["arguments"], conditions["picture_pixels"]
     pictures = [

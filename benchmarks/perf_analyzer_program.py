@@ -45,7 +45,7 @@ class Program:
     version: str
 
     def run(self, arguments: list[str], silence_s: float, echo: TextIO) -> list[str]:
-        """Run it to its end.
+        """Run the program to its end.
 
         Args:
             arguments: its command line.
@@ -94,7 +94,7 @@ def _printed(process: subprocess.Popen[str], silence_s: float) -> Iterator[str]:
 
 
 def find_program(links: Path) -> Program:
-    """The perf_analyzer of ``make setup``, else the one on PATH.
+    """Find the perf_analyzer of ``make setup``, else the one on PATH.
 
     Args:
         links: a folder in which its libraries get the names that it asks for; they must last as long as it runs.

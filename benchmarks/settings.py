@@ -1,8 +1,9 @@
-"""What a run may be asked for. Imports nothing heavy: the command line takes its defaults from here."""
+"""The settings of a run. The module imports nothing heavy, because the command line takes its defaults from it."""
 
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from icportrait_client import DEFAULT_URL
 from icportrait_client.contract import load_contract
 from icportrait_client.errors import InvalidRequest
 
-from icportrait.policy import ServingPolicy
-from icportrait.scheduling import BATCHING_MODES
+from benchmarks.ladder_names import RUNGS
+from benchmarks.mix import Mix, values_of
+from icportrait.policy import BATCHING_MODES, CPU_RUNTIMES, ServingPolicy
 
 ROOT = Path(__file__).parents[1]
 HEADS = ROOT / "examples" / "heads"
-LATENCY_TABLE = ROOT / "benchmarks" / "latency" / "h200-like.json"
+LEAST_ROUNDS = 6
+"""With fewer, no interval of 95 % lies within what was measured."""
+LATENCY_TABLE = ROOT / "benchmarks" / "latency" / "h200-torch-sd15-512.json"
 
 
 @dataclass(frozen=True)
@@ -26,22 +30,39 @@ class LoadSettings:
     url: str = DEFAULT_URL
     model: str = load_contract().model
     rate_per_s: float = 4.0
+    burstiness: float = 1.0
+    """Coefficient of variation of the gaps between requests: 1 is a Poisson process, more comes in bursts."""
+    trace: Path | None = None
+    """A file of requests to replay, in place of drawn moments. It has its own rate and duration."""
+    concurrency: int | None = None
+    """Callers that each send again once they are answered (a closed loop), in place of drawn moments."""
     duration_s: float = 30.0
+    ramp_s: float = 0.0
+    """Seconds in which the rate, or the number of callers, grows to its full value; a part of the warm-up."""
     steps: tuple[int, int] = (5, 30)
     """The least and the largest ``num_inference_steps``; every whole number between is as likely."""
-    guidance_scale: float = 1.0
+    steps_mix: Mix[int] | None = None
+    """Numbers of steps with weights, in place of the range."""
+    guidance_scale: float | Mix[float] = 1.0
     profile: tuple[Path, ...] = (HEADS / "profile.png",)
     reference: tuple[Path, ...] = (HEADS / "reference.png",)
-    """Of both, each request takes the next, and after the last the first again."""
-    priority: int | None = None
-    deadline_ms: int | None = None
+    """Pictures that requests take in turn, profiles and references alike; after the last comes the first again."""
+    returning: float | None = None
+    """Share of requests whose profile an earlier request had; all others have a new one. None: the given pictures."""
+    priority: int | Mix[int] | None = None
+    deadline_ms: int | Mix[int] | None = None
     """None isn't sent. Goodput counts answers within it, from the moment a request was meant to leave."""
+    leaving: float = 0.0
+    """Share of callers who leave: each cancels at a random moment within ``leaving_ms``, unless it was answered."""
+    leaving_ms: int = 1000
     seed: int = 0
-    """Of moments, steps and portraits' seeds: the same seed asks for the same portraits at the same moments."""
+    """Seed of moments, steps and portraits' seeds: the same seed asks for the same portraits at the same moments."""
     warm_up_s: float = 5.0
     """The steady figures leave out what is sent, or for the rate answered, before this."""
     timeout_s: float = 60.0
-    """Of one call, from its sending."""
+    """Seconds that one call may take, from its sending."""
+    hdr: Path | None = None
+    """File for the latencies as an HdrHistogram log."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -51,21 +72,40 @@ class LoadSettings:
         """
         for name, value in (
             ("rate", self.rate_per_s),
+            ("burstiness", self.burstiness),
             ("duration", self.duration_s),
             ("timeout", self.timeout_s),
+            ("leaving-ms", self.leaving_ms),
         ):
             _check_above_0(name, value)
         if not 0 <= self.warm_up_s < self.duration_s:
             raise InvalidRequest(
                 f"warm-up: {self.warm_up_s:g} s, expected 0 or more and less than the duration, {self.duration_s:g} s"
             )
-        inputs = load_contract().inputs
-        for bound in self.steps:
-            inputs["num_inference_steps"].elements(bound)
+        if not 0 <= self.ramp_s <= self.warm_up_s:
+            raise InvalidRequest(
+                f"ramp: {self.ramp_s:g} s, expected 0 or more and within the warm-up, {self.warm_up_s:g} s"
+            )
+        for name, share in (("returning", self.returning), ("leaving", self.leaving)):
+            if share is not None and not 0 <= share <= 1:
+                raise InvalidRequest(f"{name}: {share:g}, expected a share from 0 to 1")
+        if self.concurrency is not None and self.concurrency < 1:
+            raise InvalidRequest(f"concurrency: {self.concurrency}, expected 1 or more")
+        if self.trace is not None and (self.concurrency is not None or self.ramp_s or self.burstiness != 1):
+            raise InvalidRequest("trace: has its own moments; leave out concurrency, ramp and burstiness")
+        if self.concurrency is not None and (self.burstiness != 1 or self.returning is not None):
+            raise InvalidRequest("concurrency: callers send when they are answered; leave out burstiness and returning")
         if self.steps[0] > self.steps[1]:
             raise InvalidRequest(f"steps: {self.steps[0]} {self.steps[1]}, expected the lower number first")
-        for name, value in self.options.items():
-            inputs[name].elements(value)
+        inputs = load_contract().inputs
+        for name, values in (
+            ("num_inference_steps", (*self.steps, *values_of(self.steps_mix))),
+            ("guidance_scale", values_of(self.guidance_scale)),
+            ("priority", values_of(self.priority)),
+            ("deadline_ms", values_of(self.deadline_ms)),
+        ):
+            for each in values:
+                inputs[name].elements(each)
         for name in ("profile", "reference"):
             if not getattr(self, name):
                 raise InvalidRequest(f"{name}: no picture, expected one or more")
@@ -73,10 +113,154 @@ class LoadSettings:
             raise InvalidRequest(f"seed: {self.seed}, expected 0 or more")
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The optional inputs that all requests have alike."""
-        values = {name: getattr(self, name) for name in ("guidance_scale", "priority", "deadline_ms")}
-        return {name: value for name, value in values.items() if value is not None}
+    def step_range(self) -> tuple[int, int]:
+        """Return the least and the largest number of steps."""
+        values = values_of(self.steps_mix) or self.steps
+        return min(values), max(values)
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    """A search for the highest rate at which a server keeps what is asked of it."""
+
+    load: LoadSettings
+    """The load; its rate is the first that is tried, and its duration a probe's."""
+    p99_ms: float | None = None
+    """Latency that 99 % of the requests mustn't exceed; a request that failed exceeds any."""
+    goodput: float | None = None
+    """Share of the requests that must be answered within their own deadline."""
+    longest_s: float = 240.0
+    """Seconds that one probe may take, where its first ``load.duration_s`` leave a doubt."""
+    probes: int = 8
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        if (self.p99_ms is None) == (self.goodput is None):
+            raise InvalidRequest("the objective: expected one of p99-ms and goodput")
+        if self.p99_ms is not None:
+            _check_above_0("p99-ms", self.p99_ms)
+        if self.goodput is not None and not 0 < self.goodput < 1:
+            raise InvalidRequest(f"goodput: {self.goodput:g}, expected a share between 0 and 1, such as 0.99")
+        if self.goodput is not None and self.load.deadline_ms is None:
+            raise InvalidRequest("goodput: counts answers within deadline-ms, which isn't given")
+        if self.load.trace is not None or self.load.concurrency is not None:
+            raise InvalidRequest("search: draws its moments by the rate; leave out trace and concurrency")
+        if self.longest_s < self.load.duration_s:
+            raise InvalidRequest(
+                f"longest: {self.longest_s:g} s, expected the duration, {self.load.duration_s:g} s, or more"
+            )
+        if self.probes < 1:
+            raise InvalidRequest(f"probes: {self.probes}, expected 1 or more")
+
+    @property
+    def seed(self) -> int:
+        return self.load.seed
+
+    @property
+    def allowed_share(self) -> float:
+        """Return the share of requests that may miss the objective."""
+        return 0.01 if self.goodput is None else 1 - self.goodput
+
+
+@dataclass(frozen=True)
+class GeneratorSettings:
+    """Rates that are tried, each for a while."""
+
+    rates_per_s: tuple[float, ...] = (50.0, 100.0, 200.0, 400.0)
+    duration_s: float = 8.0
+    latency_ms: float = 100.0
+    """Time that the server takes for every answer."""
+    image_bytes: int = 25_000
+    """Size of an answer's picture."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        if self.duration_s <= 2:
+            raise InvalidRequest(f"duration: {self.duration_s:g} s, expected more than 2 s")
+
+
+@dataclass(frozen=True)
+class MergeSettings:
+    """Logs of several runs."""
+
+    logs: tuple[Path, ...]
+
+
+@dataclass(frozen=True)
+class CoverageSettings:
+    """Synthetic runs whose quantile is known."""
+
+    trials: int = 1000
+    level: float = 0.99
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        for name, value, least in (("trials", self.trials, 1), ("seed", self.seed, 0)):
+            if value < least:
+                raise InvalidRequest(f"{name}: {value}, expected {least} or more")
+        if not 0.5 <= self.level <= 0.999:
+            raise InvalidRequest(f"level: {self.level:g}, expected 0.5..0.999")
+
+
+@dataclass(frozen=True)
+class LatencySettings:
+    """Engines alone, a request alone, peers beside each other, and the gateway's own limits."""
+
+    export: Path
+    checkpoint: Path = ROOT / "checkpoints" / "demo-128"
+    """Directory of the weights that the export is of, for the peers in torch."""
+    runtime: str = ServingPolicy.runtime
+    """Runtime that is served."""
+    runtimes: tuple[str, ...] = ("onnxruntime", "openvino")
+    """Runtimes whose engines are measured alone."""
+    rungs: tuple[str, ...] = tuple(RUNGS)
+    num_inference_steps: int = 20
+    guidance_scale: float = 1.0
+    rounds: int = 10
+    """Requests of each rung, and of each setting of a request alone."""
+    seconds: float = 2.0
+    """Time for one engine at one batch size, and for each of the gateway's limits."""
+    profile: Path = HEADS / "profile.png"
+    reference: Path = HEADS / "reference.png"
+    seed: int = 0
+    out: Path | None = None
+    """File for the figures as JSON, beside standard output."""
+    compare_with: tuple[Path, ...] = ()
+    """JSON of committed runs; this one may not lose against the one that was measured on such a machine."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        inputs = load_contract().inputs
+        for name in ("num_inference_steps", "guidance_scale"):
+            inputs[name].elements(getattr(self, name))
+        for name, known in (("runtimes", CPU_RUNTIMES), ("rungs", RUNGS)):
+            given = getattr(self, name)
+            if not set(given) <= set(known) or len(set(given)) < len(given):
+                raise InvalidRequest(f"{name}: {' '.join(given)}, expected some of {', '.join(known)}, each once")
+        if self.runtime not in CPU_RUNTIMES:
+            raise InvalidRequest(f"runtime: {self.runtime}, expected one of {', '.join(CPU_RUNTIMES)}")
+        _check_above_0("seconds", self.seconds)
+        for name, value, least in (("rounds", self.rounds, LEAST_ROUNDS), ("seed", self.seed, 0)):
+            if value < least:
+                raise InvalidRequest(f"{name}: {value}, expected {least} or more")
 
 
 @dataclass(frozen=True)
@@ -86,10 +270,10 @@ class CompareSettings:
     export: Path
     latency_table: Path = LATENCY_TABLE
     modes: tuple[str, ...] = tuple(BATCHING_MODES)
-    loads: tuple[float, ...] = (0.7, 1.1)
+    loads: tuple[float, ...] = (0.7, 0.9, 1.1)
     """Shares of what whole batches can serve."""
     duration_s: float = 20.0
-    """Of one mode under one load."""
+    """Seconds of one mode under one load."""
     rounds: int = 3
     seed: int = 0
 
@@ -123,7 +307,7 @@ class LoopSettings:
     export: Path
     latency_table: Path = LATENCY_TABLE
     slots: int = ServingPolicy.slots
-    guidance_scale: float = LoadSettings.guidance_scale
+    guidance_scale: float = 1.0
     seconds: float = 5.0
     steps: tuple[int, int] = LoadSettings.steps
     seed: int = 0
@@ -141,7 +325,7 @@ class LoopSettings:
 
     @property
     def rows(self) -> int:
-        """Slots of one request."""
+        """Return the slots of one request."""
         return 2 if self.guidance_scale > 1 else 1
 
 
@@ -154,13 +338,13 @@ class PairsSettings:
     """gRPC addresses, each of a gateway or of a Triton with the standalone pipeline."""
     rounds: int = 5
     requests: int = 200
-    """Of a round."""
+    """Requests of a round."""
     num_inference_steps: int | None = None
     """None isn't sent."""
     profile: Path = HEADS / "profile.png"
     reference: Path = HEADS / "reference.png"
     seed: int = 0
-    """Of the noise that makes pictures new."""
+    """Seed of the noise that makes pictures new."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -179,6 +363,98 @@ class PairsSettings:
         return self.first, self.second
 
 
+@dataclass(frozen=True)
+class FacesSettings:
+    """Face finders on the same pictures."""
+
+    heads: int = 12
+    """People in each view."""
+    without_faces: Path | None = None
+    """A folder of pictures that show no face, beside those that are made here."""
+    seed: int = 1000
+    """Seed of the people; training draws others."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        for name, value, least in (("heads", self.heads, 1), ("seed", self.seed, 0)):
+            if value < least:
+                raise InvalidRequest(f"{name}: {value}, expected {least} or more")
+        if self.without_faces and not self.without_faces.is_dir():
+            raise InvalidRequest(f"without-faces: {self.without_faces} isn't a folder")
+
+
+@dataclass(frozen=True)
+class MarkingSettings:
+    """Time and size of marking a portrait."""
+
+    certificate: Path
+    key: Path
+    """PEM files that manifests are signed with."""
+    picture: Path = ROOT / "examples" / "astronaut.jpg"
+    sizes: tuple[int, ...] = (128, 512)
+    rounds: int = 100
+    """Each does everything once."""
+    seed: int = 0
+    """Not used: nothing is drawn."""
+
+
 def _check_above_0(name: str, value: float) -> None:
     if not (math.isfinite(value) and value > 0):
         raise InvalidRequest(f"{name}: {value:g}, expected a number above 0")
+
+
+@dataclass(frozen=True)
+class PerfAnalyzerSettings:
+    """One run: ``concurrency`` levels one after the other."""
+
+    url: str = DEFAULT_URL
+    model: str = load_contract().model
+    concurrency: str = "1:8"
+    """FIRST, FIRST:LAST or FIRST:LAST:STEP calls under way at once."""
+    profile: Path = HEADS / "profile.png"
+    reference: Path = HEADS / "reference.png"
+    num_inference_steps: int | None = None
+    guidance_scale: float | None = None
+    seed: int | None = None
+    """None leaves it out of every call, as the two above."""
+    window_s: float = 5.0
+    stability_percent: float = 25.0
+    """Percent that throughput and latency of three windows in a row may lie apart.
+
+    perf_analyzer's own default is 10, which no shared CPU holds.
+    """
+    beside: bool = False
+    """Measure with our closed loop too, in turn."""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        if not self.levels:
+            raise InvalidRequest(f"concurrency: {self.concurrency!r}, expected such as 4, 1:8 or 2:8:2")
+        for name, value in (("window", self.window_s), ("stability", self.stability_percent)):
+            if not (math.isfinite(value) and value > 0):
+                raise InvalidRequest(f"{name}: {value:g}, expected a number above 0")
+        inputs = load_contract().inputs
+        for name, value in self.options.items():
+            inputs[name].elements(value)
+
+    @property
+    def levels(self) -> range:
+        """Return the concurrencies, none where the text isn't of that form."""
+        match = re.fullmatch(r"([1-9]\d*)(?::([1-9]\d*)(?::([1-9]\d*))?)?", self.concurrency)
+        if match is None:
+            return range(0)
+        return range(int(match[1]), int(match[2] or match[1]) + 1, int(match[3] or 1))
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Return the optional inputs that every call has."""
+        values = {name: getattr(self, name) for name in ("num_inference_steps", "guidance_scale", "seed")}
+        return {name: value for name, value in values.items() if value is not None}

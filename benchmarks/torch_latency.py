@@ -3,8 +3,8 @@
     python -m benchmarks.torch_latency --preset sd15-512 --out benchmarks/latency/NAME.json
 
 The modules are the export's, in float16 and channels-last layout, attention by torch's fused kernels, with random
-weights. A batch size is recorded as a CUDA graph and replayed; inputs and outputs stay in the GPU's memory. What a
-served request takes besides (copies, the loop, the pictures) isn't in the table.
+weights. A batch size is recorded as a CUDA graph and replayed; inputs and outputs stay in the GPU's memory. The table
+has none of the other times of a served request (copies, the loop, the pictures).
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ def main(argv: list[str] | None = None) -> int:
 
 @torch.inference_mode()
 def measured(preset_name: str) -> dict[str, Any]:
-    """The table, and beside it the same without graphs, the spread of the replays and the peak memory."""
+    """Measure the table, and beside it the same without graphs, the spread of the replays and the peak memory."""
     preset = PRESETS[preset_name]
     modules = engine_modules(random_checkpoint(preset, device="cuda"))
     table: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
+        "preset": preset_name,
         "conditions": f"torch {torch.__version__}, CUDA {torch.version.cuda}, {preset_name}, float16, channels-last, "
         f"random weights, CUDA graphs, median of {REPLAYS} replays",
     }
@@ -71,7 +72,7 @@ def measured(preset_name: str) -> dict[str, Any]:
 
 
 def _drawn(spec: TensorSpec, rows: int) -> torch.Tensor:
-    """Such numbers as the contract's dummy inputs have, in the layout that the networks work in."""
+    """Draw numbers like the contract's dummy inputs, in the layout that the networks work in."""
     shape, kind = spec.shape(batch=rows), getattr(torch, spec.dtype.value[0])
     if spec.below is None:
         drawn = torch.randn(shape, device="cuda").to(kind)
@@ -81,7 +82,7 @@ def _drawn(spec: TensorSpec, rows: int) -> torch.Tensor:
 
 
 def _captured(module: torch.nn.Module, inputs: list[torch.Tensor]) -> Callable[[], None]:
-    """What replays the module on these inputs, recorded once its kernels are chosen."""
+    """Record the module on these inputs once its kernels are chosen, and return the function that replays it."""
     side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):

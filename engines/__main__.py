@@ -8,10 +8,11 @@ from pathlib import Path
 
 from engines.build_config import COMPUTE_CAPABILITIES, LAYOUTS, BuildConfig
 from icportrait.contract import ENGINES, engine_specs
+from icportrait.disk import check_room
 from icportrait.errors import IcPortraitError, RuntimeNotAvailable
 from icportrait.manifest import Manifest
-from icportrait.runtime.flavours import FLAVOURS, TENSORRT_RTX, Flavour
-from icportrait.runtime.plans import BUCKETS
+from icportrait.runtime.tensorrt.plans import BUCKETS
+from icportrait.runtime.tensorrt.products import FLAVOURS, TENSORRT_RTX, Flavour
 
 NO_GPU = 3
 """Exit status of ``accept`` on a machine without an NVIDIA GPU."""
@@ -90,7 +91,11 @@ def _build(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> No
         timing_cache=args.timing_cache,
     )
     specs = engine_specs(manifest.preset, manifest.precision)
-    for name in args.engine or ENGINES:
+    names = args.engine or ENGINES
+    # A plan is about as large as its graph: most of either is weights.
+    need_bytes = sum(len(config.plans(specs[name])) * manifest.engines[name].size_bytes for name in names)
+    check_room("the plans", args.out, need_bytes, [f"{name}.*plan" for name in names])
+    for name in names:
         for plan in build_engine(
             flavour,
             args.onnx,
@@ -120,7 +125,10 @@ def _inspect(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> 
 
 
 def _accept(args: argparse.Namespace) -> int:
-    """0 where all checks passed, 1 where one failed, 3 where there is no GPU: asked first, before torch is loaded."""
+    """Return 0 where all checks passed, 1 where one failed, 3 without a GPU.
+
+    The GPU is asked for first, before torch is loaded.
+    """
     from icportrait.runtime.cuda import find_gpu
 
     try:

@@ -27,8 +27,8 @@ from icportrait.errors import IcPortraitError, RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.runtime.cuda import Stream, find_gpu
 from icportrait.runtime.eager import source_modules
-from icportrait.runtime.flavours import FLAVOURS, Flavour
-from icportrait.runtime.tensorrt import TensorRtEngine, share_scratch
+from icportrait.runtime.tensorrt.engine import TensorRtEngine, share_scratch
+from icportrait.runtime.tensorrt.products import FLAVOURS, Flavour
 
 TIMED = "unet"
 """The engine that runs once per denoising step: the ladder's."""
@@ -36,11 +36,11 @@ TIMED = "unet"
 
 @dataclass
 class Acceptance:
-    """What one product showed."""
+    """The findings about one product."""
 
     product: str
     conditions: dict[str, str | int] = field(default_factory=dict)
-    """Under which all of it was found and measured."""
+    """Conditions under which all of it was found and measured."""
     checks: list[Check] = field(default_factory=list)
     ladder: list[Rung] = field(default_factory=list)
 
@@ -50,7 +50,7 @@ class Acceptance:
 
 
 def installed_products(asked: str | None) -> list[Flavour]:
-    """The product that is asked for, else all that are installed; neither is imported.
+    """Return the product that is asked for, else all that are installed. None is imported.
 
     Raises:
         RuntimeNotAvailable: it isn't installed, or none is.
@@ -116,7 +116,7 @@ def _accept_product(product: str, onnx: Path, out: Path, seed: int) -> Acceptanc
 
 @contextmanager
 def _error_noted(acceptance: Acceptance, engine: str, name: str) -> Iterator[None]:
-    """An error, ours or torch's, is a check that failed; the rest goes on."""
+    """Note an error, ours or torch's, as a check that failed, and let the rest go on."""
     try:
         yield
     except (IcPortraitError, RuntimeError) as error:
@@ -135,7 +135,7 @@ def _build_and_load(
 
 
 def _torch_modules(manifest: Manifest) -> dict[str, torch.nn.Module]:
-    """The export's modules with its rounded weights, on the GPU where torch has CUDA, and without TF32."""
+    """Load the export's modules with its rounded weights, on the GPU where torch has CUDA, and without TF32."""
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     modules = source_modules(manifest)
     for module in modules.values():

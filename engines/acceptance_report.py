@@ -27,7 +27,7 @@ def write_report(acceptances: list[Acceptance], directory: Path) -> Path:
 
 
 def as_markdown(acceptances: list[Acceptance]) -> str:
-    """The report as text: the failures of all products, then each one's ladder and checks."""
+    """Write the report as text: the failures of all products, then each one's ladder and checks."""
     checks = [(acceptance.product, check) for acceptance in acceptances for check in acceptance.checks]
     failed = [(product, check) for product, check in checks if not check.passed]
     verdict = f"FAILED: {len(failed)} of {len(checks)}" if failed else f"all {len(checks)} passed"
@@ -51,7 +51,7 @@ def _row(check: Check) -> list[str]:
 
 
 def _ladder(rungs: list[Rung]) -> list[str]:
-    """Measured rungs as a table, and the reasons for those that weren't."""
+    """Write measured rungs as a table, and why the other rungs weren't measured."""
     rows = [
         [rung.name, str(rung.batch), f"{rung.ms:.3f}", f"{rung.rows_per_s:.1f}", _ratio(rung.speedup(rungs))]
         for rung in rungs

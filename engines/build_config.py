@@ -1,4 +1,4 @@
-"""What a build is asked for: the builder's options, and which batches the plans are made for."""
+"""The settings of a build: the builder's options, and the batches that the plans are made for."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from icportrait.contract import ModelSpec
 from icportrait.errors import PlanError
-from icportrait.runtime.plans import BUCKETS, Shape
+from icportrait.runtime.tensorrt.plans import BUCKETS, Shape
 
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 LAYOUTS = ("profiles", "dynamic", "static")
@@ -24,10 +24,12 @@ class BuildConfig:
     """``profiles``: one plan with an optimization profile per bucket. ``dynamic``: one plan with one profile from the
     smallest batch to the largest. ``static``: a plan per bucket. The reasons are in docs/adr/0005."""
     buckets: tuple[int, ...] = BUCKETS
-    """Batches; those that an engine's contract doesn't reach are left out, its largest is always there."""
+    """Batches that plans are made for. Batches beyond an engine's contract are left out; its largest is there."""
     compute_capabilities: tuple[str, ...] | None = None
-    """For compiling ahead of time: of the GPUs that the plans are to run on; None takes those of
-    ``COMPUTE_CAPABILITIES`` that have the precision's arithmetic."""
+    """Compute capabilities of the GPUs that the plans are to run on, for compiling ahead of time.
+
+    None takes the ones of ``COMPUTE_CAPABILITIES`` that have the precision's arithmetic.
+    """
     optimization_level: int | None = None
     """0..5; None leaves it to TensorRT."""
     workspace_bytes: int | None = None
@@ -42,7 +44,7 @@ class BuildConfig:
             raise PlanError(f"workspace: {self.workspace_bytes} bytes, expected 1 or more")
 
     def compute_capabilities_for(self, precision: str) -> tuple[str, ...]:
-        """The GPUs to compile an export in ``precision`` for.
+        """Return the GPUs to compile an export in ``precision`` for.
 
         Raises:
             PlanError: one that was asked for lacks the precision's arithmetic.
@@ -58,7 +60,7 @@ class BuildConfig:
         return fit
 
     def plans(self, spec: ModelSpec, *, cover_gaps: bool = False) -> dict[str, list[Profile]]:
-        """The plan files of one engine, and each one's optimization profiles.
+        """Return the plan files of one engine, and each file's optimization profiles.
 
         Args:
             spec: the engine.
@@ -85,6 +87,6 @@ def _version(capability: str) -> tuple[int, ...]:
 
 
 def _profile(spec: ModelSpec, smallest: int, largest: int) -> Profile:
-    """Batches from ``smallest`` to ``largest``, with kernels chosen for ``largest``."""
+    """Make a profile of batches from ``smallest`` to ``largest``, with kernels chosen for ``largest``."""
     shapes = {tensor.name: (tensor.shape(batch=smallest), tensor.shape(batch=largest)) for tensor in spec.inputs}
     return {name: (low, high, high) for name, (low, high) in shapes.items()}

@@ -16,13 +16,14 @@ from engines.network import ParsedNetwork, parse, warnings_that_matter
 from engines.polygraphy_setup import prepare_polygraphy
 from engines.progress import progress_monitor
 from icportrait.contract import MODEL_ENGINES, ModelSpec
+from icportrait.disk import room_for
 from icportrait.errors import PlanError, VerificationError
 from icportrait.manifest import Manifest
-from icportrait.runtime.flavours import TENSORRT, TENSORRT_RTX, Flavour
-from icportrait.runtime.plans import PlanManifest, PlanTensor
+from icportrait.runtime.tensorrt.plans import PlanManifest, PlanTensor
+from icportrait.runtime.tensorrt.products import TENSORRT, TENSORRT_RTX, Flavour
 
 LEAST_SHARE = 0.95
-"""Of the convolutions' and linears' multiply-adds that are in the precision that was asked for."""
+"""Least share of the convolutions' and linears' multiply-adds in the precision that was asked for."""
 
 
 def build_engine(
@@ -54,6 +55,7 @@ def build_engine(
         RuntimeNotAvailable: the product isn't installed, or needs a GPU that isn't here.
         VerificationError: TensorRT can't parse the graph or warns of it, or its arithmetic isn't in the engine's
             precision.
+        NotEnoughDisk: a plan is larger than the room that is left.
     """
     target = gpu_target(flavour, config.compute_capabilities_for(manifest.precision))
     manifest.check_files(spec.name, onnx_directory)
@@ -112,10 +114,6 @@ def _build_plan(
         print(line, flush=True)
     if not allow_warnings:
         _refuse_warnings(onnx, warned)
-    # A plan without its manifest is never loaded, so neither half of an interrupted build is taken for a whole one.
-    PlanManifest.path(plan).unlink(missing_ok=True)
-    plan.unlink(missing_ok=True)  # a repository may hold a link to it
-    plan.write_bytes(serialized)
     network = parsed.network
     tensors = [
         PlanTensor(tensor.name, is_input, tensor.dtype.name, tuple(tensor.shape))
@@ -125,6 +123,7 @@ def _build_plan(
         )
         for tensor in map(get, range(count))
     ]
+    size_bytes = memoryview(serialized).nbytes
     built = PlanManifest(
         engine=spec.name,
         preset=manifest.preset.name,
@@ -137,11 +136,16 @@ def _build_plan(
         contract_hash=manifest.contract_hash,
         onnx_sha256=manifest.engines[spec.name].sha256,
         plan_sha256=hashlib.sha256(serialized).hexdigest(),
-        plan_bytes=plan.stat().st_size,
+        plan_bytes=size_bytes,
         build_seconds=round(time.perf_counter() - started, 3),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
     )
-    built.write(plan)
+    with room_for("the plan", plan.parent, size_bytes, (plan.name, PlanManifest.path(plan).name)):
+        # A plan without its manifest is never loaded, so neither half of an interrupted build is taken for a whole one.
+        PlanManifest.path(plan).unlink(missing_ok=True)
+        plan.unlink(missing_ok=True)  # a repository may hold a link to it
+        plan.write_bytes(serialized)
+        built.write(plan)
     return built
 
 
@@ -152,7 +156,7 @@ def _serialize(
     profiles: list[Profile],
     monitor: Any,
 ) -> Any:
-    """The plan's bytes, or None where TensorRT gave up."""
+    """Build the plan's bytes. Return None where TensorRT gave up."""
     flavour = parsed.flavour
     if TYPE_CHECKING:
         import tensorrt as trt

@@ -1,12 +1,12 @@
-"""What an engine must show before it is believed, at every bucket.
+"""The checks that an engine must pass at every bucket before it is used.
 
     values       every output is near torch's
-    written      every output is written whole: none keeps a byte of what its buffer was filled with before
+    written      every output is written whole: none keeps a byte that its buffer was filled with before
     replay       a CUDA graph gives the bytes that direct execution gives
     neighbours   a row's bytes are the same whatever the other rows hold, and in a bucket that isn't full
 
-All on fresh random inputs, and each run into buffers that were filled with ``POISON``, as floats NaN. None of it knows
-TensorRT.
+Every check takes fresh random inputs. Each run writes into buffers that were filled with ``POISON``, which is NaN as
+floats. The checks don't know TensorRT.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Reference = Callable[[Mapping[str, Array], Mapping[str, Array] | None], Mapping[
 
 @dataclass(frozen=True)
 class Check:
-    """What one check found: its worst figure, or an error that ended it."""
+    """The result of one check: its worst figure, or an error that ended it."""
 
     engine: str
     batch: int | None
@@ -93,7 +93,7 @@ def check_engine(
 
 
 def differing_bytes(found: Mapping[str, Array], expected: Mapping[str, Array]) -> Figure:
-    """The output with the most bytes that aren't equal; NaNs are compared like all others."""
+    """Find the output with the most bytes that aren't equal. NaNs are compared like all others."""
     counts = {name: int(np.count_nonzero(_bytes(found[name]) != _bytes(array))) for name, array in expected.items()}
     name = max(counts, key=lambda name: counts[name])
     return Figure(name, "differing bytes", counts[name], 0)
@@ -125,7 +125,7 @@ def _check_values(
 def _compare_floats(
     tensors: list[TensorSpec], found: Mapping[str, Array], expected: Mapping[str, Array], tolerance: Tolerance
 ) -> list[Figure]:
-    """Relative RMS errors by Polygraphy, whose L2 norms aren't relative: each gets its limit from what's expected."""
+    """Compute relative RMS errors. Polygraphy's L2 norms are absolute, so each limit comes from the expected output."""
     if not tensors:
         return []
     prepare_polygraphy()
@@ -151,7 +151,7 @@ def _neighbours(
     others: Mapping[str, Array],
     fewest: int,
 ) -> Iterator[Figure]:
-    """Each row of ``whole`` against the same row among ``others``, and the first ``fewest`` in the same bucket."""
+    """Compare each row of ``whole`` with the same row among ``others``, and the first ``fewest`` in the same bucket."""
     batch = len(next(iter(inputs.values())))
     for row in range(batch):
         mixed = {name: array.copy() for name, array in others.items()}
@@ -165,7 +165,7 @@ def _neighbours(
 
 
 def _worst(figures: list[Figure]) -> Figure:
-    """The one furthest over its limit, or nearest to it; a NaN is worse than all."""
+    """Find the figure furthest over its limit, or nearest to it. A NaN is worse than all."""
 
     def badness(figure: Figure) -> float:
         if math.isnan(figure.value):

@@ -42,5 +42,5 @@ def write_library(path: Path, functions: tuple[str, ...]) -> None:
 
 
 def _segment(kind: int, at: int, nbytes: int, alignment: int) -> bytes:
-    """A readable and writable one; the loader writes addresses into the dynamic section."""
+    """Write a readable and writable segment, because the loader writes addresses into the dynamic section."""
     return struct.pack("<IIQQQQQQ", kind, 6, at, at, at, nbytes, nbytes, alignment)

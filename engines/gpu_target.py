@@ -1,4 +1,4 @@
-"""Which GPUs a plan is built for."""
+"""The choice of the GPUs that a plan is built for."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from icportrait.errors import RuntimeNotAvailable
 from icportrait.runtime.cuda import find_gpu
-from icportrait.runtime.flavours import TENSORRT_RTX, Flavour
+from icportrait.runtime.tensorrt.products import TENSORRT_RTX, Flavour
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class GpuTarget:
 
 
 def gpu_target(flavour: Flavour, asked: tuple[str, ...]) -> GpuTarget:
-    """What a product can build for, of what is asked for.
+    """Choose the GPUs that a product can build for, among the ones that are asked for.
 
     Args:
         flavour: the product. One that doesn't compile ahead of time builds for this machine's GPU, whatever is asked.

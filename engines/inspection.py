@@ -1,4 +1,4 @@
-"""What TensorRT's parser made of a graph: kinds and types of its layers, and in which type its arithmetic is done."""
+"""The network that TensorRT's parser made of a graph: kinds and types of its layers, and types of its arithmetic."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Inspection:
     """Casts between types that arithmetic is done in: "layer: HALF to FLOAT, [shape]"."""
 
     def share(self, precision: str) -> float:
-        """The part of the convolutions' and linears' multiply-adds that is done in ``precision``."""
+        """Return the part of the convolutions' and linears' multiply-adds that is done in ``precision``."""
         return self.weighted[precision] / max(self.weighted.total(), 1)
 
 
@@ -46,7 +46,7 @@ def inspect(parsed: ParsedNetwork) -> Inspection:
 
 @contextmanager
 def _batch_one(parsed: ParsedNetwork) -> Iterator[None]:
-    """While this lasts the network's inputs have batch 1, and every tensor in it has sizes to multiply."""
+    """Give the network's inputs batch 1 within the block, so that every tensor in it has sizes to multiply."""
     if TYPE_CHECKING:
         import tensorrt as trt
     else:
@@ -111,7 +111,7 @@ _MOVES = ("SHUFFLE", "SQUEEZE", "UNSQUEEZE", "IDENTITY", "SLICE")
 
 
 def _origin(tensor: trt.ITensor, producers: dict[str, trt.ILayer], through: tuple[str, ...]) -> trt.ILayer | None:
-    """The layer that made a tensor's values, seen through the given kinds of layers; None for an input."""
+    """Find the layer that made a tensor's values, seen through the given kinds of layers. Return None for an input."""
     layer = producers.get(tensor.name)
     while layer is not None and layer.type.name in through:
         layer = producers.get(layer.get_input(0).name)
@@ -124,7 +124,7 @@ def _is_constant(kinds: type[trt.LayerType], tensor: trt.ITensor, producers: dic
 
 
 def _arithmetic_type(kinds: type[trt.LayerType], tensor: trt.ITensor, producers: dict[str, trt.ILayer]) -> str:
-    """The type that a product reads: behind a DequantizeLinear, the quantised one."""
+    """Return the type that a product reads: behind a DequantizeLinear, the quantised one."""
     origin = _origin(tensor, producers, _MOVES)
     if origin is not None and origin.type == kinds.DEQUANTIZE:
         tensor = origin.get_input(0)
@@ -136,7 +136,7 @@ def _common(types: list[str]) -> str:
 
 
 def table(name: str, found: Inspection, warnings: list[str]) -> str:
-    """An inspection as text."""
+    """Write an inspection as text."""
     lines = [f"{name}: {found.layers.total()} layers"]
     by_kind: dict[str, Counter[str]] = {}
     for (kind, dtype), count in found.layers.items():
@@ -154,7 +154,7 @@ def table(name: str, found: Inspection, warnings: list[str]) -> str:
 
 
 def warning_lines(warnings: list[str]) -> list[str]:
-    """A line for each different warning, with how often it came: of a quantised graph some come for every layer."""
+    """Write a line for each different warning with its count, because some come for every quantised layer."""
     return [
         f"  warning: {text.strip()}" + (f" ({count} times)" if count > 1 else "")
         for text, count in Counter(warnings).items()

@@ -1,4 +1,4 @@
-"""What each step from eager torch to batched CUDA graphs is worth, for the engine that runs once per denoising step.
+"""The gain of each step from eager torch to batched CUDA graphs, for the engine that runs once per denoising step.
 
     torch eager -> torch compiled -> TensorRT -> with CUDA graphs -> batched
 
@@ -20,7 +20,7 @@ from icportrait.contract import Array, ModelSpec
 
 if TYPE_CHECKING:
     from icportrait.runtime.cuda import Stream
-    from icportrait.runtime.tensorrt import TensorRtEngine
+    from icportrait.runtime.tensorrt.engine import TensorRtEngine
 
 WARM_UP = 10
 REPEATS = 30
@@ -39,11 +39,11 @@ class Rung:
 
     @property
     def rows_per_s(self) -> float | None:
-        """Image-steps a second."""
+        """Return the image-steps a second."""
         return None if self.ms is None else 1000 * self.batch / self.ms
 
     def speedup(self, rungs: list[Rung]) -> float | None:
-        """Image-steps a second over eager torch's."""
+        """Return the rung's image-steps a second divided by eager torch's."""
         eager = next((rung.rows_per_s for rung in rungs if rung.name == EAGER), None)
         return None if eager is None or self.rows_per_s is None else self.rows_per_s / eager
 
@@ -66,7 +66,7 @@ def climb(engine: TensorRtEngine, module: torch.nn.Module, seed: int) -> Iterato
 
 
 def median_ms(stream: Stream, work: Callable[[], object]) -> float:
-    """The median of ``REPEATS`` runs after ``WARM_UP``."""
+    """Return the median of ``REPEATS`` runs after ``WARM_UP``."""
     for _ in range(WARM_UP):
         work()
     stream.synchronize()

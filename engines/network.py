@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icportrait.errors import VerificationError
-from icportrait.runtime.flavours import Flavour
+from icportrait.runtime.tensorrt.products import Flavour
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -26,7 +26,7 @@ class ParsedNetwork:
     network: trt.INetworkDefinition
     parser: trt.OnnxParser
     warnings: list[str]
-    """What TensorRT has warned of since parsing began; a build adds to it."""
+    """Warnings of TensorRT since parsing began; a build adds to them."""
 
 
 def parse(flavour: Flavour, onnx: Path) -> ParsedNetwork:
@@ -66,13 +66,13 @@ def parse(flavour: Flavour, onnx: Path) -> ParsedNetwork:
 
 
 def warnings_that_matter(warnings: list[str]) -> list[str]:
-    """Those that aren't known to be harmless, each once."""
+    """Return the warnings that aren't known to be harmless, each once."""
     return [text for text in dict.fromkeys(warnings) if not any(part in text for part in HARMLESS)]
 
 
 @cache
 def _logger(flavour: Flavour) -> Any:
-    """TensorRT keeps the first logger that it sees for the whole process."""
+    """Make one logger, because TensorRT keeps the first logger that it sees for the whole process."""
     if TYPE_CHECKING:
         import tensorrt as trt
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from icportrait.runtime.flavours import TENSORRT_RTX, Flavour
+from icportrait.runtime.tensorrt.products import TENSORRT_RTX, Flavour
 
 PRODUCT_VARIABLE = "POLYGRAPHY_USE_TENSORRT_RTX"
 

@@ -9,12 +9,15 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from icportrait.runtime.flavours import Flavour
+from icportrait.runtime.tensorrt.products import Flavour
 
 
 @contextmanager
 def progress_monitor(flavour: Flavour, title: str) -> Iterator[Any]:
-    """TensorRT's progress as a bar. An interrupt stops the build at its next step: Python can't raise through it."""
+    """Show TensorRT's progress as a bar.
+
+    An interrupt stops the build at its next step, because Python can't raise through TensorRT.
+    """
     if TYPE_CHECKING:
         import tensorrt as trt
     else:

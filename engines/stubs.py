@@ -22,7 +22,7 @@ from pathlib import Path
 
 from engines.elf import write_library
 from icportrait.errors import IcPortraitError, RuntimeNotAvailable
-from icportrait.runtime.flavours import FLAVOURS, Flavour
+from icportrait.runtime.tensorrt.products import FLAVOURS, Flavour
 
 OUT = Path("build/stubs")
 
@@ -38,7 +38,7 @@ _ENTRY_POINTS = (
     "getPluginRegistry",
     "initLibNvInferPlugins",
 )
-"""What the full product's bindings want of its libraries."""
+"""Entry points that the full product's bindings need in its libraries."""
 
 _REPAIRS = (
     (r"\bin: ", "in_: "),  # a keyword as a parameter's name
@@ -96,7 +96,10 @@ def write_stub(flavour: Flavour, out: Path) -> Path:
 
 
 def _generate(module: str) -> str:
-    """What pybind11-stubgen writes of the bindings' native module, in a process of its own: it imports it."""
+    """Return pybind11-stubgen's text for the bindings' native module.
+
+    It runs in a process of its own, because it imports the module.
+    """
     with tempfile.TemporaryDirectory() as directory:
         for name in _STAND_INS:
             write_library(Path(directory) / name, _ENTRY_POINTS)
@@ -118,7 +121,7 @@ def _generate(module: str) -> str:
 
 
 def _locations(package: str) -> list[str]:
-    """Directories of an installed package, which isn't imported."""
+    """Find the directories of an installed package, which isn't imported."""
     spec = find_spec(package)
     return list(spec.submodule_search_locations or ()) if spec else []
 

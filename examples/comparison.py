@@ -10,11 +10,11 @@ from typing import Any, TypedDict
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from icportrait.contract import Array
+from icportrait.contract import Array, bytes_tensor
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy, cpu_defaults
 from icportrait.runtime import load_engine
-from icportrait.serving import FrontStage, PreprocessStage, bytes_tensor
+from icportrait.serving.stages import FrontStage, PreprocessStage
 from training.flow_picture import flow_picture
 
 PANEL_PX = 256
@@ -32,7 +32,7 @@ class Boxes(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Pair:
-    """What is sent, and what ought to come back."""
+    """Two pictures to send, and the picture that ought to come back."""
 
     profile: Path
     reference: Path
@@ -40,7 +40,10 @@ class Pair:
 
     @property
     def boxes(self) -> Boxes:
-        """A ground truth shows the whole reference, so nothing may be cropped; else the server finds the faces."""
+        """Return boxes of the whole pictures where there is a ground truth, because it shows the whole reference.
+
+        Without a ground truth the server finds the faces.
+        """
         return {} if self.ground_truth is None else {"profile_box": WHOLE, "reference_box": WHOLE}
 
 
@@ -56,7 +59,7 @@ class Panels:
         )
 
     def __call__(self, pair: Pair, seed: int, portrait: Image.Image) -> dict[str, Image.Image]:
-        """Profile, reference, what stays visible of it, the flow, the portrait, and the ground truth where known."""
+        """Return profile, reference, its visible part, the flow, the portrait, and the ground truth where known."""
         request: dict[str, Any] = {
             "profile": bytes_tensor(pair.profile.read_bytes()),
             "reference": bytes_tensor(pair.reference.read_bytes()),
@@ -78,7 +81,7 @@ class Panels:
         return panels
 
     def _flow(self, tensors: Mapping[str, Array]) -> Array:
-        """The finest flow [s, s]."""
+        """Compute the finest flow [s, s]."""
         latents = {
             f"{name}_latent": self._encoder.run({"pixels": tensors[f"{name}_pixels"]})["latent"]
             for name in ("profile", "reference")
@@ -88,7 +91,7 @@ class Panels:
 
 
 def sheet(rows: Sequence[tuple[str, Mapping[str, Image.Image]]]) -> Image.Image:
-    """Rows of named panels, each below its caption: as wide as the longest row."""
+    """Draw rows of named panels, each below its caption: as wide as the longest row."""
     row_px = CAPTION_PX + NAMES_PX + PANEL_PX
     picture = Image.new("RGB", (PANEL_PX * max(len(panels) for _, panels in rows), row_px * len(rows)), "white")
     draw = ImageDraw.Draw(picture)
@@ -105,7 +108,7 @@ def sheet(rows: Sequence[tuple[str, Mapping[str, Image.Image]]]) -> Image.Image:
 
 
 def psnr_db(picture: Image.Image, truth: Image.Image) -> float:
-    """Peak signal-to-noise ratio of two RGB pictures of one size."""
+    """Compute the peak signal-to-noise ratio of two RGB pictures of one size."""
     a, b = (np.asarray(each.convert("RGB"), dtype=np.float64) for each in (picture, truth))
     error = float(np.mean((a - b) ** 2))
     return float("inf") if error == 0 else 10 * np.log10(255**2 / error)

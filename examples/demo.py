@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import NoReturn
 
-from icportrait_client import PortraitClient, PortraitError, Portraits
+from icportrait_client import Portrait, PortraitClient, PortraitError, Versions
 from PIL import Image
 from tqdm import tqdm
 
@@ -39,7 +39,9 @@ SYNTHETIC_ONLY = (
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m examples.demo", description=__doc__)
     parser.add_argument("--export", type=Path, required=True, help="directory written by python -m export")
-    parser.add_argument("--repository", type=Path, required=True, help="assembled by python -m icportrait.repository")
+    parser.add_argument(
+        "--repository", type=Path, required=True, help="assembled by python -m icportrait.deploy.repository"
+    )
     parser.add_argument("--out", type=Path, default=Path("build/demo"), help="default: %(default)s")
     parser.add_argument(
         "--profile", type=Path, default=EXAMPLES / "hopper.jpg", help="of the photographs (default: %(default)s)"
@@ -75,18 +77,18 @@ def _demo(args: argparse.Namespace) -> None:
                 for name, pair in (("rendered heads", HEADS), ("photographs", photographs))
             )
         answered = time.monotonic()
-    note = weights_note(of_heads.metadata["versions"])
+    note = weights_note(of_heads.metadata.versions)
     panels = Panels(args.export)
-    heads = panels(HEADS, SEED, of_heads.picture())
-    photographed = panels(photographs, SEED, of_photographs.picture())
+    heads = panels(HEADS, SEED, of_heads.image)
+    photographed = panels(photographs, SEED, of_photographs.image)
     portrait = of_heads.save(args.out / "portrait.png")[0]
     comparison = args.out / "comparison.png"
     sheet([("rendered heads", heads), (f"photographs. {note}".strip(), photographed)]).save(comparison)
 
     print(f"\n  {'server start':<16}{ready - started:8.2f} s")
     print(f"  {'two requests':<16}{answered - ready:8.2f} s, of which the rendered heads'")
-    unit = "ms, simulated" if of_heads.metadata.get("simulated") else "ms"
-    for stage, duration_ms in of_heads.metadata["stage_ms"].items():
+    unit = "ms, simulated" if of_heads.metadata.simulated else "ms"
+    for stage, duration_ms in of_heads.metadata.stage_ms.items():
         print(f"    {stage:<14}{duration_ms:8.1f} {unit}")
     _print_likeness(heads)
     print(f"\n{portrait}\n{comparison}")
@@ -94,11 +96,11 @@ def _demo(args: argparse.Namespace) -> None:
         print(note)
 
 
-def _portraits(client: PortraitClient, pair: Pair, name: str, is_random: bool) -> Portraits:
+def _portraits(client: PortraitClient, pair: Pair, name: str, is_random: bool) -> Portrait:
     """Ask for a pair's portrait, and show the steps as they are done."""
     # Before the first step, both pictures are encoded and warped: its clock shows that this goes on.
     with tqdm(desc=f"  {name}", unit="step", leave=False) as bar, _refreshed(bar):
-        for progress in client.stream(
+        for event in client.stream(
             profile=pair.profile,
             reference=pair.reference,
             seed=SEED,
@@ -106,10 +108,11 @@ def _portraits(client: PortraitClient, pair: Pair, name: str, is_random: bool) -
             guidance_scale=1.0 if is_random else None,
             **pair.boxes,
         ):
-            bar.total = progress.total_steps
-            bar.update(progress.step - bar.n)
-    assert progress.portraits
-    return progress.portraits
+            if isinstance(event, Portrait):
+                return event
+            bar.total = event.total_steps
+            bar.update(event.step - bar.n)
+    raise AssertionError("a stream ends with a portrait or an error")
 
 
 @contextmanager
@@ -130,11 +133,11 @@ def _refreshed(bar: tqdm[NoReturn]) -> Iterator[None]:
         drawing.join()
 
 
-def weights_note(versions: dict[str, str]) -> str:
-    """What a viewer must know about the weights; of checkpoints that aren't this project's, nothing is known."""
-    if versions["weights"] == "random":
+def weights_note(versions: Versions) -> str:
+    """Return the note on the weights that a viewer must read; empty for checkpoints that aren't this project's."""
+    if versions.weights == "random":
         return RANDOM_WEIGHTS
-    return SYNTHETIC_ONLY if versions["preset"] == DEMO_128.name else ""
+    return SYNTHETIC_ONLY if versions.preset == DEMO_128.name else ""
 
 
 def _print_likeness(panels: dict[str, Image.Image]) -> None:

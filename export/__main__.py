@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from icportrait.contract import ENGINES, PRECISIONS, QUANTIZED_PRECISIONS, Array, contract_hash, engine_specs
+from icportrait.disk import room_for
 from icportrait.errors import CheckpointError, IcPortraitError
 from icportrait.policy import cpu_defaults
 from icportrait.presets import DEMO_128, PRESETS
@@ -53,6 +54,7 @@ def export_checkpoint(
     Raises:
         VerificationError: a graph isn't what the contract says or doesn't do what torch does.
         RuntimeNotAvailable: int8 or fp8, and the quantiser isn't installed.
+        NotEnoughDisk: there is no room for the graphs; none is left there then.
     """
     import diffusers
     import numpy as np
@@ -72,62 +74,64 @@ def export_checkpoint(
         if not calibration_pairs:
             raise CheckpointError(f"{precision} is calibrated on portraits: give calibration_pairs")
         recorded = record_inputs(checkpoint, calibration_pairs, progress)
-    directory.mkdir(parents=True, exist_ok=True)
-    # Without a manifest a directory is no export: one that failed half-way is never taken for a good one.
-    (directory / MANIFEST_NAME).unlink(missing_ok=True)
     specs = engine_specs(checkpoint.preset, precision)
     modules = engine_modules(checkpoint)
     for module in modules.values():
         cast(module, WEIGHT_TYPES[precision])
     small = checkpoint.preset.image_size <= SMALL_IMAGE_SIZE
     runtime = cpu_defaults(checkpoint.preset, precision)["runtime"]
-    engines = {}
-    for name in ENGINES:
-        spec, module = specs[name], modules[name]
-        for stale in directory.glob(f"{name}.onnx*"):
-            stale.unlink()
-        final = engine_precision(precision, name)
-        is_quantized = final in QUANTIZED_PRECISIONS
-        plain = "fp16" if is_quantized else final
-        progress(f"{name}: to ONNX, {plain}")
-        files = export_graph(module, spec, directory, opset)
-        sizes = (1, spec.batch.max) if small else (1,)
-        batches = [spec.dummy_inputs(size) for size in sizes]
-        verify(files[0], spec, module, plain, opset, batches, progress, runtime)
-        if is_quantized:
-            inputs = {tensor.name: recorded[tensor.name].astype(tensor.dtype.numpy) for tensor in spec.inputs}
-            progress(f"{name}: to {final}, calibrated on {len(inputs[spec.inputs[0].name])} recorded inputs")
-            quantize(files, final, inputs)
-            batches = [{key: array[:size] for key, array in inputs.items()} for size in sizes]
-            verify(files[0], spec, module, final, opset, batches, progress, runtime)
-        engines[name] = EngineFile(
-            file=files[0].name,
-            sha256=file_sha256(*files),
-            size_bytes=sum(file.stat().st_size for file in files),
-            precision=final,
-            external_data=files[1].name if len(files) > 1 else None,
+    graphs = [f"{name}.onnx*" for name in ENGINES]
+    with room_for("the export", directory, checkpoint.size_bytes, [*graphs, MANIFEST_NAME]):
+        directory.mkdir(parents=True, exist_ok=True)
+        # Without a manifest a directory is no export: one that failed half-way is never taken for a good one.
+        (directory / MANIFEST_NAME).unlink(missing_ok=True)
+        engines = {}
+        for name in ENGINES:
+            spec, module = specs[name], modules[name]
+            for stale in directory.glob(f"{name}.onnx*"):
+                stale.unlink()
+            final = engine_precision(precision, name)
+            is_quantized = final in QUANTIZED_PRECISIONS
+            plain = "fp16" if is_quantized else final
+            progress(f"{name}: to ONNX, {plain}")
+            files = export_graph(module, spec, directory, opset)
+            sizes = (1, spec.batch.max) if small else (1,)
+            batches = [spec.dummy_inputs(size) for size in sizes]
+            verify(files[0], spec, module, plain, opset, batches, progress, runtime)
+            if is_quantized:
+                inputs = {tensor.name: recorded[tensor.name].astype(tensor.dtype.numpy) for tensor in spec.inputs}
+                progress(f"{name}: to {final}, calibrated on {len(inputs[spec.inputs[0].name])} recorded inputs")
+                quantize(files, final, inputs)
+                batches = [{key: array[:size] for key, array in inputs.items()} for size in sizes]
+                verify(files[0], spec, module, final, opset, batches, progress, runtime)
+            engines[name] = EngineFile(
+                file=files[0].name,
+                sha256=file_sha256(*files),
+                size_bytes=sum(file.stat().st_size for file in files),
+                precision=final,
+                external_data=files[1].name if len(files) > 1 else None,
+            )
+        manifest = Manifest(
+            preset=checkpoint.preset,
+            precision=precision,
+            opset=opset,
+            contract_hash=contract_hash(checkpoint.preset, precision),
+            engines=engines,
+            scheduler_config=checkpoint.scheduler_config,
+            defaults={
+                "guidance_scale": checkpoint.guidance_scale,
+                "num_inference_steps": checkpoint.num_inference_steps,
+            },
+            source=source,
+            versions={
+                "torch": torch.__version__,
+                "diffusers": diffusers.__version__,
+                "onnx": onnx.__version__,
+                runtime: version(runtime),
+                "numpy": np.__version__,
+            },
         )
-    manifest = Manifest(
-        preset=checkpoint.preset,
-        precision=precision,
-        opset=opset,
-        contract_hash=contract_hash(checkpoint.preset, precision),
-        engines=engines,
-        scheduler_config=checkpoint.scheduler_config,
-        defaults={
-            "guidance_scale": checkpoint.guidance_scale,
-            "num_inference_steps": checkpoint.num_inference_steps,
-        },
-        source=source,
-        versions={
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "onnx": onnx.__version__,
-            runtime: version(runtime),
-            "numpy": np.__version__,
-        },
-    )
-    manifest.write(directory)
+        manifest.write(directory)
     return manifest
 
 
@@ -196,7 +200,7 @@ def _run(args: argparse.Namespace) -> Manifest:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """A line for each stage, with the time since the start: it reads the same on a terminal and in a log."""
+    """Print a line for each stage, with the time since the start: it reads the same on a terminal and in a log."""
     started = time.monotonic()
     yield lambda text: print(f"{time.monotonic() - started:6.1f} s  {text}", file=sys.stderr, flush=True)
 

@@ -18,11 +18,17 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     print("loading torch and the model", file=sys.stderr, flush=True)
     from icportrait.nn import from_stable_diffusion, save_checkpoint
+    from icportrait.nn.component_files import WEIGHTS_STEM, weights_variant
 
     try:
         checkpoint = from_stable_diffusion(
             args.stable_diffusion, prompt=args.prompt, prompt_embedding=args.prompt_embedding
         )
+        copies = {"unet": (checkpoint.unet, checkpoint.warping_network), "vae": (checkpoint.vae,)}
+        for component, models in copies.items():
+            if weights_variant(args.stable_diffusion / component, WEIGHTS_STEM) == "fp16":
+                for model in models:  # half the disk, and no weight loses a bit
+                    model.half()
         save_checkpoint(checkpoint, args.out)
     except (IcPortraitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

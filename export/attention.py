@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 ATTENTION_OPSET = 23
 """The first with attention as one operator."""
 MAX_SCORES_BYTES = 2**27
-"""Of one row in float32. Attention with fewer is written whole, which is all of it at the coarser levels."""
+"""Limit of one row's scores in float32. Attention with fewer is written whole, as all is at the coarser levels."""
 
 
 class AttentionInBlocks(TorchFunctionMode):
@@ -62,5 +62,5 @@ def _arguments(
 
 
 def queries_at_once(query: Tensor, key: Tensor) -> int:
-    """How many queries [batch, heads, n, d] may see keys [batch, heads, m, d] together."""
+    """Return the number of queries [batch, heads, n, d] that may see keys [batch, heads, m, d] together."""
     return max(1, MAX_SCORES_BYTES // (4 * query.shape[1] * key.shape[2]))

@@ -1,4 +1,4 @@
-"""What the UNet really gets: recorded while the reference pipeline makes portraits."""
+"""The UNet's real inputs, recorded while the reference pipeline makes portraits."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from numpy.typing import NDArray
 
 from icportrait.contract import Array, engine_specs
 from icportrait.errors import CheckpointError, InvalidRequest
-from icportrait.faces import crop_to_square, find_crop
-from icportrait.imaging import decode_picture
 from icportrait.nn import Checkpoint
 from icportrait.nn.pipeline import ReferencePipeline
+from icportrait.pictures.faces import crop_to_square, find_crop
+from icportrait.pictures.imaging import decode_picture
 from icportrait.presets import Preset
 
 Pixels = NDArray[np.uint8]
 ROWS = 64
 """Recorded inputs that are kept, spread evenly over all."""
 MANY_STEPS = 20
-"""Every other pair is denoised in so many steps, so that timesteps are seen that the checkpoint's own number skips."""
+"""Steps of every other pair, so that the record has timesteps that the checkpoint's own number skips."""
 _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
 
 
 def rendered_pairs(preset: Preset, number: int) -> list[tuple[Pixels, Pixels]]:
-    """Profiles and references [S, S, 3] uint8: rendered heads, of none of which an evaluation ever shows the person."""
+    """Render profiles and references [S, S, 3] uint8 of heads whose persons no evaluation ever shows."""
     from training.pairs import render_pairs
 
     pairs = render_pairs(seed=1, count=number, cross_identity_share=1.0, size=preset.image_size)
@@ -39,7 +39,7 @@ def rendered_pairs(preset: Preset, number: int) -> list[tuple[Pixels, Pixels]]:
 
 
 def folder_pairs(preset: Preset, folder: Path, number: int) -> list[tuple[Pixels, Pixels]]:
-    """As ``rendered_pairs``, from the first ``number`` pictures of a folder: the reference is each time the next one.
+    """Join a folder's first ``number`` pictures to pairs like ``rendered_pairs``. Each one's reference is the next one.
 
     Raises:
         CheckpointError: the folder has fewer than two pictures, or one can't be read.

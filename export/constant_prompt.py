@@ -13,7 +13,7 @@ from torch.nn import functional
 
 @contextmanager
 def constant_prompt(module: nn.Module) -> Iterator[None]:
-    """While this lasts, ``module``'s cross-attentions see the keys and values of its ``prompt_embedding`` as constants.
+    """Let ``module``'s cross-attentions see its ``prompt_embedding``'s keys and values as constants within the block.
 
     Args:
         module: an engine module; one without a ``prompt_embedding`` [1, tokens, cross_attention_dim] stays as it is.
@@ -51,6 +51,6 @@ class _KnownKeysAndValues:
 
 
 def _by_head(attention: Attention, features: Tensor) -> Tensor:
-    """``[batch, tokens, heads * d]`` as ``[batch, heads, tokens, d]``."""
+    """Reshape ``[batch, tokens, heads * d]`` to ``[batch, heads, tokens, d]``."""
     batch, tokens, _ = features.shape
     return features.view(batch, tokens, attention.heads, -1).transpose(1, 2)

@@ -35,13 +35,13 @@ class GraphModule(nn.Module):
 
 
 def load_graphs(manifest: Manifest, directory: Path) -> dict[str, Engine]:
-    """An export's engines in ONNX Runtime on the CPU."""
+    """Load an export's engines in ONNX Runtime on the CPU."""
     specs = engine_specs(manifest.preset, manifest.precision)
     return {name: OrtEngine(directory / manifest.engines[name].file, specs[name]) for name in ENGINES}
 
 
 def manifest_pipeline(manifest: Manifest, modules: Mapping[str, nn.Module]) -> ReferencePipeline:
-    """The pipeline of an export's checkpoint over ``modules``, with the checkpoint's defaults."""
+    """Make the pipeline of an export's checkpoint over ``modules``, with the checkpoint's defaults."""
     return ReferencePipeline(
         manifest.preset,
         manifest.scheduler_config,

@@ -9,7 +9,7 @@ from onnx import helper, shape_inference
 
 
 def infer(model: onnx.ModelProto, *, strict: bool) -> onnx.ModelProto:
-    """ONNX's shape and type inference, without regard to what the exporter has noted of inner tensors.
+    """Infer shapes and types with ONNX, without regard to what the exporter has noted of inner tensors.
 
     Args:
         model: stays as it is. Its large weights needn't be loaded.
@@ -30,7 +30,7 @@ def infer(model: onnx.ModelProto, *, strict: bool) -> onnx.ModelProto:
 
 
 def subgraphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph and, after it, those that its nodes hold."""
+    """Yield a graph and, after it, the graphs that its nodes hold."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:

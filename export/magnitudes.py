@@ -1,4 +1,4 @@
-"""How near fp16 tensors come to overflow: ``python -m export.magnitudes``.
+"""The distance of fp16 tensors from overflow: ``python -m export.magnitudes``.
 
 ONNX Runtime's CPU keeps float32 between float16 operators, so an overflow wouldn't show there. Here an fp16 export runs
 widened to float32 while it makes portraits, and the largest magnitude of every tensor that is float16 in the graph is
@@ -44,7 +44,7 @@ class Magnitude:
     engine: str
     tensor: str
     operator: str
-    """What made it."""
+    """Kind of the operator that made the tensor."""
     largest: float
 
 
@@ -108,7 +108,7 @@ class MeasuredEngine:
 
 
 def _add_extremes(graph: onnx.GraphProto, name: str) -> None:
-    """Outputs for a tensor's ``EXTREMES``. The runtime's reductions lose a NaN, so it is asked for by itself."""
+    """Add outputs for a tensor's ``EXTREMES``. One output asks for NaN, because the runtime's reductions lose a NaN."""
     highest, lowest, has_nan = (f"{name}/{figure}" for figure in EXTREMES)
     graph.node.extend(
         [
@@ -125,7 +125,7 @@ def _add_extremes(graph: onnx.GraphProto, name: str) -> None:
 
 
 def measure(directory: Path, count: int, steps: int | None = None, seed: int = 0) -> list[Magnitude]:
-    """Every float16 tensor's largest magnitude over the portraits of rendered heads, largest first.
+    """Measure every float16 tensor's largest magnitude over the portraits of rendered heads, largest first.
 
     Args:
         directory: an fp16 export in opset 23 or later, in which attentions are whole.
@@ -155,7 +155,7 @@ def measure(directory: Path, count: int, steps: int | None = None, seed: int = 0
 
 
 def table(found: list[Magnitude], rows: int) -> str:
-    """The first ``rows`` as Markdown."""
+    """Write the first ``rows`` as Markdown."""
     lines = ["| engine | tensor | made by | largest | of 65504 |", "| --- | --- | --- | --- | --- |"]
     for row in found[:rows]:
         share = f"{100 * row.largest / LARGEST:.2f} %"

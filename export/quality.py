@@ -1,4 +1,4 @@
-"""What each precision costs a portrait: ``python -m export.quality``.
+"""The cost of each precision to a portrait: ``python -m export.quality``.
 
 The graphs that engines are built from, Q/DQ included, make portraits of heads that no training ever saw, in ONNX
 Runtime on the CPU. It keeps float32 between float16 operators, so fp16's figures are an upper bound, and whether a
@@ -31,7 +31,7 @@ from training.evaluation_pairs import EvaluationPairs, evaluation_pairs
 from training.metrics import psnr
 
 LEAST_PSNR_DB = {"fp16": 45.0, "int8": 30.0, "fp8": 30.0}
-"""Against fp32; a precision below it is nobody's default."""
+"""Limits against fp32. A precision below its limit is never a default."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def _graphs(directory: Path, manifest: Manifest) -> ReferencePipeline:
 
 
 def _portraits(title: str, pipeline: ReferencePipeline, pairs: EvaluationPairs, seed: int) -> tuple[Tensor, Tensor]:
-    """Latents [N, latent_channels, s, s] and pictures [N, 3, S, S] uint8."""
+    """Make latents [N, latent_channels, s, s] and pictures [N, 3, S, S] uint8."""
     latents, pictures = [], []
     for index in tqdm(range(len(pairs)), title, unit="portrait"):
         profile, reference = (picture[index].permute(1, 2, 0).numpy() for picture in (pairs.profile, pairs.reference))
@@ -128,7 +128,7 @@ def _quality(
 
 
 def table(found: list[Quality]) -> str:
-    """The figures as Markdown."""
+    """Write the figures as Markdown."""
     lines = [
         "| precision | by | latent cosine | PSNR to fp32, dB | worst, dB | head's PSNR to the truth, dB | |",
         "| --- | --- | --- | --- | --- | --- | --- |",

@@ -23,7 +23,7 @@ QUANTIZED_ENGINE = "unet"
 
 
 def engine_precision(precision: str, engine: str) -> str:
-    """What an engine's convolutions and linears are in, when the export is asked for in ``precision``."""
+    """Return the precision of an engine's convolutions and linears in an export that is asked for in ``precision``."""
     return "fp16" if precision in QUANTIZED_PRECISIONS and engine != QUANTIZED_ENGINE else precision
 
 

@@ -1,4 +1,4 @@
-"""Which operators and types the ONNX parser of the full TensorRT product takes, as its documentation has it.
+"""The operators and types that the full TensorRT product's ONNX parser takes, as its documentation has them.
 
 Facts of github.com/onnx/onnx-tensorrt, docs/operators.md for TensorRT 10.15 (opset 9 to 24), the newest one that is at
 hand, and of what the release notes of 11.0 to 11.4 add to it. The parser of TensorRT-RTX is asked itself, by
@@ -84,8 +84,11 @@ UNSUPPORTED = frozenset(
         "StringNormalizer StringSplit TfIdfVectorizer Unique"
     )
 )
-"""Documented as unsupported. What is in neither list isn't documented, or is without its types (DFT since 11.2, Swish
-since 11.0), or can't be in a graph of opset 20 and later; it isn't taken for supported."""
+"""Operators that are documented as unsupported.
+
+An operator in neither list isn't documented, or is without its types (DFT since 11.2, Swish since 11.0), or can't be in
+a graph of opset 20 and later. It isn't taken for supported.
+"""
 
 RESIZE_COORDINATES = frozenset(
     {"half_pixel", "pytorch_half_pixel", "tf_half_pixel_for_nn", "asymmetric", "align_corners"}

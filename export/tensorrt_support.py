@@ -1,6 +1,7 @@
 """A stage of an export's verification: every node is something that the full TensorRT product documents as supported.
 
-Every graph is checked, also those for ONNX Runtime: whoever exports one takes it to a GPU without exporting again.
+Every graph is checked, also the graphs for ONNX Runtime, because an exported graph may go to a GPU without another
+export.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from icportrait.errors import VerificationError
 
 
 def check_operators(path: Path, opset: int) -> None:
-    """Every node, also in subgraphs, is one that TensorRT's parser documents as supported, in its types.
+    """Check that TensorRT's parser documents every node as supported in its types, also in subgraphs.
 
     Args:
         path: the graph; its large weights, if any, lie beside it and aren't read.
@@ -71,7 +72,7 @@ class _Node:
     path: Path
     values: dict[str, onnx.ValueInfoProto]
     constants: dict[str, onnx.TensorProto | None]
-    """What initializers and Constant nodes give; None where it isn't a tensor."""
+    """Values of initializers and Constant nodes; None where a value isn't a tensor."""
     ends: set[str]
     """The network's own inputs and outputs."""
 
@@ -81,13 +82,13 @@ class _Node:
         return f"{name} ({self.node.op_type})"
 
     def type(self, name: str) -> str:
-        """ONNX's name of a tensor's type, empty where it isn't known."""
+        """Return ONNX's name of a tensor's type, empty where the type isn't known."""
         constant, value = self.constants.get(name), self.values.get(name)
         found = constant.data_type if constant else value.type.tensor_type.elem_type if value else TensorProto.UNDEFINED
         return TensorProto.DataType.Name(found) if found else ""
 
     def rank(self, index: int) -> int | None:
-        """Of an input; None where it isn't known."""
+        """Return the rank of an input; None where it isn't known."""
         name = self.node.input[index]
         if constant := self.constants.get(name):
             return len(constant.dims)
@@ -102,12 +103,12 @@ class _Node:
         return default
 
     def given(self, indices: Iterable[int], names: Iterable[str]) -> str:
-        """The first of these that is there, else nothing."""
+        """Return the first of these names that is there, else an empty name."""
         names = list(names)
         return next((names[index] for index in indices if index < len(names) and names[index]), "")
 
     def constant(self, index: int) -> Array | None:
-        """An input's value; None where it isn't a constant tensor."""
+        """Return an input's value; None where the input isn't a constant tensor."""
         found = self.constants.get(self.given([index], self.node.input))
         return None if found is None else numpy_helper.to_array(found, str(self.path.parent))
 
@@ -220,4 +221,4 @@ RESTRICTIONS: dict[str, Callable[[_Node], str]] = {
     **dict.fromkeys(("Squeeze", "Unsqueeze"), _constant_axes),
     **{name: _constant_axes for name in SUPPORTED if name.startswith("Reduce")},
 }
-"""What else the documentation asks of operators that image models have."""
+"""Further restrictions in the documentation on operators that image models have."""

@@ -34,12 +34,12 @@ WEIGHT_TYPES = {
     "int8": torch.float16,
     "fp8": torch.float16,
 }
-"""What an export's modules hold their weights in; for int8 and fp8, before they are quantised."""
+"""Type of the weights in an export's modules; for int8 and fp8, before they are quantised."""
 
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a graph may be from torch.
+    """The allowed distance of a graph from torch.
 
     ``relative_rms`` is |a - b| / |b| over a tensor of numbers; ``levels`` the largest difference of a uint8 picture and
     ``mean_levels`` its mean; ``flow_disagreement`` the share of positions whose match differs and
@@ -75,14 +75,16 @@ TOLERANCES: dict[str, dict[str, Tolerance]] = {
     "int8": {"unet": Tolerance(0.15)},
     "fp8": {"unet": Tolerance(0.15)},
 }
-"""By an engine's precision and name. fp32: two runtimes that sum in another order. fp16, bf16: weights are equal,
-activations are rounded; matches that are nearly tied fall the other way. int8, fp8: that the quantiser did what it
-should; what it costs a portrait is ``export.quality``'s to say."""
+"""Tolerances by an engine's precision and name.
+
+fp32: two runtimes sum in another order. fp16, bf16: weights are equal, activations are rounded; matches that are nearly
+tied fall the other way. int8, fp8: the quantiser did its work; ``export.quality`` measures the cost to a portrait.
+"""
 
 
 @dataclass(frozen=True)
 class Figure:
-    """How far one tensor is from what was expected."""
+    """The distance of one tensor from its expected values."""
 
     tensor: str
     name: str
@@ -107,7 +109,7 @@ def verify(
     progress: Callable[[str], None],
     runtime: str = "onnxruntime",
 ) -> None:
-    """All stages for one graph; ``precision`` is the graph's own, the rest is as in the stages."""
+    """Run all stages for one graph; ``precision`` is the graph's own, the other arguments are as in the stages."""
     progress(f"{spec.name}: names and types")
     check_names_and_types(path, spec, opset)
     progress(f"{spec.name}: operators and their types")
@@ -125,7 +127,7 @@ def verify(
 
 
 def check_names_and_types(path: Path, spec: ModelSpec, opset: int) -> None:
-    """The graph is valid ONNX of the asked-for opset and has the specification's tensors, in its order."""
+    """Check that the graph is valid ONNX of the asked-for opset and has the specification's tensors, in its order."""
     onnx.checker.check_model(str(path))
     model = onnx.load(path, load_external_data=False)
     found_opset = next(entry.version for entry in model.opset_import if entry.domain == "")
@@ -142,7 +144,7 @@ def check_names_and_types(path: Path, spec: ModelSpec, opset: int) -> None:
 
 
 def check_axes(path: Path, spec: ModelSpec) -> None:
-    """Exactly the dynamic axes are symbolic, under their names; the fixed ones have their sizes."""
+    """Check that exactly the dynamic axes are symbolic, under their names, and that the fixed ones have their sizes."""
     graph = onnx.load(path, load_external_data=False).graph
     nodes = {node.name: node for node in (*graph.input, *graph.output)}
     for tensor in (*spec.inputs, *spec.outputs):
@@ -153,7 +155,7 @@ def check_axes(path: Path, spec: ModelSpec) -> None:
 
 
 def check_shapes(path: Path, spec: ModelSpec) -> None:
-    """At the largest batch, ONNX shape inference finds the specification's output shapes."""
+    """Check that ONNX shape inference finds the specification's output shapes at the largest batch."""
     model = onnx.load(path, load_external_data=False)
     batch = spec.batch.max
     for node in model.graph.input:
@@ -238,7 +240,7 @@ def _wide(tensor: TensorSpec) -> TensorSpec:
 
 
 def _float32(array: Array) -> Array:
-    """Half precision as float32, other types as they are."""
+    """Return half precision as float32, other types unchanged."""
     return array.astype(np.float32) if array.dtype.name in ("float16", "bfloat16") else array
 
 
@@ -248,7 +250,7 @@ def torch_outputs(
     inputs: Mapping[str, Array],
     known_flows: Mapping[str, Array] | None = None,
 ) -> dict[str, Array]:
-    """What the module gives, computed in fp32 on the device where it is.
+    """Compute the module's outputs in fp32, on the device where the module is.
 
     Args:
         module: takes and gives the specification's tensors in its order; keeps its type.
@@ -275,7 +277,7 @@ def torch_outputs(
 
 
 def cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """``module.to(dtype)``, of which diffusers' modules warn."""
+    """Convert a module as ``module.to(dtype)`` does, of which diffusers' modules warn."""
     {torch.float32: module.float, torch.float16: module.half, torch.bfloat16: module.bfloat16}[dtype]()
 
 
@@ -284,8 +286,10 @@ def with_flows_of(
     expected: Mapping[str, Array],
     again: Callable[[Mapping[str, Array]], Mapping[str, Array]],
 ) -> dict[str, Array]:
-    """What to compare ``found`` with: a match that falls the other way moves features and would drown every other
-    difference in F_ref, so the flow is judged by itself, and F_ref with the flow that was found.
+    """Return the outputs to compare ``found`` with.
+
+    A match that falls the other way moves features, and would drown every other difference in F_ref. The flow is
+    therefore judged by itself, and F_ref with the flow that was found.
 
     Args:
         found: an engine's outputs.
@@ -300,7 +304,7 @@ def with_flows_of(
 
 
 def compare(tensor: TensorSpec, found: Array, expected: Array, tolerance: Tolerance) -> list[Figure]:
-    """The figures by which this kind of tensor is judged; both arrays have the same shape."""
+    """Return the figures by which this kind of tensor is judged. Both arrays have the same shape."""
     name = tensor.name
     if name.startswith("flow_"):
         # One match is always allowed: the coarse levels have too few for a share to say much.
@@ -323,7 +327,7 @@ def compare(tensor: TensorSpec, found: Array, expected: Array, tolerance: Tolera
 
 
 def end_point_error(found: Array, expected: Array) -> float:
-    """Mean distance in cells between two flows [batch, h, w] of positions y * w + x."""
+    """Return the mean distance in cells between two flows [batch, h, w] of positions y * w + x."""
     width = found.shape[-1]
     rows = found.astype(np.int64) // width - expected.astype(np.int64) // width
     columns = found.astype(np.int64) % width - expected.astype(np.int64) % width

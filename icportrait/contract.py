@@ -1,4 +1,4 @@
-"""What every tensor that crosses a boundary is: its name, type and axes.
+"""Specifications of every tensor that crosses a boundary: names, types and axes.
 
 ONNX axes and dummy inputs, TensorRT optimization profiles, Triton's ``config.pbtxt`` and the runtime checks are all
 derived from the specifications here; nothing else states a shape. The engines, with b for the batch, S the picture's
@@ -38,8 +38,10 @@ ENSEMBLE = "portrait_pipeline"
 STANDALONE_ENSEMBLE = "standalone_pipeline"
 """The same behind any other tritonserver: files in, files out."""
 PARTITION_PARAMETER = "partition"
-"""Of a request to the private pipeline, which Triton hands on to its models: what is kept for whom."""
+"""Parameter of a request to the private pipeline, which Triton hands on to its models: the owner of cached latents."""
 Array = NDArray[Any]
+Tensors = dict[str, Array]
+"""Arrays by name."""
 
 
 class DType(Enum):
@@ -99,11 +101,11 @@ class TensorSpec:
     """Dummy inputs are whole numbers in 0..below - 1; unit normal where None."""
 
     def shape(self, **sizes: int) -> tuple[int, ...]:
-        """The concrete shape, dynamic axes taken from ``sizes`` by axis name."""
+        """Return the concrete shape, with the sizes of dynamic axes taken from ``sizes`` by axis name."""
         return tuple(sizes[axis.name] if axis.is_dynamic else axis.min for axis in self.axes)
 
     def nbytes(self, batch: int) -> int:
-        """Bytes of a tensor of numbers whose only dynamic axis is the batch."""
+        """Return the bytes of a tensor of numbers whose only dynamic axis is the batch."""
         return math.prod(self.shape(batch=batch)) * np.dtype(self.dtype.numpy).itemsize
 
 
@@ -117,7 +119,7 @@ class ModelSpec:
 
     @property
     def batch(self) -> Axis:
-        """The leading axis, which every tensor of the model shares."""
+        """Return the leading axis, which every tensor of the model shares."""
         return self.inputs[0].axes[0]
 
     def check_inputs(self, tensors: Mapping[str, Any]) -> dict[str, int]:
@@ -138,7 +140,7 @@ class ModelSpec:
         return {axis: size for axis, (size, _) in bound.items()}
 
     def dummy_inputs(self, batch: int, seed: int = 0) -> dict[str, Array]:
-        """Random inputs of the right types and shapes; see ``TensorSpec.below``."""
+        """Draw random inputs of the right types and shapes; see ``TensorSpec.below``."""
         generator = np.random.default_rng(seed)
         dummies: dict[str, Array] = {}
         for spec in self.inputs:
@@ -149,7 +151,7 @@ class ModelSpec:
 
     @property
     def optimization_profile(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]:
-        """``{input: (min, opt, max) shape}``, as TensorRT and Polygraphy take it."""
+        """Return ``{input: (min, opt, max) shape}``, as TensorRT and Polygraphy take it."""
         return {
             spec.name: (
                 tuple(axis.min for axis in spec.axes),
@@ -184,24 +186,24 @@ def batch_axis(maximum: int) -> Axis:
 
 
 def latent_spec(preset: Preset, name: str, batch: Axis) -> TensorSpec:
-    """One picture's latent, scaled by the VAE factor: ``[batch, latent_channels, s, s]`` float32."""
+    """Specify one picture's latent, scaled by the VAE factor: ``[batch, latent_channels, s, s]`` float32."""
     return TensorSpec(name, DType.FLOAT32, (batch, *_grid(preset.latent_channels, preset.latent_size)))
 
 
 def pixels_spec(preset: Preset, name: str, batch: Axis) -> TensorSpec:
-    """RGB pictures: ``[batch, S, S, 3]`` uint8, 0..255."""
+    """Specify RGB pictures: ``[batch, S, S, 3]`` uint8, 0..255."""
     side = preset.image_size
     axes = (batch, Axis.fixed("height", side), Axis.fixed("width", side), Axis.fixed("rgb", 3))
     return TensorSpec(name, DType.UINT8, axes, below=256)
 
 
 def visibility_spec(preset: Preset, batch: Axis) -> TensorSpec:
-    """1 where the reference may be seen and 0 where it is hidden, per latent cell: ``[batch, 1, s, s]`` float32."""
+    """Specify the reference's mask: ``[batch, 1, s, s]`` float32, per latent cell 1 where it is visible, else 0."""
     return TensorSpec("visibility", DType.FLOAT32, (batch, *_grid(1, preset.latent_size)), below=2)
 
 
 def residual_specs(preset: Preset, batch: Axis, precision: str) -> tuple[TensorSpec, ...]:
-    """``F_ref``, in the order in which the UNet takes it: ``[batch, C_k, s_k, 2 s_k]``, in the activations' type."""
+    """Specify ``F_ref`` as the UNet takes it: ``[batch, C_k, s_k, 2 s_k]`` a residual, in the activations' type."""
     dtype = {"fp32": DType.FLOAT32, "bf16": DType.BFLOAT16}.get(precision, DType.FLOAT16)
     return tuple(
         TensorSpec(
@@ -214,7 +216,7 @@ def residual_specs(preset: Preset, batch: Axis, precision: str) -> tuple[TensorS
 
 
 def engine_specs(preset: Preset, precision: str = "fp32") -> dict[str, ModelSpec]:
-    """The four engines of a preset by name. Only ``F_ref`` changes type with the precision."""
+    """Specify the four engines of a preset by name. Only ``F_ref`` changes type with the precision."""
     vae, warping, unet = (
         batch_axis(size) for size in (preset.max_vae_batch, preset.max_warping_batch, preset.max_unet_batch)
     )
@@ -257,7 +259,7 @@ def engine_specs(preset: Preset, precision: str = "fp32") -> dict[str, ModelSpec
 
 
 def stage_specs(preset: Preset) -> dict[str, ModelSpec]:
-    """The Python stages by name. ``preprocess`` and ``postprocess`` are the standalone pipeline's alone.
+    """Specify the Python stages by name. Only the standalone pipeline has ``preprocess`` and ``postprocess``.
 
     ``request`` is JSON: for ``preprocess`` an object of public options, for the others a ``PortraitRequest``.
     """
@@ -304,7 +306,10 @@ def stage_specs(preset: Preset) -> dict[str, ModelSpec]:
 
 
 def pipeline_spec(preset: Preset) -> ModelSpec:
-    """The private pipeline: crops, the reference hidden already, and a ``PortraitRequest`` to pixels and a report."""
+    """Specify the private pipeline: crops, mask and ``PortraitRequest`` to pixels and a report.
+
+    The reference's crop arrives with its hidden cells filled.
+    """
     stages, one = stage_specs(preset), Axis.fixed("request", 1)
     _, _, visibility, request = stages["denoise"].inputs
     return ModelSpec(
@@ -315,19 +320,24 @@ def pipeline_spec(preset: Preset) -> ModelSpec:
 
 
 def standalone_spec(preset: Preset) -> ModelSpec:
-    """The standalone pipeline: two picture files and an object of public options to files and metadata."""
+    """Specify the standalone pipeline: two picture files and an object of public options in, files and metadata out."""
     stages = stage_specs(preset)
     return ModelSpec(STANDALONE_ENSEMBLE, stages["preprocess"].inputs, stages["postprocess"].outputs)
 
 
 def contract_hash(preset: Preset, precision: str) -> str:
-    """A hash of everything the engines' specifications say; engines and servers with different hashes don't fit."""
+    """Hash all that the engines' specifications say. Engines and servers with different hashes don't fit together."""
     text = json.dumps([str(spec) for spec in engine_specs(preset, precision).values()])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _grid(channels: int | None, side: int, canvas: bool = False) -> tuple[Axis, ...]:
-    """Axes of a feature map; sizes that differ between levels and kinds get different axis names."""
+    """Return the axes of a feature map. Sizes that differ between levels and kinds get different axis names."""
     width = Axis.fixed(f"canvas_width_{2 * side}", 2 * side) if canvas else Axis.fixed(f"width_{side}", side)
     grid = (Axis.fixed(f"height_{side}", side), width)
     return grid if channels is None else (Axis.fixed(f"channels_{channels}", channels), *grid)
+
+
+def bytes_tensor(*values: bytes) -> Array:
+    """Make a BYTES tensor of shape [len(values)]."""
+    return np.array(values, dtype=np.object_)

@@ -17,6 +17,7 @@
       PlanError             an engine plan isn't what it should be    INTERNAL
       LatencyTableError     a simulated device's latencies are wrong  INTERNAL
       NotEnoughMemory       a server would need more than there is    INTERNAL
+      NotEnoughDisk         what is to be written has no room         INTERNAL
 
 Triton turns every error code into INTERNAL when it crosses an ensemble or a BLS call. ``to_wire`` therefore puts the
 code into the message and ``from_wire`` finds it again behind whatever Triton wrote before it.
@@ -113,8 +114,12 @@ class NotEnoughMemory(IcPortraitError):
     """A server would need more memory than there is here; the text has both numbers."""
 
 
+class NotEnoughDisk(IcPortraitError):
+    """A disk is full, or would be before all is written; the text has both numbers."""
+
+
 DEADLINE_PASSED = ("deadline_ms: passed", "deadline_ms: too near")
-"""How a ``DeadlineMissed`` begins: it is known by that once it has gone over a wire."""
+"""Beginnings of a ``DeadlineMissed``'s text, because only the text goes over a wire."""
 _BY_CODE: dict[str, type[IcPortraitError]] = {
     "INVALID_ARG": InvalidRequest,
     "UNAVAILABLE": Unavailable,
@@ -125,19 +130,21 @@ _WIRE = re.compile(r"\[(INVALID_ARG|UNAVAILABLE|CANCELLED|INTERNAL)\] (.*)", re.
 
 
 def to_wire(error: IcPortraitError) -> str:
-    """Text that keeps the error's code through Triton: ``[CODE] message``."""
+    """Return a text that keeps the error's code through Triton: ``[CODE] message``."""
     return f"[{error.code}] {error}"
 
 
 def to_caller(error: IcPortraitError) -> str:
-    """The text a caller gets. HTTP ``generate`` answers every error with status 400, so what isn't the caller's own
-    mistake says its code.
+    """Return the text a caller gets.
+
+    The text of an error that isn't the caller's own mistake says its code, because HTTP ``generate`` answers every
+    error with status 400.
     """
     return str(error) if isinstance(error, InvalidRequest) else f"{error.code}: {error}"
 
 
 def from_wire(text: str) -> IcPortraitError | None:
-    """The error that ``to_wire`` wrote, found in ``text`` behind any prefix; None where there is none."""
+    """Find in ``text``, behind any prefix, the error that ``to_wire`` wrote. Return None where there is none."""
     match = _WIRE.search(text)
     if match and match[1] == DeadlineMissed.code and match[2].startswith(DEADLINE_PASSED):
         return DeadlineMissed(match[2])

@@ -23,13 +23,13 @@ class EngineFile:
     sha256: str
     size_bytes: int
     precision: str
-    """Of its convolutions and linears; of some engines it is another than the export's."""
+    """Precision of the graph's convolutions and linears; some engines have another than the export's."""
     external_data: str | None = None
 
 
 @dataclass(frozen=True)
 class EngineMemory:
-    """What an engine takes on a CPU, in bytes of float32."""
+    """The memory that an engine takes on a CPU, in bytes of float32."""
 
     weights_bytes: int
     run_bytes: dict[int, int]
@@ -51,21 +51,21 @@ class Manifest:
     engines: dict[str, EngineFile]
     scheduler_config: dict[str, Any]
     defaults: dict[str, Any]
-    """What the checkpoint chooses where a request doesn't say: ``guidance_scale`` and ``num_inference_steps``."""
+    """The checkpoint's ``guidance_scale`` and ``num_inference_steps`` for a request that doesn't name them."""
     source: dict[str, Any]
     """``{"checkpoint": path}`` or ``{"random_weights": seed}``."""
     versions: dict[str, str]
     memory: dict[str, EngineMemory] = field(default_factory=dict)
-    """By engine; a repository's manifest has it where engines run on a CPU, an export's has none."""
+    """Memory by engine. A repository's manifest has it where engines run on a CPU; an export's manifest has none."""
 
     @property
     def model_version(self) -> str:
-        """Names the exported weights and graphs: equal exactly when every graph's hash is."""
+        """Return a name of the exported weights and graphs: equal exactly when every graph's hash is."""
         text = "".join(engine.sha256 for _, engine in sorted(self.engines.items()))
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
     def files(self, name: str, directory: Path) -> list[Path]:
-        """Engine ``name``'s files, the graph first, where the export lies in ``directory``."""
+        """Return engine ``name``'s files, the graph first, where the export lies in ``directory``."""
         engine = self.engines[name]
         return [directory / file for file in (engine.file, engine.external_data) if file]
 
@@ -116,7 +116,7 @@ class Manifest:
 
 
 def file_sha256(*paths: Path) -> str:
-    """One hash over the files' contents, in the given order."""
+    """Return one hash over the files' contents, in the given order."""
     digest = hashlib.sha256()
     for path in paths:
         with path.open("rb") as file:

@@ -1,8 +1,8 @@
-"""What a server counts: kept in the denoising loop's process, and read by whoever publishes it.
+"""The server's counters, histograms and gauges. The denoising loop's process keeps them.
 
-Counting costs the loop about a microsecond; publishing through Triton costs a hundred, so a thread does that now and
-then (``triton_backend.MetricsPublisher``). A histogram is published as Prometheus has it: cumulative counters by the
-label ``le``, their sum and their count.
+Counting costs the loop about a microsecond, and publishing through Triton costs a hundred. A thread of its own
+therefore publishes now and then (``triton_loop.MetricsPublisher``). A histogram is published in Prometheus's form:
+cumulative counters by the label ``le``, their sum and their count.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STAGES = ("preprocess", "conditioning", "denoise", "decode", "postprocess")
 _MS = (1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0, 1000.0, 2000.0, 5000.0, 10_000.0, 30_000.0)
 _SHORT_MS = (0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0)
 LARGEST = 24 * 3600 * 1000.0
-"""A day in milliseconds; what is measured as more was measured wrong."""
+"""A day in milliseconds. A longer measurement is wrong."""
 
 Labels = tuple[tuple[str, str], ...]
 
@@ -44,7 +44,7 @@ class Family:
     """A histogram's upper bounds."""
     label: str = ""
     values: tuple[str, ...] = ()
-    """Of the label: they are all there from the start."""
+    """Every value of the label. Each value has a time series from the start."""
 
     @property
     def labels(self) -> tuple[Labels, ...]:
@@ -103,11 +103,11 @@ class Metrics:
             histogram[-1] += value
 
     def gauge(self, name: str, read: Callable[[], float]) -> None:
-        """Say where a gauge's value is read, each time that it is published, from any thread."""
+        """Name the function that reads a gauge's value each time that the value is published, from any thread."""
         self._gauges[name] = read
 
     def series(self) -> dict[tuple[str, Labels], tuple[Kind, float]]:
-        """Every time series by name and labels, a histogram as the counters that it is published as."""
+        """Return every time series by name and labels. A histogram gives the counters that it is published as."""
         values: dict[tuple[str, Labels], tuple[Kind, float]] = {}
         values |= {(name, ()): (Kind.GAUGE, read()) for name, read in self._gauges.items()}
         with self._lock:
@@ -125,7 +125,7 @@ class Metrics:
 
 
 def description(series: str) -> str:
-    """Of a series that ``Metrics.series`` names, ``_bucket``, ``_sum`` and ``_count`` included."""
+    """Return the description of a series of ``Metrics.series``, ``_bucket``, ``_sum`` and ``_count`` included."""
     name, _, part = series.rpartition("_")
     if series in FAMILIES:
         return FAMILIES[series].description

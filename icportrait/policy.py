@@ -1,25 +1,84 @@
-"""How a server runs its models: instances, batch sizes and limits. What the tensors are is ``contract``'s to say."""
+"""The settings by which a server runs models, and the order of waiting requests. ``contract`` specifies the tensors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from icportrait.errors import IcPortraitError
 from icportrait.presets import Preset
-from icportrait.scheduling import BATCHING_MODES
 
 SIMULATED = "simulated"
 RUNTIMES = ("onnxruntime", "openvino", "torch", "tensorrt", "tensorrt-rtx", SIMULATED)
 CPU_RUNTIMES = ("onnxruntime", "openvino")
-"""Those that run exported graphs on a CPU."""
+"""Runtimes that run exported graphs on a CPU."""
 SMALL_IMAGE_SIZE = 256
 """Up to this picture size a CPU gains by batches, and their memory is no matter."""
 POLICY_VARIABLE = "ICPORTRAIT_POLICY"
-"""Of the environment: settings that start-up chose for this machine, as JSON; they go before the repository's own."""
+"""Environment variable with the settings that start-up chose for this machine, as JSON.
+
+These settings go before the repository's own.
+"""
+LOOP_VARIABLE = "ICPORTRAIT_LOOP"
+"""Environment variable with the control line's socket. A loop's process without it runs standalone."""
+KEEPS_FAILING = 3
+"""Failures of an engine, one run after another, after which the process is given up."""
+AGING_S = 10.0
+"""Seconds of waiting that move a request up a priority class, so that no request waits for ever."""
 PLAN_RUNTIMES = ("tensorrt", "tensorrt-rtx")
-"""Those that run plans on a GPU: the names of TensorRT's products."""
+"""Runtimes that run plans on a GPU: the names of TensorRT's products."""
+
+
+@dataclass(frozen=True)
+class BatchingMode:
+    """The times at which requests join a batch and leave it."""
+
+    joins_running: bool
+    """A request joins between any two steps; else only once all of the batch before have ended."""
+    leaves_early: bool
+    """A request leaves when its own steps are done; else with the last of its batch."""
+    equal_steps: bool = False
+    """Only requests with the same number of steps share a batch."""
+
+
+BATCHING_MODES = {
+    "in-flight": BatchingMode(joins_running=True, leaves_early=True),
+    "whole": BatchingMode(joins_running=False, leaves_early=False),
+    "whole-leave-early": BatchingMode(joins_running=False, leaves_early=True),
+    "whole-equal-steps": BatchingMode(joins_running=False, leaves_early=False, equal_steps=True),
+}
+"""``whole`` batches requests as other servers do; the two after it are ``whole`` at its fairest."""
+
+
+class Ranked(Protocol):
+    """Fields that the order of waiting requests depends on."""
+
+    @property
+    def priority(self) -> int:
+        """Return the request's class; 0 goes first."""
+        ...
+
+    @property
+    def deadline_s(self) -> float:
+        """Return the time at which the answer is worth nothing any more; infinite without a deadline."""
+        ...
+
+    @property
+    def arrived_s(self) -> float: ...
+
+
+def rank(item: Ranked, now_s: float, aging_s: float = AGING_S) -> tuple[int, float, float]:
+    """Return the order of a waiting request, the smallest first: class, then deadline, then arrival.
+
+    A request that has waited through all classes goes before every request that hasn't. Among such requests the
+    earlier arrival goes first. None of them waits for ever, whatever deadlines come after it.
+    """
+    aged = math.floor((now_s - item.arrived_s) / aging_s)
+    if aged > item.priority:
+        return -1, item.arrived_s, item.arrived_s
+    return item.priority - aged, item.deadline_s, item.arrived_s
 
 
 @dataclass(frozen=True)
@@ -30,11 +89,11 @@ class ServingPolicy:
     slots: int = 16
     """Rows of the largest UNet batch; a guided portrait takes two."""
     max_queued_slots: int = 64
-    """Slots beyond ``slots`` that admitted requests wait for; what would make them more is refused with UNAVAILABLE."""
+    """Slots beyond ``slots`` that admitted requests wait for. A request beyond them is refused with UNAVAILABLE."""
     max_queued_bytes: int = 256 * 2**20
-    """Of the pictures of all admitted requests; likewise."""
+    """Bytes of the pictures of all admitted requests. A request beyond them is refused with UNAVAILABLE."""
     max_pending_requests: int = 128
-    """Requests that the gateway holds, running or waiting; likewise."""
+    """Requests that the gateway holds, running or waiting. A request beyond them is refused with UNAVAILABLE."""
     engine_threads: int = 0
     """Threads one engine computes with; 0 leaves it to the runtime."""
     rows_at_once: int = 16
@@ -43,13 +102,13 @@ class ServingPolicy:
     preprocess_instances: int = 1
     postprocess_instances: int = 1
     batching: str = "in-flight"
-    """One of ``scheduling.BATCHING_MODES``: when requests join the denoising batch and leave it."""
+    """One of ``BATCHING_MODES``: when requests join the denoising batch and leave it."""
     latency_table: str = ""
     """The simulated device's, a path: absolute, or within the folder of the model that reads it."""
     cache_bytes: int = 256 * 2**20
     """Latents that the VAE encoder's Python model keeps of pictures it has encoded; 0 keeps none."""
     cache_s: float = 3600.0
-    """For how long it keeps one. It finds it again for requests of the same API key only."""
+    """Seconds that the VAE encoder's model keeps a latent, for requests of the same API key only."""
     deterministic: bool = False
     """A row's bits don't depend on what shares its batch: plans always run one and the same bucket, OpenVINO and torch
     row by row. With ONNX Runtime on the CPU they never do."""
@@ -83,7 +142,7 @@ class ServingPolicy:
 
 
 def cpu_defaults(preset: Preset, precision: str, runtime: str | None = None) -> dict[str, Any]:
-    """The runtime and its rows at once that measured best on a CPU, as ``ServingPolicy`` takes them (ADR 0010).
+    """Return the runtime and rows at once that measured best on a CPU, as ``ServingPolicy`` takes them (ADR 0010).
 
     Args:
         preset: of the export.
@@ -97,7 +156,7 @@ def cpu_defaults(preset: Preset, precision: str, runtime: str | None = None) -> 
 
 
 def _parse(key: str, text: str, default: Any) -> Any:
-    """``text`` in the default's type; "False" as a truth value isn't what ``bool`` makes of it."""
+    """Parse ``text`` in the default's type; "False" as a truth value isn't what ``bool`` makes of it."""
     if not isinstance(default, bool):
         return type(default)(text)
     if text not in ("True", "False"):

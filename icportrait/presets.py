@@ -28,7 +28,7 @@ class Preset:
     unet_channels: tuple[int, ...]
     """``UNet2DConditionModel.block_out_channels``; each level but the first halves the latent."""
     attention_levels: tuple[bool, ...]
-    """Which UNet levels have transformer blocks."""
+    """One flag for each UNet level: whether it has transformer blocks."""
     attention_heads: int
     cross_attention_dim: int
     prompt_tokens: int
@@ -58,26 +58,26 @@ class Preset:
 
     @property
     def vae_factor(self) -> int:
-        """Pixels per latent cell."""
+        """Return the pixels per latent cell."""
         return int(2 ** (len(self.vae_channels) - 1))
 
     @property
     def latent_size(self) -> int:
-        """Side of one picture's latent; the canvas is twice as wide."""
+        """Return the side of one picture's latent; the canvas is twice as wide."""
         return self.image_size // self.vae_factor
 
     @property
     def levels(self) -> int:
-        """Resolutions of the UNet, finest first."""
+        """Return the number of the UNet's resolutions."""
         return len(self.unet_channels)
 
     def level_size(self, level: int) -> int:
-        """Side of one picture's features at ``level``."""
+        """Return the side of one picture's features at ``level``; level 0 is the finest."""
         return self.latent_size >> level
 
     @property
     def residuals(self) -> tuple[Residual, ...]:
-        """The residuals in the order in which diffusers' UNet takes them: the down path's, then the middle block's."""
+        """Return the residuals as diffusers' UNet takes them: the down path's in order, then the middle block's."""
         residuals = [Residual(self.unet_channels[0], 0)]
         for level, channels in enumerate(self.unet_channels):
             residuals += [Residual(channels, level)] * self.layers_per_block

@@ -20,9 +20,10 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from icportrait.contract import Array, DType
 from icportrait.errors import InvalidRequest
-from icportrait.sampling import SCHEDULERS
 
 MAX_SEED = 2**63 - 1
+SCHEDULERS = ("ddim", "euler", "dpmpp_2m")
+"""The samplers of ``diffusion.sampling``, by diffusers' names."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,7 @@ class RequestInput:
     choices: tuple[str, ...] = ()
 
     def parse(self, array: Array) -> Any:
-        """The Python value of a Triton tensor.
+        """Parse the Python value of a Triton tensor.
 
         Raises:
             InvalidRequest: the type, size, range or choice isn't what this input accepts.
@@ -65,7 +66,7 @@ class RequestInput:
         return text
 
     def to_tensor(self, value: Any) -> Array:
-        """The tensor of a value that came as JSON: one number or text, or a list of them.
+        """Make a tensor of a value that came as JSON: one number or text, or a list of them.
 
         Raises:
             InvalidRequest: it is of another type, or too large for this input's.
@@ -118,6 +119,7 @@ INPUTS = (
     RequestInput("output_format", DType.BYTES, default="png", choices=("png", "jpeg", "webp")),
     RequestInput("encoding", DType.BYTES, default="binary", choices=("binary", "base64")),
 )
+_BY_NAME = {field.name: field for field in INPUTS}
 OUTPUTS = (
     ("image", DType.BYTES, -1),
     ("metadata", DType.BYTES, 1),
@@ -142,28 +144,28 @@ class PortraitRequest:
     output_format: str
     encoding: str
     priority: int = 1
-    """Its class, 0 first."""
+    """Class of the request; 0 goes first."""
     deadline_ms: int | None = None
     """Counted from ``arrived_ns``; None waits for as long as it takes."""
     preview_every: int = 0
     """Steps from one preview to the next on a stream; 0 is without."""
     arrived_ns: int = 0
-    """When the gateway got it, a ``time.monotonic_ns`` reading."""
+    """The request's arrival at the gateway, a ``time.monotonic_ns`` reading."""
     key: str = ""
-    """By which the gateway and the denoising loop know it beside the ensemble."""
+    """Name of the request between the gateway and the denoising loop, beside the ensemble."""
     is_streamed: bool = False
-    """Its caller is told of every step."""
+    """The request's caller is told of every step."""
     profile_box: tuple[float, float, float, float] | None = None
     reference_box: tuple[float, float, float, float] | None = None
 
     @property
     def rows(self) -> int:
-        """Rows of a UNet batch this request takes: guidance costs every portrait a second, unconditional one."""
+        """Return the rows of a UNet batch this request takes. Guidance costs every portrait an unconditional row."""
         return self.num_portraits * (2 if self.guidance_scale > 1.0 else 1)
 
     @property
     def deadline_s(self) -> float:
-        """By ``time.monotonic``; infinite without a deadline."""
+        """Return the time of the deadline by ``time.monotonic``; infinite without one."""
         return math.inf if self.deadline_ms is None else self.arrived_ns / 1e9 + self.deadline_ms / 1e3
 
     def to_json(self) -> bytes:
@@ -211,11 +213,10 @@ def parse_request(
     Raises:
         InvalidRequest: an input is missing, unknown or out of range.
     """
-    known = {field.name: field for field in INPUTS}
-    if unknown := sorted(set(tensors) - set(known)):
-        raise InvalidRequest(f"{unknown[0]}: no such input, expected some of {', '.join(known)}")
+    if unknown := sorted(tensors.keys() - _BY_NAME.keys()):
+        raise InvalidRequest(f"{unknown[0]}: no such input, expected some of {', '.join(_BY_NAME)}")
     values: dict[str, Any] = {}
-    for name, field in known.items():
+    for name, field in _BY_NAME.items():
         if name in tensors:
             values[name] = field.parse(tensors[name])
         elif field.required:
@@ -230,7 +231,7 @@ def parse_request(
 
 
 def parse_options(data: bytes | str) -> dict[str, Array]:
-    """The public inputs that a JSON object names, as tensors, for ``parse_request`` to check.
+    """Parse the public inputs that a JSON object names, as tensors, for ``parse_request`` to check.
 
     Raises:
         InvalidRequest: it isn't an object, or a value has a type or size that its input can't hold.
@@ -241,18 +242,26 @@ def parse_options(data: bytes | str) -> dict[str, Array]:
         raise InvalidRequest("request: no JSON, expected an object of options") from error
     if not isinstance(options, dict):
         raise InvalidRequest(f"request: {type(options).__name__}, expected a JSON object of options")
-    known = {field.name: field for field in INPUTS}
     if pictures := sorted({"profile", "reference"} & set(options)):
         raise InvalidRequest(f"{pictures[0]}: given as an option, expected a tensor of its own")
-    unknown = {name: np.zeros(1) for name in options if name not in known}
-    return unknown | {name: known[name].to_tensor(value) for name, value in options.items() if name in known}
+    unknown = {name: np.zeros(1) for name in options if name not in _BY_NAME}
+    return unknown | {name: _BY_NAME[name].to_tensor(value) for name, value in options.items() if name in _BY_NAME}
 
 
 def client_contract_text() -> str:
-    """The public contract as JSON, for clients that don't install this package."""
+    """Return the public contract as JSON, for clients that don't install this package."""
     contract = {
         "models": {"unary": "ic_portrait", "stream": "ic_portrait_stream"},
         "inputs": [{**asdict(field), "dtype": field.dtype.triton} for field in INPUTS],
         "outputs": [{"name": name, "dtype": dtype.triton, "size": size} for name, dtype, size in OUTPUTS],
     }
     return json.dumps(contract, indent=2) + "\n"
+
+
+def check_slots(request: PortraitRequest, slots: int) -> None:
+    """Raise InvalidRequest where a request needs more rows than a batch ever has."""
+    if request.rows > slots:
+        raise InvalidRequest(
+            f"num_portraits: {request.num_portraits} portraits at guidance_scale {request.guidance_scale:g} need "
+            f"{request.rows} slots, this server has {slots}; ask for fewer, or for guidance_scale 1"
+        )

@@ -23,14 +23,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from icportrait.deploy.stub_processes import dying_with_parent, log_hint
 from icportrait.errors import IcPortraitError
-from icportrait.stub_processes import dying_with_parent, log_hint
 
 HOST = "127.0.0.1"
 NOT_EPHEMERAL = range(16384, 32768)
 """Ports below those that Linux gives to outgoing connections."""
+PORT_SHARES = 32
+"""Shares of these ports, of which a process chooses from one."""
 STOP_TIMEOUT_S = 60.0
-"""How long a process of ``ServerProcess`` has to end; the server's own limit is shorter."""
+"""Seconds that a process of ``ServerProcess`` has to end; the server's own limit is shorter."""
 
 
 @dataclass(frozen=True)
@@ -43,16 +45,18 @@ class Ports:
 
     @classmethod
     def free(cls) -> Ports:
-        """Three ports that nothing listens on now, and that no outgoing connection takes while a server restarts."""
+        """Find three ports that nothing listens on, and that no outgoing connection takes while a server restarts."""
         with contextlib.ExitStack() as stack:
             return cls(*(stack.enter_context(_bound_socket()).getsockname()[1] for _ in range(3)))
 
 
 def _bound_socket() -> socket.socket:
+    # Processes that start servers side by side, as tests do, would else now and then choose the same one in between.
+    own = NOT_EPHEMERAL[os.getpid() % PORT_SHARES :: PORT_SHARES]
     while True:
         bound = socket.socket()
         try:
-            bound.bind((HOST, random.choice(NOT_EPHEMERAL)))
+            bound.bind((HOST, random.choice(own)))
         except OSError:
             bound.close()
         else:
@@ -70,7 +74,7 @@ class ServerProcess:
     repository: Path
     ports: Ports = field(default_factory=Ports)
     log_file: Path | None = None
-    """Where what it and Triton log goes; standard error where None."""
+    """File for the logs of the server and of Triton; standard error where None."""
     ready_timeout_s: float = 900.0
     say: Callable[[str], object] = lambda _: None
     """Takes the lines that it says."""
@@ -98,7 +102,7 @@ class ServerProcess:
         return f"{HOST}:{self.ports.metrics}"
 
     def start(self) -> None:
-        """Start it and wait until it is ready.
+        """Start the server, and wait until the server is ready.
 
         Raises:
             IcPortraitError: it has ended before that, with its own words; or it wasn't ready in time.
@@ -131,7 +135,7 @@ class ServerProcess:
             raise
 
     def stop(self) -> None:
-        """Let it answer what it has let in, and end."""
+        """Let the server answer the requests that it has let in, and end."""
         if self.process is None:
             return
         self.process.terminate()
@@ -173,7 +177,9 @@ def main(argv: list[str] | None = None) -> int:
             print(settings.to_toml(), end="")
             return 0
         if settings.repository is None:
-            raise IcPortraitError("repository: missing, expected a folder assembled by python -m icportrait.repository")
+            raise IcPortraitError(
+                "repository: missing, expected a folder assembled by python -m icportrait.deploy.repository"
+            )
         from icportrait.gateway.main import run
 
         try:
@@ -187,13 +193,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _say(line: str) -> None:
-    """Write a line for the operator; where nobody reads it, or there is no room, the service goes on."""
+    """Write a line for the operator; where it can't be written, the service goes on."""
     with contextlib.suppress(OSError):
         print(line, flush=True)
 
 
 def _let_go_of_output() -> None:
-    """What can't be written when the server ends is no fault of its run: Python would make one of it."""
+    """Flush the standard streams, and drop output that can't be written, because Python would fail the run for it."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,4 +1,4 @@
-"""What the tests share: exports, made once and kept, and one real server.
+"""Parts that the tests share: exports, made once and kept, and one real server.
 
 Nothing heavy is imported here: a run of a few tests starts at once.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,14 +25,30 @@ if TYPE_CHECKING:
 # Read when torch is imported, here and in what tests start: more threads than that stall beside another process.
 os.environ["OMP_NUM_THREADS"] = "1"
 
+# A shell's background job ignores Ctrl-C, and so would every process that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 # torch's exporter writes a record with a stack trace for every operation; pytest would format and keep them all.
 logging.getLogger("torch.__trace").propagate = False
 
 EXAMPLES = ROOT / "examples"
+MADE_ONCE = ("server", "slow", "whole", "failing", "quick", "bare", "private", "signing", "rendered", "frontal")
+"""Servers, and pictures that take seconds to render."""
+
+
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give the tests that share what is made once to one worker."""
+    for item in items:
+        for name in MADE_ONCE:
+            if isinstance(item, pytest.Function) and name in item.fixturenames:
+                item.add_marker(pytest.mark.xdist_group(name))
+                break
 
 
 def pytest_report_header() -> list[str]:
-    """What has to be installed for tests that are skipped otherwise."""
+    """Report what has to be installed for tests that are skipped otherwise."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         return []
     from benchmarks.perf_analyzer_program import PerfAnalyzerError, find_program
@@ -46,7 +63,7 @@ def pytest_report_header() -> list[str]:
 
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Checkpoint:
-    """The committed one."""
+    """Load the committed checkpoint."""
     from icportrait.nn import load_checkpoint
 
     return load_checkpoint(DEMO_CHECKPOINT)
@@ -72,7 +89,7 @@ def small_export() -> Path:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, demo_export: Path) -> Iterator[ServerProcess]:
-    from icportrait.repository import assemble
+    from icportrait.deploy.repository import assemble
     from icportrait.server import Ports, ServerProcess
 
     folder = tmp_path_factory.mktemp("server")
@@ -83,7 +100,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, demo_export: Path) -> Itera
 
 @pytest.fixture(scope="session")
 def pictures() -> dict[str, bytes]:
-    """The example photographs by the public input that they are sent as."""
+    """Read the example photographs, by the public input that they are sent as."""
     return {
         "profile": (EXAMPLES / "hopper.jpg").read_bytes(),
         "reference": (EXAMPLES / "astronaut.jpg").read_bytes(),

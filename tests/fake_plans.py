@@ -8,7 +8,7 @@ from pathlib import Path
 from engines.build_config import BuildConfig, Profile
 from icportrait.contract import ENGINES, MODEL_ENGINES, ModelSpec, engine_specs
 from icportrait.manifest import Manifest
-from icportrait.runtime.plans import PlanManifest, PlanTensor
+from icportrait.runtime.tensorrt.plans import PlanManifest, PlanTensor
 
 VERSIONS = {"tensorrt": "11.4.0.106", "tensorrt-rtx": "1.7.1.116"}
 

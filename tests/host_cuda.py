@@ -36,7 +36,7 @@ class RecordedGraph(cuda.cudaGraph_t):
 
 
 class ExecutableGraph(cuda.cudaGraphExec_t):
-    """For CUDA itself a null handle, which it refuses: one that outlives its test may still be given back to it."""
+    """A null handle, which CUDA itself refuses, because a graph that outlives its test may still be given back."""
 
     work: tuple[Work, ...] = ()
 
@@ -51,7 +51,7 @@ class HostCuda:
         self.log: list[tuple[str, int]] = []
         self.free_bytes = 8 * 10**9
         self.graphs: list[RecordedGraph | ExecutableGraph] = []
-        """Those that weren't destroyed."""
+        """Graphs that weren't destroyed."""
         self._work: list[Callable[[], object]] = []
         self._recorded: list[Work] | None = None
         self._is_invalid = False
@@ -155,6 +155,6 @@ class HostCuda:
 
 
 def view(pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-    """The memory at an address as an array."""
+    """Return the memory at an address as an array."""
     nbytes = int(np.prod(shape)) * dtype.itemsize
     return np.frombuffer((ctypes.c_char * nbytes).from_address(pointer), dtype).reshape(shape)

@@ -6,17 +6,18 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from icportrait.batching import Batcher
+from icportrait.contract import Array
+from icportrait.diffusion.sampling import NoiseSchedule
 from icportrait.errors import IcPortraitError
-from icportrait.presets import DEMO_128
+from icportrait.loop.job import DenoiseResult, Job, OnDone, OnStep
+from icportrait.loop.loop import DenoisingLoop
+from icportrait.presets import DEMO_128, Preset
 from icportrait.request import PortraitRequest
-from icportrait.sampling import NoiseSchedule
-from icportrait.ticket import DenoiseJob, DenoiseResult
 from tests.trivial_engines import SD15_SCHEDULER
 
 SCHEDULE = NoiseSchedule.from_config(SD15_SCHEDULER)
@@ -37,14 +38,14 @@ class LabelSlots:
     halves of the row's canvas. A row that lost its F_ref, or that has another's, gives another portrait.
     """
 
-    rows, max_jobs, version, overlaps = 16, 3, "labels", False
+    rows, max_jobs, version = 16, 3, "labels"
 
     def __init__(self) -> None:
         self.labels = np.zeros(self.rows)
         self.moves: list[tuple[int, int]] = []
         self.steps: list[int] = []
         self.runs = ""
-        """What ran: w for a warping, s for a step."""
+        """Runs in order: w for a warping, s for a step."""
         self.failures_due = 0
         """So many of the next steps fail."""
         self.gate, self.is_warping = threading.Event(), threading.Event()
@@ -55,15 +56,26 @@ class LabelSlots:
         self.gate.set()
         self.step_gate.set()
 
-    def condition(self, jobs, rows, meanwhile):
-        meanwhile()
+    def launch_warping(self, jobs, rows):
+        self.to_warp = (jobs, rows)
+
+    def wait_warping(self):
+        return self.condition(*self.to_warp)
+
+    def launch(self, canvas_latent, timestep):
+        self.to_step = (canvas_latent, timestep)
+
+    def wait(self):
+        return self.predict(*self.to_step)
+
+    def condition(self, jobs, rows):
         self.is_warping.set()
         self.gate.wait(60)
         assert len(jobs) <= self.max_jobs
         self.runs += "w"
         for given, targets in zip(jobs, rows, strict=True):
             self.labels[list(targets)] = given["profile_latent"].mean()
-        return np.zeros(len(jobs), np.float32)
+        return np.array([given["profile_latent"].mean() for given in jobs], np.float32)
 
     def clear(self, rows):
         self.labels[list(rows)] = 0
@@ -72,8 +84,7 @@ class LabelSlots:
         self.labels[target], self.labels[source] = self.labels[source], np.nan
         self.moves.append((source, target))
 
-    def predict(self, canvas_latent, timestep, meanwhile):
-        meanwhile()
+    def predict(self, canvas_latent, timestep):
         self.is_stepping.set()
         self.step_gate.wait(60)
         if self.failures_due:
@@ -90,19 +101,36 @@ class LabelSlots:
         return array
 
 
-def labelled(request: PortraitRequest, label: float) -> DenoiseJob:
-    latent = np.full((1, 4, 32, 32), label, np.float32)
-    return DenoiseJob(request, latent, latent, np.ones((1, 1, 32, 32), np.float32))
+@dataclass
+class Entry:
+    """A job's request and inputs, from which any number of jobs are made."""
+
+    request: PortraitRequest
+    profile_latent: Array
+    reference_latent: Array
+    visibility: Array
 
 
-def steps_of(*counts: int) -> list[DenoiseJob]:
+def labelled(request: PortraitRequest, label: float, preset: Preset = DEMO_128) -> Entry:
+    side = preset.latent_size
+    latent = np.full((1, preset.latent_channels, side, side), label, np.float32)
+    return Entry(request, latent, latent, np.ones((1, 1, side, side), np.float32))
+
+
+def steps_of(*counts: int) -> list[Entry]:
     return [
         labelled(replace(BASE, seed=index, num_inference_steps=count), index + 1.0)
         for index, count in enumerate(counts)
     ]
 
 
-def submit(batcher: Batcher, entry: DenoiseJob, on_step: Any = None, **options: Any) -> Future[DenoiseResult]:
+def start(loop: DenoisingLoop, entry: Entry, on_done: OnDone, on_step: OnStep | None = None, **options: Any) -> Job:
+    job = Job(**vars(entry), on_done=on_done, on_step=on_step, **options)
+    loop.submit(job)
+    return job
+
+
+def submit(loop: DenoisingLoop, entry: Entry, on_step: Any = None, **options: Any) -> Future[DenoiseResult]:
     future: Future[DenoiseResult] = Future()
 
     def on_done(result: DenoiseResult | IcPortraitError) -> None:
@@ -111,36 +139,36 @@ def submit(batcher: Batcher, entry: DenoiseJob, on_step: Any = None, **options: 
         else:
             future.set_result(result)
 
-    batcher.submit(entry, on_done, on_step, **options)
+    start(loop, entry, on_done, on_step, **options)
     return future
 
 
 @contextmanager
-def label_batcher(
-    mode: str = "in-flight", slots: LabelSlots | None = None, **options: Any
-) -> Iterator[tuple[LabelSlots, Batcher]]:
+def label_loop(
+    mode: str = "in-flight", slots: LabelSlots | None = None, preset: Preset = DEMO_128, **options: Any
+) -> Iterator[tuple[LabelSlots, DenoisingLoop]]:
     slots = slots or LabelSlots()
-    batcher = Batcher(slots, SCHEDULE, DEMO_128, mode, **options)
+    loop = DenoisingLoop(slots, SCHEDULE, preset, mode, **options)
     try:
-        yield slots, batcher
+        yield slots, loop
     finally:
         slots.open()
-        batcher.close()
+        loop.close()
 
 
-def run_together(entries: list[DenoiseJob]) -> tuple[LabelSlots, list[DenoiseResult]]:
+def run_together(entries: list[Entry]) -> tuple[LabelSlots, list[DenoiseResult]]:
     """Denoise a short job, and meanwhile the others arrive."""
-    with label_batcher() as (slots, batcher):
+    with label_loop() as (slots, loop):
         slots.gate.clear()
-        first = submit(batcher, labelled(replace(BASE, num_inference_steps=1), 9.0))
+        first = submit(loop, labelled(replace(BASE, num_inference_steps=1), 9.0))
         slots.is_warping.wait(60)
-        futures = [submit(batcher, entry) for entry in entries]
+        futures = [submit(loop, entry) for entry in entries]
         slots.gate.set()
         first.result(60)
         return slots, [future.result(60) for future in futures]
 
 
-def alone(entry: DenoiseJob) -> np.ndarray:
-    """The portraits of a job that shares its batch with none."""
-    with label_batcher() as (_, batcher):
-        return submit(batcher, entry).result(60).portrait_latent
+def alone(entry: Entry) -> np.ndarray:
+    """Run a job that shares its batch with none, and return its portraits."""
+    with label_loop() as (_, loop):
+        return submit(loop, entry).result(60).portrait_latent

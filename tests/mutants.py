@@ -44,7 +44,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a mutant.
+    """A mutant's result.
 
     Attributes:
         result: "killed", "timeout", "survived" or "no test".
@@ -101,7 +101,7 @@ def lay_out() -> None:
 
 
 def all_mutants() -> list[str]:
-    """Write every module with its mutants, and list them, as ``icportrait.faces.x_find_face__mutmut_3``."""
+    """Write every module with its mutants, and list them, as ``icportrait.pictures.faces.x_find_face__mutmut_3``."""
     from mutmut.__main__ import create_mutants
     from mutmut.mutation.data import SourceFileMutationData
     from mutmut.utils.file_utils import copy_src_dir, walk_mutatable_files

@@ -19,13 +19,12 @@ import grpc
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from icportrait.contract import PARTITION_PARAMETER, Array, ModelSpec, engine_specs, pipeline_spec
-from icportrait.control import LENGTH, VERSION, frame
+from icportrait.contract import PARTITION_PARAMETER, Array, ModelSpec, bytes_tensor, engine_specs, pipeline_spec
+from icportrait.deploy.triton_server import TritonServer
 from icportrait.errors import IcPortraitError, Unavailable, from_wire
 from icportrait.presets import Preset
 from icportrait.request import PortraitRequest
-from icportrait.serving import bytes_tensor
-from icportrait.triton_server import TritonServer
+from icportrait.serving.control import LENGTH, VERSION, frame, read_exactly
 
 TIMEOUT_S = 60
 
@@ -38,7 +37,7 @@ class Line:
         self._stream.settimeout(TIMEOUT_S)
         self._stream.connect(path)
         self.said: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        """What the loop has said, by nobody awaited; None is its end."""
+        """Messages of the loop that nobody awaits; None is the line's end."""
         self._by_key: dict[str, queue.SimpleQueue[dict[str, Any] | None]] = {}
         self._sending = threading.Lock()
         self.say(op="hello", version=version)
@@ -53,7 +52,7 @@ class Line:
             self._stream.sendall(data)
 
     def events(self, key: str) -> queue.SimpleQueue[dict[str, Any] | None]:
-        """What is said of a request from now on."""
+        """Return a queue of what is said of a request from now on."""
         return self._by_key.setdefault(key, queue.SimpleQueue())
 
     def lease(self, request: PortraitRequest, nbytes: int = 100_000, **fields: Any) -> IcPortraitError | None:
@@ -90,20 +89,13 @@ class Line:
         self._stream.close()
 
     def _receive(self) -> None:
-        with contextlib.suppress(EOFError, OSError):
+        with contextlib.suppress(EOFError, OSError), self._stream.makefile("rb") as came:
             while True:
-                message = json.loads(self._read(LENGTH.unpack(self._read(LENGTH.size))[0]))
+                (length,) = LENGTH.unpack(read_exactly(came, LENGTH.size))
+                message = json.loads(read_exactly(came, length))
                 self._by_key.get(message.get("key"), self.said).put(message)
         for waiting in [self.said, *self._by_key.values()]:
             waiting.put(None)
-
-    def _read(self, count: int) -> bytes:
-        data = b""
-        while len(data) < count:
-            if not (part := self._stream.recv(count - len(data))):
-                raise EOFError
-            data += part
-        return data
 
 
 class PrivateClient:
@@ -121,7 +113,7 @@ class PrivateClient:
     def pipeline(
         self, request: PortraitRequest, profile: Array, reference: Array, visibility: Array, partition: str = ""
     ) -> tuple[Array, dict[str, Any]]:
-        """Portraits and the report; raises the pipeline's own error."""
+        """Run the pipeline to portraits and the report; raise the pipeline's own error."""
         tensors = {
             "profile_pixels": profile,
             "reference_pixels": reference,
@@ -132,7 +124,7 @@ class PrivateClient:
         return outputs["portrait_pixels"], json.loads(outputs["denoise_report"][0])
 
     def decode(self, latent: Array) -> Array:
-        """A preview's pixels."""
+        """Decode a preview's latent to pixels."""
         return self.infer(self._decoder, {"portrait_latent": latent})["portrait_pixels"]
 
     def infer(self, spec: ModelSpec, tensors: Mapping[str, Array], partition: str = "") -> dict[str, Array]:
@@ -180,7 +172,7 @@ class Gateway:
         on_preview: Callable[[int, Array], None] | None = None,
         on_leased: Callable[[PortraitRequest], None] = lambda _: None,
     ) -> tuple[Array, dict[str, Any], list[int]]:
-        """Portraits, the report, and the steps that were told on the way; raises the refusal or the error."""
+        """Run a request to portraits, the report, and the steps told on the way; raise the refusal or the error."""
         request = replace(request, key=request.key or secrets.token_hex(16), arrived_ns=time.monotonic_ns())
         events = self.line.events(request.key)
         if refusal := self.line.lease(request):
@@ -229,7 +221,7 @@ def gateway(server: TritonServer, preset: Preset) -> Iterator[Gateway]:
 
 
 def metrics(server: TritonServer) -> dict[str, float]:
-    """This project's own series, read from the server's socket."""
+    """Read this project's own series from the server's socket."""
     with socket.socket(socket.AF_UNIX) as stream:
         stream.connect(str(server.metrics_path))
         stream.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")

@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 
-from icportrait.admission import Demand, Limits
-from icportrait.control import LENGTH, Asked, Peer, parse
-from icportrait.denoise_stage import DenoiseStage
+from icportrait.contract import bytes_tensor
 from icportrait.errors import IcPortraitError, from_wire
 from icportrait.presets import DEMO_128
 from icportrait.request import PortraitRequest
-from icportrait.serving import bytes_tensor
+from icportrait.serving.admission import Limits
+from icportrait.serving.control import LENGTH, Asked, Demand, Peer, parse
+from icportrait.serving.denoise import DenoiseStage
 from tests.label_slots import SCHEDULE, LabelSlots, labelled
 
 Answers = queue.SimpleQueue[Any]
@@ -46,7 +46,7 @@ class Front:
     """Leases requests of a stage and submits them, as the gateway and the ensemble would."""
 
     nbytes = 10
-    """Of a request's pictures."""
+    """Bytes of a request's pictures."""
 
     def __init__(self, stage: DenoiseStage) -> None:
         self._stage = stage
@@ -95,11 +95,11 @@ class Front:
         self.say("release", key, stage_ms=stage_ms)
 
     def message(self) -> dict[str, Any]:
-        """The next one that was said."""
+        """Return the next message."""
         return self._told.pop(0) if self._told else self._next()
 
     def messages(self) -> list[dict[str, Any]]:
-        """What was said and not taken yet."""
+        """Return the messages that were said and not taken yet."""
         while select.select([self._messages], [], [], 0.05)[0]:
             self._told.append(self._next())
         found, self._told = self._told, []
@@ -132,7 +132,7 @@ class Front:
                 on_answer(outcome)
 
         request = replace(request, key=key, arrived_ns=request.arrived_ns or time.monotonic_ns())
-        tensors = {**labelled(request, label).inputs, "request": bytes_tensor(request.to_json()), **changed}
+        tensors = {**vars(labelled(request, label)), "request": bytes_tensor(request.to_json()), **changed}
         self._stage.submit(tensors, answer)
         return answers
 
@@ -160,7 +160,7 @@ def metric(stage: DenoiseStage, name: str, /, **labels: str) -> float:
 
 
 def until(holds: Callable[[], bool]) -> None:
-    end_s = time.monotonic() + 10
+    end_s = time.monotonic() + 60  # a busy machine may be slow
     while not holds():
         assert time.monotonic() < end_s, "in vain"
         time.sleep(0.001)

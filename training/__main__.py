@@ -64,7 +64,7 @@ def _train(args: argparse.Namespace, preset: str, data: Data, recipe: Recipe) ->
 
 
 def _base(directory: Path | None, preset: str, seed: int) -> Checkpoint:
-    """Where training starts: our checkpoint, a Stable Diffusion model, or new weights."""
+    """Load the weights that training starts from: our checkpoint, a Stable Diffusion model, or new weights."""
     from icportrait.nn import load_checkpoint
     from icportrait.nn.adaptation import from_stable_diffusion
     from icportrait.nn.checkpoint import PIPELINE_CLASS

@@ -1,4 +1,4 @@
-"""What each part of the architecture is worth: train without it, equally long: ``python -m training.ablations``.
+"""The worth of each part of the architecture: train without it, equally long: ``python -m training.ablations``.
 
 Every variant starts from the same weights and sees the same pairs in the same order. The VAE and the matching net are
 the base's and stay as they are; appearance net, zero convolutions and UNet are drawn anew.
@@ -34,16 +34,16 @@ FIGURES = {
     "whole_psnr_db": "whole PSNR dB",
     "identity_delta_e": "identity dE",
 }
-"""What is compared: of ``evaluation.picture_figures``, and the mean over the identity parts that a target shows."""
+"""Figures to compare: from ``evaluation.picture_figures``, and the mean over the identity parts that a target shows."""
 _TOGETHER = 8
 
 
 class Ablation(Enum):
-    """What a variant lacks."""
+    """The part that a variant lacks."""
 
     FULL = "full"
     NO_WARP = "no warp"
-    """Nothing is moved: F_ref's right half has the reference's own features alone."""
+    """F_ref isn't warped: its right half has the reference's own features alone."""
     NO_MASKING = "no masking"
     """The whole reference is seen, in training and in use."""
     NO_BYPASS = "no unwarped bypass"
@@ -92,7 +92,7 @@ def train(ablation: Ablation, base: Path, out: Path, recipe: Recipe, source: Sou
 
 
 def difference(values: Tensor, full: Tensor) -> dict[str, float]:
-    """The mean of ``values - full`` over the pairs that have both, and half of its 95 % confidence interval."""
+    """Return the mean of ``values - full`` over the pairs that have both, and half of its 95 % confidence interval."""
     apart = values - full
     apart = apart[~apart.isnan()]
     half_width = 1.96 * float(apart.std(correction=1)) / math.sqrt(len(apart)) if len(apart) > 1 else math.nan
@@ -100,7 +100,7 @@ def difference(values: Tensor, full: Tensor) -> dict[str, float]:
 
 
 def table(variants: dict[str, dict[str, Any]]) -> str:
-    """Two lines a variant: its figures, and how far they are from the full model's."""
+    """Write two lines a variant: its figures, and how far they are from the full model's."""
     lines = [f"{'':<20}" + "".join(f"{title:>18}" for title in FIGURES.values())]
     for name, variant in variants.items():
         lines.append(f"{name:<20}" + "".join(f"{variant['figures'][figure]:>18.3f}" for figure in FIGURES))

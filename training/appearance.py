@@ -1,4 +1,4 @@
-"""What heads look like: the colour of every surface point, and light on it."""
+"""The appearance of heads: the colour of every surface point, and light on it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PIXEL = 0.012
 
 
 class Part(IntEnum):
-    """What a pixel shows, where one thing covers at least half of it."""
+    """The thing that a pixel shows, where one thing covers at least half of the pixel."""
 
     BACKGROUND = 0
     SKIN = 1
@@ -53,7 +53,7 @@ class _Paint:
 
 
 def _inside(distance: Tensor, softness: float = PIXEL) -> Tensor:
-    """1 where ``distance`` is below zero, 0 above, smooth over twice the softness."""
+    """Return 1 where ``distance`` is below zero, 0 above, smooth over twice the softness."""
     t = (0.5 - distance / (2 * softness)).clamp_(0, 1)
     return t * t * (3 - 2 * t)
 
@@ -63,7 +63,7 @@ def _blob(dx: Tensor, dy: Tensor, radius: float) -> Tensor:
 
 
 def paint(identity: Identity, view: View, shape: HeadShape, x: Tensor, y: Tensor, z: Tensor) -> Surface:
-    """The colours of surface points ``[B, P]``. Those of the head depend on the identity alone, never on the view."""
+    """Paint surface points ``[B, P]``. A head's colours depend on the identity alone, never on the view."""
 
     def column(value: Tensor) -> Tensor:
         return value.unsqueeze(1)
@@ -119,7 +119,7 @@ def _lips(
 
 
 def _eyes(layers: _Paint, identity: Identity, shape: HeadShape, dx: Tensor, dy: Tensor, front: Tensor) -> None:
-    """Eyes are painted on the bulge of the lids: an almond with white, iris and pupil, and a line of lashes above."""
+    """Paint eyes on the bulge of the lids: an almond with white, iris and pupil, and a line of lashes above."""
     half_width = 0.95 * shape.eye_size
     along = dx / half_width
     lid = 0.72 * shape.eye_size * identity.eye_open.unsqueeze(1) * (1 - along**2)
@@ -145,7 +145,7 @@ def _clothes_colour(view: View, shape: HeadShape, x: Tensor, y: Tensor, z: Tenso
 
 
 def backdrop(view: View, u: Tensor, v: Tensor) -> Tensor:
-    """The background at picture positions u (right) and v (up), ``[B, P]`` in -1..1: ``[B, P, 3]``."""
+    """Return the background at picture positions u (right) and v (up), ``[B, P]`` in -1..1: ``[B, P, 3]``."""
     angle, sharpness, glow_u, glow_v = view.background_shape.unsqueeze(-1).unbind(1)
     across = torch.sigmoid(sharpness * (u * angle.cos() + v * angle.sin())).unsqueeze(-1)
     colour = view.background.unsqueeze(1) * across + view.background_second.unsqueeze(1) * (1 - across)
@@ -156,7 +156,7 @@ def backdrop(view: View, u: Tensor, v: Tensor) -> Tensor:
 def illuminate(
     surface: Surface, view: View, normal: Tensor, to_eye: Tensor, to_light: Tensor, shadow: Tensor, hollow: Tensor
 ) -> Tensor:
-    """Light on surfaces: ambient, Lambert's diffuse and Blinn's highlight (SIGGRAPH 1977).
+    """Illuminate surfaces with ambient light, Lambert's diffuse and Blinn's highlight (SIGGRAPH 1977).
 
     Colours are squared before they are lit and the result's root is taken, close to what displays do, so light falls
     off as in a photograph while ambient light of 1 shows every surface's own colour.

@@ -20,7 +20,7 @@ _HAIR_RADII = (0.83, 0.87, 0.95)
 
 
 def canonical(shape: HeadShape, x: Tensor, y: Tensor, z: Tensor, is_hair: Tensor) -> Tensor:
-    """Canonical coordinates of the head's points.
+    """Compute canonical coordinates of the head's points.
 
     On skin, each coordinate is stretched piecewise linearly so that an identity's own landmarks come to lie where the
     average head has them: heights by chin, mouth, nose, eyes, brows and crown; half widths by the corners of the mouth
@@ -60,7 +60,7 @@ def canonical(shape: HeadShape, x: Tensor, y: Tensor, z: Tensor, is_hair: Tensor
 
 
 def _stretched(value: Tensor, landmarks: Sequence[Tensor], places: Sequence[float]) -> Tensor:
-    """The piecewise linear map that takes each landmark (ascending) to its place, extended straight at both ends."""
+    """Move each landmark (ascending) to its place: a piecewise linear map, extended straight at both ends."""
     slopes = [(places[i + 1] - places[i]) / (landmarks[i + 1] - landmarks[i]) for i in range(len(places) - 1)]
     result = places[0] + (value - landmarks[0]) * slopes[0]
     for landmark, before, after in zip(landmarks[1:-1], slopes[:-1], slopes[1:], strict=True):

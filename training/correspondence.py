@@ -1,4 +1,4 @@
-"""Where the places of one picture are in another: ground truth for matching."""
+"""The places of one picture in another: ground truth for matching."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HAIR_APART = 0.5
 
 @torch.no_grad()
 def correspondence(source: Rendering, target: Rendering, grid: int, reach: float = 0.08) -> tuple[Tensor, Tensor]:
-    """The source cell that shows what each target cell shows.
+    """Find the source cell that shows what each target cell shows.
 
     A target cell stands for what its middle pixel shows. Its match is the source pixel whose canonical point is
     nearest, which for two pictures of one identity is the same point of its surface, and for different identities the
@@ -63,6 +63,6 @@ def correspondence(source: Rendering, target: Rendering, grid: int, reach: float
 
 
 def _places(rendering: Rendering) -> Tensor:
-    """Canonical points with hair set apart from skin: ``[B, S, S, 4]``."""
+    """Return canonical points with hair set apart from skin: ``[B, S, S, 4]``."""
     hair = (rendering.part == Part.HAIR).unsqueeze(-1) * _HAIR_APART
     return torch.cat((rendering.canonical_point, hair), dim=-1)

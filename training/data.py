@@ -34,9 +34,9 @@ class Batch:
     flows: list[Tensor] | None
     """Profile cell for each target cell, ``[B, s_L^2]`` int64, finest level first; None where no truth is known."""
     visibles: list[Tensor] | None
-    """Where the profile shows what the target's cell shows: ``[B, s_L^2]`` bool."""
+    """True where the profile shows the place that the target's cell shows: ``[B, s_L^2]`` bool."""
     head: Tensor | None = None
-    """Where the target shows the head, ``[B, S, S]`` bool; None where that isn't known."""
+    """True where the target shows the head, ``[B, S, S]`` bool; None where that isn't known."""
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(
@@ -53,7 +53,7 @@ class RenderedPairs:
     """Rendered heads with their true correspondence, in the device's memory: 160 KB a pair at 128 px."""
 
     def __init__(self, data: Data, preset: Preset, device: torch.device | str = "cpu") -> None:
-        """Read the pairs from the cache and render those that it lacks."""
+        """Read the pairs from the cache, and render the pairs that it lacks."""
         self.grids = grids(preset)
         cache = PairCache(Path(data.cache), data.seed, preset.image_size, self.grids, device, data.variety)
         shards = [cache.shard(index) for index in tqdm(range(-(-data.pairs // 64)), "pairs", unit="x64")]
@@ -74,7 +74,7 @@ class RenderedPairs:
         return self._batch(self.pairs[index.to(self.pairs.flows.device)], flip, same)
 
     def examples(self) -> Batch:
-        """``EXAMPLES`` pairs to look at, of people who are never trained on, on the CPU."""
+        """Return ``EXAMPLES`` pairs to look at, of people that are never trained on, on the CPU."""
         no = torch.zeros(EXAMPLES, dtype=torch.bool)
         return self._batch(self._held_out, no, no)
 
@@ -123,14 +123,14 @@ class PictureFolder:
         return len(self.pairs)
 
     def batch(self, index: Tensor, flip: Tensor, same: Tensor) -> Batch:
-        """As ``RenderedPairs.batch``; ``same`` has no effect."""
+        """Read a batch as ``RenderedPairs.batch`` does; ``same`` has no effect."""
         chosen = [self.pairs[item] for item in index.tolist()]
         profile, target = (torch.stack([self._read(pair[side]) for pair in chosen]) for side in range(2))
         profile, target = _flipped((profile, target), flip)
         return Batch(profile, target, target, None, None)
 
     def examples(self) -> Batch:
-        """The first ``EXAMPLES`` pairs: a folder holds nobody back."""
+        """Return the first ``EXAMPLES`` pairs; no pair of a folder is kept from training."""
         index = torch.arange(min(EXAMPLES, len(self)))
         no = torch.zeros(len(index), dtype=torch.bool)
         return self.batch(index, no, no)
@@ -146,7 +146,7 @@ Source = RenderedPairs | PictureFolder
 
 
 def open_source(data: Data, preset: Preset, device: torch.device | str = "cpu") -> Source:
-    """The folder of pictures where the recipe names one, else rendered pairs."""
+    """Open the folder of pictures where the recipe names one, else rendered pairs."""
     return PictureFolder(data, preset) if data.pictures else RenderedPairs(data, preset, device)
 
 
@@ -159,7 +159,7 @@ def _flipped(pictures: Sequence[Tensor], flip: Tensor) -> list[Tensor]:
 
 
 def _mirrored(flow: Tensor, grid: int) -> Tensor:
-    """The flow between the mirrored pictures. Cells without a head keep the 0 that says so."""
+    """Return the flow between the mirrored pictures. Cells without a head keep the 0 that says so."""
     y, x = torch.div(flow, grid, rounding_mode="floor"), flow % grid
     moved = (y * grid + grid - 1 - x).masked_fill(flow == 0, 0)
     return moved.view(-1, grid, grid).flip(2).flatten(1)

@@ -22,7 +22,7 @@ Uniforms = NDArray[np.float64]
 
 
 class Draw(IntEnum):
-    """What a seed's numbers are for: the second word of the generator's key, apart from those of the server."""
+    """The uses of a seed's numbers: the second word of the generator's key, apart from the server's."""
 
     IDENTITY = 1001
     VIEW = 1002
@@ -30,7 +30,7 @@ class Draw(IntEnum):
 
 
 def uniforms(seed: int, draw: Draw, count: int) -> Uniforms:
-    """``[count]`` uniform numbers in 0..1 that depend on seed and draw alone, the same on every machine."""
+    """Draw ``[count]`` uniform numbers in 0..1 that depend on seed and draw alone, the same on every machine."""
     bits = np.random.Philox(key=np.array([seed, int(draw)], dtype=np.uint64)).random_raw(count)
     return (np.asarray(bits, dtype=np.uint64) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
@@ -69,7 +69,7 @@ _SHAPE_RANGES = {
 
 @dataclass(frozen=True)
 class Variety:
-    """How much heads and views differ: ``(low, high)`` of what is drawn evenly, and shares that sum to 1."""
+    """The variety of heads and views: ``(low, high)`` of evenly drawn values, and shares that sum to 1."""
 
     yaw_degrees: tuple[float, float]
     pitch_degrees: tuple[float, float]
@@ -82,16 +82,16 @@ class Variety:
     light_strength: tuple[float, float]
     ambient: tuple[float, float]
     background: tuple[float, float]
-    """Of each channel of a background's colours."""
+    """Range of each channel of a background's colours."""
     background_contrast: float
-    """How far apart the two colours of a background are: 1 as they are drawn, 0 not at all."""
+    """Distance between the two colours of a background: 1 as they are drawn, 0 none."""
     glow_x: tuple[float, float]
-    """Where the background is brighter."""
+    """Place at which the background is brighter."""
     glow_y: tuple[float, float]
     clothes: tuple[float, float]
-    """Of each channel of the clothes' colours."""
+    """Range of each channel of the clothes' colours."""
     clothes_contrast: float
-    """How far apart the two colours of the clothes are, as for the background."""
+    """Distance between the two colours of the clothes, as for the background."""
     striped_share: float
     hair_styles: tuple[float, ...]
     """Shares: bald, shorn, short, full, bun, bob, long."""
@@ -120,7 +120,7 @@ NARROW = Variety(
     hair_styles=(0.0, 0.18, 0.46, 0.0, 0.0, 0.20, 0.16),
     hair_colours=(0.24, 0.22, 0.18, 0.10, 0.06, 0.14, 0.06, 0.0, 0.0, 0.0),
 )
-"""What the demo checkpoint is for: turned no further than a person who poses, evenly lit, plainly dressed."""
+"""The demo checkpoint's variety: turned no further than a posing person, evenly lit, plainly dressed."""
 WIDE = Variety(
     yaw_degrees=(-50, 50),
     pitch_degrees=(-16, 16),
@@ -161,12 +161,12 @@ _IRIS = ((0.30, 0.17, 0.09), (0.52, 0.34, 0.12), (0.25, 0.50, 0.28), (0.22, 0.48
 
 
 def draw_identities(seeds: Sequence[int], variety: Variety = NARROW) -> Identity:
-    """One head per seed; a seed's head doesn't depend on the other seeds."""
+    """Draw one head per seed. A seed's head doesn't depend on the other seeds."""
     return Identity.cat([_identity(uniforms(seed, Draw.IDENTITY, 64), variety) for seed in seeds])
 
 
 def draw_views(seeds: Sequence[int], variety: Variety = NARROW) -> View:
-    """One view per seed; a seed's view doesn't depend on the other seeds."""
+    """Draw one view per seed. A seed's view doesn't depend on the other seeds."""
     return View.cat([_view(uniforms(seed, Draw.VIEW, 64), variety) for seed in seeds])
 
 
@@ -245,11 +245,11 @@ def _tensors(values: dict[str, float | list[float]]) -> dict[str, Tensor]:
 
 
 def _choose(shares: Sequence[float], uniform: float) -> int:
-    """The index whose part of the unit interval, as long as its share, holds ``uniform``."""
+    """Return the index whose part of the unit interval, as long as its share, holds ``uniform``."""
     return min(int(np.searchsorted(np.cumsum(shares), uniform, side="right")), len(shares) - 1)
 
 
 def _along(colours: Sequence[tuple[float, float, float]], position: float) -> Uniforms:
-    """The colour at ``position`` (0..1) of a ramp of colours."""
+    """Return the colour at ``position`` (0..1) of a ramp of colours."""
     knots, table = np.linspace(0, 1, len(colours)), np.array(colours)
     return np.stack([np.interp(position, knots, table[:, channel]) for channel in range(3)])

@@ -63,7 +63,7 @@ def sweep(
 
 
 def sweep_table(trials: list[dict[str, float]]) -> str:
-    """A line for each trial in the order of steps and guidance, with a star at the best."""
+    """Write a line for each trial in the order of steps and guidance, with a star at the best."""
     from training.evaluation import FIGURE_TITLES, figure_row
 
     lines = [f"{'':<28}{FIGURE_TITLES[0]}", f"{'steps':>7}{'guidance':>10}{'UNet rows':>11}{FIGURE_TITLES[1]}"]
@@ -145,8 +145,8 @@ def _run(args: argparse.Namespace) -> None:
     print("loading torch and the checkpoint", file=sys.stderr, flush=True)
     import torch
 
+    from icportrait.diffusion.sampling import NoiseSchedule
     from icportrait.nn import load_checkpoint
-    from icportrait.sampling import NoiseSchedule
     from training import drawing
     from training.evaluation import evaluate, finite
     from training.evaluation_pairs import EvaluationPairs, evaluation_pairs
@@ -155,7 +155,7 @@ def _run(args: argparse.Namespace) -> None:
     checkpoint = load_checkpoint(args.checkpoint)
     args.steps = args.steps or checkpoint.num_inference_steps
     for steps in SWEEP_STEPS if args.sweep else (args.steps,):
-        NoiseSchedule.from_config(checkpoint.scheduler_config).plan("dpmpp_2m", steps)
+        NoiseSchedule.from_config(checkpoint.scheduler_config).trajectory("dpmpp_2m", steps)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise RuntimeNotAvailable("--device: torch finds no GPU here, use cpu")
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -200,7 +200,7 @@ def _show(args: argparse.Namespace, figures: dict[str, Any], table: str) -> None
 
 @contextmanager
 def _progress(title: str, total: int) -> Iterator[Callable[[int], object]]:
-    """A bar on a terminal; elsewhere a line at the start."""
+    """Show a bar on a terminal; elsewhere print a line at the start."""
     from tqdm import tqdm
 
     if not sys.stderr.isatty():

@@ -1,4 +1,4 @@
-"""How good a checkpoint's portraits are, on identities that no training ever sees.
+"""The quality of a checkpoint's portraits, on identities that no training ever sees.
 
 References show another person, as in use. The truth is what the renderer makes of the profile's identity in the
 reference's view and light, so every figure compares like with like, pixel by pixel.
@@ -57,7 +57,7 @@ class Evaluation:
     pictures: dict[str, dict[str, float]]
     """``picture_figures`` of the portraits, the baselines and the VAE's ceiling, by name."""
     pairs_with_part: dict[str, int]
-    """How many pairs the error of each part's colour is a mean over."""
+    """Number of pairs that the error of each part's colour is a mean over."""
     best_copy: str
     """The baseline of ``COPIES`` that has the higher PSNR over the head."""
     gain_db: float
@@ -72,14 +72,14 @@ class Evaluation:
     """The first pairs' pictures by title, for ``grids.picture_grid``."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the samples, for JSON; what isn't a finite number is None."""
+        """Return everything but the samples, for JSON. A figure that isn't a finite number is None."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "samples"}
         fields["matching"] = [dataclasses.asdict(level) for level in self.matching]
         figures: dict[str, Any] = finite(fields)
         return figures
 
     def table(self) -> str:
-        """The figures as text."""
+        """Write the figures as text."""
         lines = [
             f"{self.pairs} pairs, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}",
             "",
@@ -182,7 +182,7 @@ def compared_pictures(
     batch_size: int = 16,
     progress: Callable[[int], object] = lambda _: None,
 ) -> dict[str, Tensor]:
-    """The portraits and what they are measured beside, ``[N, 3, S, S]`` uint8 by name.
+    """Return the portraits and the pictures that they are measured beside, ``[N, 3, S, S]`` uint8 by name.
 
     ``warp_only`` moves the profile's pixels by the finest matches, a latent cell at a time; ``true_warp`` by the true
     ones, and leaves in place what doesn't show the head. ``vae_ceiling`` is the truth, encoded and decoded.
@@ -202,21 +202,21 @@ def compared_pictures(
 
 
 def warped(pictures: Tensor, flow: Tensor, cell_px: int) -> Tensor:
-    """Pictures ``[N, C, S, S]`` with whole cells moved: cell i shows what cell ``flow[:, i]`` did."""
+    """Move whole cells of pictures ``[N, C, S, S]``: cell i shows what cell ``flow[:, i]`` did."""
     return pixel_shuffle(gather_features(pixel_unshuffle(pictures, cell_px), flow), cell_px)
 
 
 def picture_figures(pictures: Tensor, pairs: EvaluationPairs, vae: AutoencoderKL) -> dict[str, Tensor]:
-    """What separates pictures from the pairs' targets, ``[N]`` each, by ``training.metrics``.
+    """Measure the differences between pictures and the pairs' targets, ``[N]`` each, by ``training.metrics``.
 
-    PSNR, SSIM, the distance of the VAE encoder's features and the colour error (delta E) over the head and over the
-    whole picture, and the error of each identity part's mean colour at its true pixels, NaN where the target shows
-    fewer than ``LEAST_PIXELS`` of them.
+    The figures are PSNR, SSIM, the distance of the VAE encoder's features and the colour error (delta E), over the
+    head and over the whole picture. There is also the error of each identity part's mean colour at its true pixels.
+    This error is NaN where the target shows fewer than ``LEAST_PIXELS`` of these pixels.
 
     Args:
         pictures: ``[N, 3, S, S]`` uint8.
         pairs: N pairs.
-        vae: whose features are compared; distances by another VAE's can't be compared with these.
+        vae: compares its features; distances by another VAE can't be compared with these.
     """
     starts = range(0, len(pairs), _MEASURED_TOGETHER)
     chunks = [slice(start, start + _MEASURED_TOGETHER) for start in starts]
@@ -238,7 +238,7 @@ def _chunk_figures(pictures: Tensor, pairs: EvaluationPairs, vae: AutoencoderKL)
 
 
 def figure_row(figures: dict[str, float]) -> str:
-    """The means of ``picture_figures`` as one line of a table."""
+    """Write the means of ``picture_figures`` as one line of a table."""
     text = ""
     for region in ("head", "whole"):
         psnr_db, *rest = (figures[f"{region}_{name}"] for name in ("psnr_db", "ssim", "feature_distance", "delta_e"))
@@ -247,12 +247,12 @@ def figure_row(figures: dict[str, float]) -> str:
 
 
 def means(figures: dict[str, Tensor]) -> dict[str, float]:
-    """Each figure's mean over the pairs that have it; NaN where none has."""
+    """Return each figure's mean over the pairs that have it; NaN where none has."""
     return {name: float(values.nanmean()) for name, values in figures.items()}
 
 
 def finite(value: Any) -> Any:
-    """Nested figures as JSON can hold them: None for infinities and for what isn't a number."""
+    """Return nested figures as JSON can hold them: None for infinities and NaN."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):

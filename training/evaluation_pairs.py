@@ -28,12 +28,12 @@ def evaluation_pairs(
     device: torch.device | str = "cpu",
     variety: Variety = NARROW,
 ) -> EvaluationPairs:
-    """Pairs ``first`` to ``first + count`` of a seed's endless row, on the CPU, with flows for the preset's levels."""
+    """Render pairs ``first`` to ``first + count`` of a seed's endless row, on the CPU, with flows for all levels."""
     rendered = render_pairs(seed, count, 1.0, preset.image_size, True, first, device, variety)
     kept = vars(pair_set(rendered, grids(preset)))
     return EvaluationPairs(**kept, target_part=rendered.target.part).to("cpu")
 
 
 def grids(preset: Preset) -> list[int]:
-    """Cells across a picture at each level, finest first."""
+    """Return the cells across a picture at each level, finest first."""
     return [preset.level_size(level) for level in range(preset.levels)]

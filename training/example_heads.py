@@ -39,7 +39,7 @@ Pictures = dict[Path, NDArray[np.uint8]]
 
 
 def demo_pictures() -> Pictures:
-    """Profile, reference, and the ground truth: the profile's person in the reference's view and light."""
+    """Render profile, reference and ground truth: the profile's person in the reference's view and light."""
     people = (DEMO_PROFILE, DEMO_REFERENCE, DEMO_PROFILE)
     views = (DEMO_PROFILE, DEMO_REFERENCE, DEMO_REFERENCE)
     names = ("profile.png", "reference.png", "ground_truth.png")
@@ -48,7 +48,7 @@ def demo_pictures() -> Pictures:
 
 
 def sweep_pictures() -> Pictures:
-    """One head that looks ahead in eight lights, and turned to eight sides in one light."""
+    """Render one head that looks ahead in eight lights, and turned to eight sides in one light."""
     view = draw_views([FIRST_EVALUATION_SEED + SWEEP_VIEW])
 
     def seen(reference: Reference) -> View:
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _render(people: tuple[int, ...], views: View) -> NDArray[np.uint8]:
-    """``[N, S, S, 3]``: people, counted from the first evaluation seed, each in its view."""
+    """Render people, counted from the first evaluation seed, each in its view: ``[N, S, S, 3]``."""
     image = render(draw_identities([FIRST_EVALUATION_SEED + person for person in people]), views, SIZE_PX).image
     return (image * 255).round().byte().permute(0, 2, 3, 1).numpy()
 

@@ -10,7 +10,7 @@ from PIL import Image
 
 
 def flow_picture(flow: NDArray[np.integer[Any]]) -> Image.Image:
-    """A flow as colours: hue for a displacement's direction, strength for its length.
+    """Draw a flow as colours: hue for a displacement's direction, strength for its length.
 
     Args:
         flow: ``[s, s]``, positions y * s + x in the profile's grid.

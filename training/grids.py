@@ -45,7 +45,7 @@ def picture_grid(columns: Mapping[str, Tensor], panel_px: int = 128) -> Image.Im
 
 
 def flow_colours(flow: Tensor) -> Tensor:
-    """``flow_picture`` of several flows.
+    """Draw several flows by ``flow_picture``.
 
     Args:
         flow: ``[N, s * s]`` or ``[N, s, s]`` integers, positions y * s + x in the profile's grid.

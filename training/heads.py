@@ -51,7 +51,7 @@ class Rendering(Batched):
     albedo: Tensor
     """The surfaces' own colours, unlit, at the pixels' centres: ``[B, 3, S, S]`` float32."""
     surface_point: Tensor
-    """What each pixel's centre sees, in the head's own coordinates: ``[B, S, S, 3]`` float32; 0 off the head."""
+    """Point that each pixel's centre sees, in the head's own coordinates: ``[B, S, S, 3]`` float32; 0 off the head."""
     canonical_point: Tensor
     """The same place on the average head (``training.canonical``): ``[B, S, S, 3]`` float32."""
     part: Tensor
@@ -59,7 +59,7 @@ class Rendering(Batched):
 
     @property
     def head_mask(self) -> Tensor:
-        """Where the head is seen, with hair and neck and without clothes: ``[B, S, S]`` bool."""
+        """Return the pixels that show the head, with hair and neck and without clothes: ``[B, S, S]`` bool."""
         return (self.part != Part.BACKGROUND) & (self.part != Part.CLOTHES)
 
 
@@ -100,7 +100,7 @@ class _Camera:
         self.to_light = view.light_direction.unsqueeze(1) @ self.shape.head_to_world
 
     def rays(self, u: Tensor, v: Tensor) -> Tensor:
-        """Unit directions ``[B, P, 3]`` through picture positions -1..1, u to the right and v up."""
+        """Return unit directions ``[B, P, 3]`` through picture positions -1..1, u to the right and v up."""
         scale = self.scale.unsqueeze(1)
         ahead = torch.stack((u * scale, v * scale, -torch.ones_like(u)), dim=-1)
         return torch.nn.functional.normalize(ahead, dim=-1) @ self.shape.head_to_world
@@ -108,7 +108,7 @@ class _Camera:
     def position(
         self, pixel: Tensor, shift_x: float | Tensor = 0.0, shift_y: float | Tensor = 0.0
     ) -> tuple[Tensor, Tensor]:
-        """Picture positions of pixels y * size + x, ``[B, P]``, shifted by parts of a pixel."""
+        """Return picture positions of pixels y * size + x, ``[B, P]``, shifted by parts of a pixel."""
         x, y = pixel % self.size, torch.div(pixel, self.size, rounding_mode="floor")
         u = (x + 0.5 + shift_x) * (2 / self.size) - 1
         return u, 1 - (y + 0.5 + shift_y) * (2 / self.size)
@@ -118,7 +118,7 @@ class _Camera:
         return x, y, z
 
     def tiles(self) -> Tensor:
-        """How far all rays of each tile get without touching anything, ``[B, tiles]``; from ``_FAR``: all the way."""
+        """Return the depth that all rays of each tile reach untouched, ``[B, tiles]``; from ``_FAR``: all the way."""
         across = self.size // _TILE
         index = torch.arange(across * across, device=self.origin.device).expand(len(self.view), -1)
         x, y = index % across, torch.div(index, across, rounding_mode="floor")
@@ -132,7 +132,7 @@ class _Camera:
         return depth
 
     def trace(self, rays: Tensor, start: Tensor) -> Tensor:
-        """Depths ``[B, P]`` at which rays meet a surface; infinite where they don't."""
+        """Find the depths ``[B, P]`` at which rays meet a surface; infinite where they don't."""
         depth = start.clone()
         free = torch.zeros_like(depth)
         left: Tensor | None = None
@@ -151,7 +151,7 @@ class _Camera:
         return torch.where((depth < _FAR) & (free < 6 * _HIT), depth, math.inf)
 
     def shade(self, rays: Tensor, depth: Tensor) -> tuple[Tensor, Surface, tuple[Tensor, Tensor, Tensor]]:
-        """The lit colours ``[B, P, 3]``, surfaces and points of rays that end at ``depth``."""
+        """Return the lit colours ``[B, P, 3]``, surfaces and points of rays that end at ``depth``."""
         x, y, z = self.points(rays, depth)
         surface = paint(self.identity, self.view, self.shape, x, y, z)
         # The gradient from four corners of a tetrahedron, wide enough to smooth what is smaller than a pixel.
@@ -176,7 +176,7 @@ class _Camera:
         return illuminate(surface, self.view, normal, -rays, self.to_light, shadow, hollow), surface, (x, y, z)
 
     def picture(self) -> Rendering:
-        """The pictures of the whole batch."""
+        """Render the pictures of the whole batch."""
         batch, size = len(self.view), self.size
         whole = torch.arange(size * size, device=self.origin.device).expand(batch, -1)
         background = backdrop(self.view, *self.position(whole)).clamp(0, 1)
@@ -234,7 +234,10 @@ class _Camera:
 
 
 def _indices(wanted: Tensor) -> Tensor:
-    """Where each row of ``wanted`` [B, P] is true: ``[B, most true in a row]``, rows with fewer filled with others."""
+    """Return the indices at which each row of ``wanted`` [B, P] is true: ``[B, most true in a row]``.
+
+    Rows with fewer are filled with other indices.
+    """
     count = wanted.sum(1, keepdim=True)
     most = max(1, int(count.max()))
     # Each entry's place: the wanted ones in order, then the others in order. Much cheaper than to sort.
@@ -245,12 +248,12 @@ def _indices(wanted: Tensor) -> Tensor:
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
-    """``values`` [B, P, C] at ``index`` [B, Q]."""
+    """Take ``values`` [B, P, C] at ``index`` [B, Q]."""
     return values.gather(1, index.unsqueeze(-1).expand(-1, -1, values.shape[-1]))
 
 
 def _put(values: Tensor, index: Tensor, valid: Tensor, new: Tensor) -> Tensor:
-    """A copy of ``values`` [B, P, C] with ``new`` [B, Q, C] at ``index`` [B, Q] where ``valid`` [B, Q]."""
+    """Copy ``values`` [B, P, C], and put ``new`` [B, Q, C] at ``index`` [B, Q] where ``valid`` [B, Q]."""
     old = _take(values, index)
     spread = index.unsqueeze(-1).expand_as(old)
     return values.scatter(1, spread, torch.where(valid.unsqueeze(-1), new, old))

@@ -1,4 +1,4 @@
-"""How far pictures are from the truth, and matches from the true ones.
+"""The distance of pictures from the truth, and of matches from the true ones.
 
 Pictures are ``[N, 3, h, w]``, uint8 or levels 0..255 of sRGB in floating point. A mask ``[N, h, w]`` bool says which
 pixels count; without one all do. Every figure is worked out for each picture by itself, ``[N]`` float32, over its own
@@ -20,28 +20,33 @@ _C1, _C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
 
 
 def masked_mean(values: Tensor, mask: Tensor | None = None) -> Tensor:
-    """The mean of ``values`` [N, h, w] under the mask, for each item: ``[N]``."""
+    """Return the mean of ``values`` [N, h, w] under the mask, for each item: ``[N]``."""
     if mask is None:
         return values.mean(dim=(1, 2))
     return torch.where(mask, values, 0).sum(dim=(1, 2)) / mask.sum(dim=(1, 2))
 
 
 def psnr(pictures: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Peak signal-to-noise ratio in dB, infinite for equal pictures: 10 log10(255^2 / mean squared error)."""
+    """Compute the PSNR in dB, infinite for equal pictures: 10 log10(255^2 / mean squared error)."""
     error = (pictures.float() - truth.float()).square().mean(dim=1)
     return 10 * torch.log10(255**2 / masked_mean(error, mask))
 
 
 def ssim(pictures: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Structural similarity, 1 for equal pictures: the mean of ``ssim_map``, whose margin of 5 pixels doesn't count."""
+    """Compute the structural similarity, 1 for equal pictures: the mean of ``ssim_map``.
+
+    A margin of 5 pixels doesn't count, because ``ssim_map`` has none.
+    """
     margin = _WINDOW // 2
     inner = None if mask is None else mask[:, margin:-margin, margin:-margin]
     return masked_mean(ssim_map(pictures, truth), inner)
 
 
 def ssim_map(pictures: Tensor, truth: Tensor) -> Tensor:
-    """Structural similarity about each pixel, the mean over the three colours (Wang et al., "Image quality assessment:
-    from error visibility to structural similarity", 2004, equation 13: Gaussian window of 11 x 11, sigma 1.5).
+    """Compute the structural similarity about each pixel, the mean over the three colours.
+
+    Wang et al., "Image quality assessment: from error visibility to structural similarity", 2004, equation 13: Gaussian
+    window of 11 x 11, sigma 1.5.
 
     A window that is centred under a mask also sees up to 5 pixels beside it.
 
@@ -102,12 +107,12 @@ def feature_distance(features: Sequence[Tensor], true_features: Sequence[Tensor]
 
 
 def colour_error(pictures: Tensor, truth: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean colour difference of pixels: delta E of CIE 1976, of which about 2 can just be seen."""
+    """Compute the mean colour difference of pixels: delta E of CIE 1976, of which about 2 can just be seen."""
     return masked_mean(_delta_e(pictures.movedim(1, -1), truth.movedim(1, -1)), mask)
 
 
 def mean_colour_error(pictures: Tensor, truth: Tensor, mask: Tensor, least_pixels: int) -> Tensor:
-    """Delta E of CIE 1976 between the two mean colours under the mask: ``[N]``.
+    """Compute delta E of CIE 1976 between the two mean colours under the mask: ``[N]``.
 
     Unlike ``colour_error`` it forgives a feature whose edge is a pixel off, and asks whether it has the right colour.
     NaN where the mask has fewer than ``least_pixels`` pixels.
@@ -120,7 +125,7 @@ def mean_colour_error(pictures: Tensor, truth: Tensor, mask: Tensor, least_pixel
 
 
 def lab(colours: Tensor) -> Tensor:
-    """Colours of sRGB (IEC 61966-2-1), ``[..., 3]`` in levels 0..255, as CIE L*a*b*, ``[..., 3]`` float32."""
+    """Convert sRGB colours (IEC 61966-2-1), ``[..., 3]`` in levels 0..255, to CIE L*a*b*, ``[..., 3]`` float32."""
     encoded = colours.float() / 255
     linear = torch.where(encoded <= 0.04045, encoded / 12.92, ((encoded + 0.055) / 1.055) ** 2.4)
     to_xyz = linear.new_tensor([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
@@ -130,12 +135,12 @@ def lab(colours: Tensor) -> Tensor:
 
 
 def _delta_e(colours: Tensor, others: Tensor) -> Tensor:
-    """Distance in CIE L*a*b* of sRGB colours ``[..., 3]``: ``[...]``."""
+    """Return the distance in CIE L*a*b* of sRGB colours ``[..., 3]``: ``[...]``."""
     return (lab(colours) - lab(others)).square().sum(dim=-1).sqrt()
 
 
 def end_point_error(flow: Tensor, truth: Tensor, grid: int) -> Tensor:
-    """Euclidean distance between matched and true profile cells, in cells of the grid.
+    """Compute the Euclidean distance between matched and true profile cells, in cells of the grid.
 
     Args:
         flow: ``[N, grid * grid]`` integers, profile cells y * grid + x.

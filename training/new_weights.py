@@ -12,7 +12,7 @@ from icportrait.presets import Preset
 
 
 def new_checkpoint(preset: Preset, seed: int = 0) -> Checkpoint:
-    """Weights as torch and diffusers draw them for training; ``F_ref`` is zero. The prompt is all zeros.
+    """Draw weights as torch and diffusers do for training. ``F_ref`` is zero, and the prompt is all zeros.
 
     Guidance is 1: nothing has been trained without ``F_ref`` yet.
     """

@@ -1,4 +1,4 @@
-"""What turns gradients into steps: AdamW, or Muon for everything that is a matrix."""
+"""The optimizers, which turn gradients into steps: AdamW, or Muon for everything that is a matrix."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
-    """Matrices ``[N, rows, columns]`` with their singular values moved near to 1 by Newton-Schulz iterations."""
+    """Move the singular values of matrices ``[N, rows, columns]`` near to 1 by Newton-Schulz iterations."""
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[-2] > matrices.shape[-1]
     result = matrices.mT if tall else matrices
@@ -104,12 +104,12 @@ class RecipeOptimizer:
 
 
 def _channels_last(weight: Tensor) -> Tensor:
-    """A linear layer's or a convolution's weight with the input channels last."""
+    """Return a linear layer's or a convolution's weight with the input channels last."""
     return weight.permute(0, *range(2, weight.ndim), 1)
 
 
 def _rate(step: int, recipe: Recipe) -> float:
-    """The learning rate's factor: a linear start, then half a cosine down to zero."""
+    """Return the learning rate's factor: a linear start, then half a cosine down to zero."""
     if step < recipe.warmup_steps:
         return (step + 1) / recipe.warmup_steps
     done = (step - recipe.warmup_steps) / max(recipe.steps - recipe.warmup_steps, 1)

@@ -64,23 +64,23 @@ class PairSet(Batched):
     reference: Tensor
     target: Tensor
     target_head: Tensor
-    """Where the target shows the head, ``[N, S, S]`` bool."""
+    """True where the target shows the head, ``[N, S, S]`` bool."""
     same_identity: Tensor
     """``[N]`` bool."""
     flows: Tensor
     """Profile cells for the target cells of every grid, one grid behind the other: ``[N, sum(grid**2)]`` int16."""
     visibles: Tensor
-    """Where the profile shows what the target's cell shows: as ``flows``, bool."""
+    """True where the profile shows the place that the target's cell shows: as ``flows``, bool."""
 
     def images(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Profile, reference and target as float32 in -1..1, ``[N, 3, S, S]``."""
+        """Return profile, reference and target as float32 in -1..1, ``[N, 3, S, S]``."""
         profile, reference, target = (
             picture.float() / 127.5 - 1 for picture in (self.profile, self.reference, self.target)
         )
         return profile, reference, target
 
     def flow(self, grid: int, grids: Sequence[int] = GRIDS) -> tuple[Tensor, Tensor]:
-        """Flow ``[N, grid * grid]`` int64 and visibility, bool: ``correspondence(profile, target, grid)``."""
+        """Return flow ``[N, grid * grid]`` int64 and visibility, bool: ``correspondence(profile, target, grid)``."""
         start = sum(other**2 for other in grids[: list(grids).index(grid)])
         cells = slice(start, start + grid**2)
         return self.flows[:, cells].long(), self.visibles[:, cells]
@@ -137,7 +137,7 @@ def training_batch(
     device: torch.device | str = "cpu",
     variety: Variety = NARROW,
 ) -> PairSet:
-    """``pair_set`` of ``render_pairs``."""
+    """Return ``pair_set`` of ``render_pairs``."""
     return pair_set(render_pairs(seed, count, cross_identity_share, size, evaluation, first, device, variety), grids)
 
 
@@ -150,7 +150,7 @@ def crossed_set(
     device: torch.device | str = "cpu",
     variety: Variety = NARROW,
 ) -> PairSet:
-    """Training pairs ``first`` to ``first + count`` of a seed's endless row, four from every four pictures.
+    """Render training pairs ``first`` to ``first + count`` of a seed's endless row, four from every four pictures.
 
     Pairs 4 k to 4 k + 3 show two people in two views. Each person is the profile in each view, the target in the
     other one, and the reference shows the other person there.
@@ -173,7 +173,7 @@ def crossed_set(
 
 
 def pair_set(pairs: PairRenderings, grids: Sequence[int]) -> PairSet:
-    """Rendered pairs with the correspondence from target to profile on every grid, in the form that is kept."""
+    """Convert rendered pairs to the form that is kept, with the correspondence from target to profile on every grid."""
     found = [correspondence(pairs.profile, pairs.target, grid) for grid in grids]
     profile, reference, target = (
         (rendering.image * 255).round().to(torch.uint8) for rendering in (pairs.profile, pairs.reference, pairs.target)
@@ -210,13 +210,13 @@ class PairCache:
         self.grids, self.device, self.variety = tuple(grids), device, variety
 
     def path(self, shard: int) -> Path:
-        """Where pairs 64 * shard to 64 * shard + 63 are kept."""
+        """Return the file of pairs 64 * shard to 64 * shard + 63."""
         grids = "-".join(map(str, self.grids))
         name = f"v{VERSION}-{self.variety}-seed{self.seed}-{self.size}px-grids{grids}-{shard:05d}.npz"
         return self.folder / name
 
     def shard(self, shard: int) -> PairSet:
-        """64 pairs, on the CPU."""
+        """Load or render 64 pairs, on the CPU."""
         path = self.path(shard)
         if path.exists():
             with np.load(path) as kept:
@@ -231,6 +231,6 @@ class PairCache:
         return rendered
 
     def pairs(self, count: int) -> PairSet:
-        """The first ``count`` pairs."""
+        """Return the first ``count`` pairs."""
         shards = [self.shard(index) for index in range(-(-count // _SHARD))]
         return PairSet.cat(shards)[:count]

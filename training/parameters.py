@@ -1,4 +1,4 @@
-"""Who is seen and how: the parameters of synthetic heads and of the views they are rendered in.
+"""The parameters of synthetic heads and of the views that heads are rendered in.
 
 Lengths are in head units: a head is about 2 high. A head's own coordinates have x to the image's right where the face
 looks at the camera, y up, z out of the face, and their origin in the middle of the head.
@@ -31,7 +31,7 @@ class Batched:
 
     @classmethod
     def cat(cls, parts: Sequence[Self]) -> Self:
-        """One batch of several, in their order."""
+        """Join several batches to one, in their order."""
         return cls(**{field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)})
 
 
@@ -98,7 +98,7 @@ class View(Batched):
     roll: Tensor
     zoom: Tensor
     offset: Tensor
-    """Of the picture's centre, ``[B, 2]``, in head units."""
+    """Offset of the picture's centre, ``[B, 2]``, in head units."""
     light_direction: Tensor
     """Unit vector to the light ``[B, 3]``: x to the image's right, y up, z to the camera. Not turned with the head."""
     light_colour: Tensor
@@ -115,7 +115,7 @@ class View(Batched):
     """Stripes per head unit; 0 for plain clothes with a collar."""
 
     def in_flat_light(self) -> View:
-        """The same view with nothing but white ambient light: the picture shows the surfaces' own colours."""
+        """Return the view with nothing but white ambient light: the picture shows the surfaces' own colours."""
         return replace(
             self,
             light_colour=torch.zeros_like(self.light_colour),
@@ -124,18 +124,18 @@ class View(Batched):
         )
 
     def turned(self, yaw_degrees: float) -> View:
-        """The same view of a head that looks ``yaw_degrees`` to the image's right, upright and level."""
+        """Return the view of a head that looks ``yaw_degrees`` to the image's right, upright and level."""
         still = torch.zeros_like(self.yaw)
         return replace(self, yaw=torch.full_like(self.yaw, math.radians(yaw_degrees)), pitch=still, roll=still)
 
     def lit_from(self, azimuth_degrees: float, elevation_degrees: float) -> View:
-        """The same view with its light coming from another side; azimuth 0 is the camera's, positive the right."""
+        """Return the view with light from another side; azimuth 0 is the camera's, positive the right."""
         direction = torch.tensor(direction_to(azimuth_degrees, elevation_degrees)).to(self.light_direction)
         return replace(self, light_direction=direction.expand_as(self.light_direction))
 
 
 def direction_to(azimuth_degrees: float, elevation_degrees: float) -> list[float]:
-    """The unit vector ``[x, y, z]`` to a light; azimuth 0 is the camera's side, positive the right."""
+    """Return the unit vector ``[x, y, z]`` to a light; azimuth 0 is the camera's side, positive the right."""
     azimuth, elevation = math.radians(azimuth_degrees), math.radians(elevation_degrees)
     return [
         math.sin(azimuth) * math.cos(elevation),

@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from icportrait.masking import hide, reference_visibility
+from icportrait.diffusion.masking import hide, reference_visibility
+from icportrait.diffusion.randomness import canvas_noise
+from icportrait.diffusion.sampling import NoiseSchedule, Trajectory, advance, guide
 from icportrait.nn import Checkpoint, engine_modules
 from icportrait.nn.matching import join_canvas, split_canvas
 from icportrait.presets import Preset
-from icportrait.randomness import canvas_noise
-from icportrait.sampling import NoiseSchedule, StepPlan, advance, guide
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,7 +63,7 @@ def make_portraits(
         num_inference_steps: UNet calls per portrait, or twice as many under guidance; None takes the checkpoint's.
         guidance_scale: weight of the conditioning; None takes the checkpoint's, 1 does without guidance.
         mask_ratio: share of the references that is hidden.
-        scheduler: one of ``sampling.SCHEDULERS``.
+        scheduler: one of ``request.SCHEDULERS``.
         known_flows: warp by these and not by the matches found: ``[N, s_L^2]`` int64 for each level, finest first.
         batch_size: rows that are denoised together.
         progress: called after each step of a batch with the number of its rows: N * num_inference_steps in all.
@@ -78,7 +78,7 @@ def make_portraits(
         if tuple(pictures.shape) != expected:
             raise ValueError(f"{name}: {list(pictures.shape)}, expected {list(expected)}: one picture for each seed")
     guidance_scale = checkpoint.guidance_scale if guidance_scale is None else guidance_scale
-    plan = NoiseSchedule.from_config(checkpoint.scheduler_config).plan(
+    trajectory = NoiseSchedule.from_config(checkpoint.scheduler_config).trajectory(
         scheduler, num_inference_steps or checkpoint.num_inference_steps
     )
     profile, reference = whole_levels(profile), whole_levels(reference)
@@ -89,7 +89,7 @@ def make_portraits(
             flows = None if known_flows is None else [flow[rows] for flow in known_flows]
             visible, visibility = _hidden(preset, reference[rows], mask_ratio, seeds[rows])
             canvas = _Canvas(preset, modules, profile[rows], visible, visibility, flows)
-            latent = canvas.denoise(seeds[rows], plan, guidance_scale, progress)
+            latent = canvas.denoise(seeds[rows], trajectory, guidance_scale, progress)
             picture = modules["vae_decoder"](latent).permute(0, 3, 1, 2)
             batches.append((picture, latent, visible, canvas.match_confidence, *canvas.flows))
     picture, latent, visible, confidence, *found = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
@@ -123,7 +123,7 @@ def through_vae(
 
 
 def whole_levels(pictures: Tensor) -> Tensor:
-    """Pictures as uint8: those of floating point in -1..1 are rounded, uint8 is returned as it is."""
+    """Round pictures of floating point in -1..1 to uint8; uint8 is returned as it is."""
     if pictures.dtype == torch.uint8:
         return pictures
     return ((pictures.float() + 1) * 127.5).clamp(0, 255).round().to(torch.uint8)
@@ -151,17 +151,20 @@ class _Canvas:
         self.flows = [flow.flatten(1).long() for flow in outputs[residuals:-1]]
 
     def denoise(
-        self, seeds: Sequence[int], plan: StepPlan, guidance_scale: float, progress: Callable[[int], object]
+        self, seeds: Sequence[int], trajectory: Trajectory, guidance_scale: float, progress: Callable[[int], object]
     ) -> Tensor:
-        """The portraits' latents, ``[B, latent_channels, s, s]``."""
+        """Denoise the portraits' latents, ``[B, latent_channels, s, s]``."""
         device = self.profile.device
         noise = torch.from_numpy(np.stack([canvas_noise(self.preset, seed) for seed in seeds])).to(device)
-        coefficients = torch.tensor(plan.coefficients, device=device)
+        coefficients = torch.tensor(trajectory.coefficients, device=device)
         profile_noise, _ = split_canvas(noise)
-        canvas = plan.initial_scale * noise
+        canvas = trajectory.initial_scale * noise
         history = torch.zeros_like(canvas)
-        for step, timestep in enumerate(plan.timesteps.tolist()):
-            held = float(plan.signal_level[step]) * self.profile + float(plan.noise_level[step]) * profile_noise
+        for step, timestep in enumerate(trajectory.timesteps.tolist()):
+            held = (
+                float(trajectory.signal_level[step]) * self.profile
+                + float(trajectory.noise_level[step]) * profile_noise
+            )
             canvas = join_canvas(held, split_canvas(canvas)[1])
             prediction = self._predict(canvas, torch.full((len(canvas),), timestep, device=device), guidance_scale)
             canvas, history = advance(canvas, prediction, history, coefficients[step].expand(len(canvas), -1))
@@ -179,7 +182,7 @@ class _Canvas:
 
 
 def _hidden(preset: Preset, reference: Tensor, mask_ratio: float, seeds: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """References with their hidden cells filled, ``[B, 3, S, S]`` uint8, and the visibility ``[B, 1, s, s]``."""
+    """Fill references' hidden cells, ``[B, 3, S, S]`` uint8, and return the visibility ``[B, 1, s, s]`` too."""
     visibility = [reference_visibility(preset, mask_ratio, seed) for seed in seeds]
     pixels = reference.permute(0, 2, 3, 1).cpu().numpy()
     visible = np.stack([hide(picture, seen) for picture, seen in zip(pixels, visibility, strict=True)])
@@ -187,7 +190,7 @@ def _hidden(preset: Preset, reference: Tensor, mask_ratio: float, seeds: Sequenc
 
 
 def _encode(modules: dict[str, nn.Module], pictures: Tensor) -> Tensor:
-    """The latents of pictures ``[B, 3, S, S]`` uint8, on the models' device."""
+    """Encode pictures ``[B, 3, S, S]`` uint8 as latents, on the models' device."""
     encoder = modules["vae_encoder"]
     latent: Tensor = encoder(pictures.permute(0, 2, 3, 1).to(next(encoder.parameters()).device))
     return latent
@@ -195,7 +198,7 @@ def _encode(modules: dict[str, nn.Module], pictures: Tensor) -> Tensor:
 
 @contextmanager
 def _modules(checkpoint: Checkpoint) -> Iterator[dict[str, nn.Module]]:
-    """The engine modules, in evaluation mode for as long as they are used: a trainer's models train on afterwards."""
+    """Yield the engine modules in evaluation mode. The modules that trained before train on afterwards."""
     training = {module for model in checkpoint.models for module in model.modules() if module.training}
     try:
         device = next(checkpoint.unet.parameters()).device

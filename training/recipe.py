@@ -1,4 +1,4 @@
-"""What a training run does: one frozen dataclass a stage, read from a TOML file and the command line."""
+"""The settings of a training run: one frozen dataclass a stage, read from a TOML file and the command line."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class RecipeError(IcPortraitError):
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every stage has."""
+    """The settings of every stage."""
 
     stage: ClassVar[str]
 
@@ -34,11 +34,11 @@ class Recipe:
     warmup_steps: int = 100
     weight_decay: float = 0.01
     ema_decay: float = 0.999
-    """Of the running mean of the weights that samples are made with and that is saved as the checkpoint."""
+    """Decay of the running mean of the weights. Samples are made with the mean, and it is saved as the checkpoint."""
     gradient_norm: float = 1.0
     """Gradients are scaled down to this norm."""
     seed: int = 0
-    """Of the weights where there is no base, and of everything that is drawn while training."""
+    """Seed of the weights where there is no base, and of everything that is drawn while training."""
     bf16: bool = True
     """Run the networks under bfloat16 autocast."""
     keep_latents: bool = True
@@ -72,7 +72,7 @@ class MatchingRecipe(Recipe):
     stage: ClassVar[str] = "matching"
 
     temperature: float = 0.05
-    """Of the softmax over the cost volume, at the start; cosines are divided by it."""
+    """Temperature of the softmax over the cost volume, at the start; cosines are divided by it."""
     final_temperature: float = 0.02
     spread_cells: float = 0.7
     """Standard deviation of the distribution about the true cell that the softmax is trained to give."""
@@ -94,11 +94,11 @@ class AppearanceRecipe(Recipe):
     f_ref_drop: float = 0.1
     """Part of the rows that are denoised without ``F_ref``, for guidance (arXiv 2207.12598)."""
     head_weight: float = 1.0
-    """Of the errors where the target shows the head, beside 1 elsewhere; for data that says where it does."""
+    """Weight of the errors where the target shows the head, beside 1 elsewhere; for data with the head's place."""
     decoded_rows: int = 0
     """Rows of a batch whose portrait, as the prediction stands for it, is decoded and compared with the target."""
     decoded_weight: float = 0.5
-    """Of that comparison, beside the diffusion loss."""
+    """Weight of that comparison, beside the diffusion loss."""
     train_unet: bool = True
     """Also train the UNet; a base that can draw already may be left as it is."""
 
@@ -110,24 +110,24 @@ class DecoderRecipe(Recipe):
     stage: ClassVar[str] = "decoder"
 
     num_inference_steps: int = 1
-    """Of the portraits that it is trained on."""
+    """Steps of the portraits that the decoder is trained on."""
     true_share: float = 0.25
     """Part of the rows whose latent is the target's own, so that true latents are decoded as well as before."""
     head_weight: float = 3.0
-    """As in ``AppearanceRecipe``."""
+    """Weight of the errors where the target shows the head, as in ``AppearanceRecipe``."""
     likeness_weight: float = 1.0
-    """Of 1 - SSIM, beside the mean absolute error of a pixel in -1..1."""
+    """Weight of 1 - SSIM, beside the mean absolute error of a pixel in -1..1."""
 
 
 @dataclass(frozen=True)
 class Data:
-    """Where the pairs come from."""
+    """The source of the pairs."""
 
     pairs: int = 8192
     """Rendered pairs."""
     seed: int = 0
     variety: str = "narrow"
-    """How much rendered heads and views differ, one of ``VARIETIES``: see ``drawing.Variety``."""
+    """Variety of rendered heads and views, one of ``VARIETIES``; ``drawing.Variety`` describes it."""
     cache: str = "build/pairs"
     """Folder for rendered pairs."""
     pictures: str = ""

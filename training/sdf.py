@@ -15,21 +15,21 @@ from torch import Tensor
 from training.parameters import Identity, View
 
 PIVOT = (0.0, -0.5, -0.15)
-"""Where the head turns on the body, the same point in the head's, the body's and the world's coordinates."""
+"""The point at which the head turns on the body: the same in the head's, the body's and the world's coordinates."""
 BODY_SHARE = 0.35
-"""How much of the head's yaw the body follows."""
+"""Share of the head's yaw that the body follows."""
 _COLLAR = (0.0, -1.6, -0.22)
 SKULL_Y, SKULL_Z = 0.25, -0.10
 
 
 def smooth_min(a: Tensor, b: Tensor, blend: float) -> Tensor:
-    """The smaller one, rounded where the two differ by less than ``blend``, and never above it."""
+    """Return the smaller one, rounded where the two differ by less than ``blend``, and never above it."""
     overlap = (a - b).abs_().neg_().add_(blend).relu_()
     return torch.minimum(a, b).addcmul_(overlap, overlap, value=-0.25 / blend)
 
 
 def smooth_max(a: Tensor, b: Tensor, blend: float) -> Tensor:
-    """The larger one, rounded where the two differ by less than ``blend``."""
+    """Return the larger one, rounded where the two differ by less than ``blend``."""
     overlap = (a - b).abs_().neg_().add_(blend).relu_()
     return torch.maximum(a, b).addcmul_(overlap, overlap, value=0.25 / blend)
 
@@ -38,7 +38,7 @@ Size = tuple[Tensor | float, Tensor | float, Tensor | float]
 
 
 def ellipsoid(x: Tensor, y: Tensor, z: Tensor, radii: Size) -> Tensor:
-    """Distance to an ellipsoid about the origin, to first order: f (f - 1) / |grad f| with f = |p / radii|."""
+    """Return the distance to an ellipsoid about the origin, to first order: f (f - 1) / |grad f|, f = |p / radii|."""
     u, v, w = x / radii[0], y / radii[1], z / radii[2]
     f = (u * u).addcmul_(v, v).addcmul_(w, w).sqrt_()
     u, v, w = u.div_(radii[0]), v.div_(radii[1]), w.div_(radii[2])
@@ -47,12 +47,12 @@ def ellipsoid(x: Tensor, y: Tensor, z: Tensor, radii: Size) -> Tensor:
 
 
 def sphere(x: Tensor, y: Tensor, z: Tensor, radius: Tensor | float) -> Tensor:
-    """Distance to a sphere about the origin."""
+    """Return the distance to a sphere about the origin."""
     return (x * x).addcmul_(y, y).addcmul_(z, z).sqrt_().sub_(radius)
 
 
 def cone(x: Tensor, y: Tensor, z: Tensor, end: Size, radius: Tensor | float, end_radius: Tensor | float) -> Tensor:
-    """Distance to a rod from the origin to ``end`` whose radius changes linearly."""
+    """Return the distance to a rod from the origin to ``end`` whose radius changes linearly."""
     length_squared = end[0] * end[0] + end[1] * end[1] + end[2] * end[2]
     along = ((x * end[0] + y * end[1] + z * end[2]) / length_squared).clamp_(0, 1)
     axis = sphere(x - along * end[0], y - along * end[1], z - along * end[2], 0.0)
@@ -60,7 +60,7 @@ def cone(x: Tensor, y: Tensor, z: Tensor, end: Size, radius: Tensor | float, end
 
 
 def rotation(yaw: Tensor, pitch: Tensor, roll: Tensor) -> Tensor:
-    """Head to world, ``[B, 3, 3]``: rolled, then pitched, then turned."""
+    """Return the rotation from head to world, ``[B, 3, 3]``: rolled, then pitched, then turned."""
     zero, one = torch.zeros_like(yaw), torch.ones_like(yaw)
 
     def matrix(*entries: Tensor) -> Tensor:
@@ -145,16 +145,16 @@ class HeadShape:
     bun_size: Tensor
 
     def distances(self, x: Tensor, y: Tensor, z: Tensor) -> Distances:
-        """Signed distances of points to skin (with eyes and lips), hair and clothes."""
+        """Return signed distances of points to skin (with eyes and lips), hair and clothes."""
         return Distances(self._skin(x, y, z), self._hair(x, y, z), self._clothes(x, y, z))
 
     def distance(self, x: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        """Signed distance of points to the nearest surface, ``[B, P]``."""
+        """Return the signed distance of points to the nearest surface, ``[B, P]``."""
         skin, hair, clothes = self.distances(x, y, z)
         return torch.minimum(smooth_min(skin, hair, 0.03), clothes)
 
     def _face(self, ax: Tensor, y: Tensor, z: Tensor) -> Tensor:
-        """Skull, jaw, chin and cheeks, without features; ``ax`` is |x|."""
+        """Return the distance to skull, jaw, chin and cheeks, without features; ``ax`` is |x|."""
         skull = ellipsoid(ax, y - SKULL_Y, z - SKULL_Z, (self.skull_width, self.skull_height, self.skull_depth))
         jaw = ellipsoid(ax, y - (self.chin_y + 0.70), z - 0.12, (self.jaw_width, 0.68, 0.60))
         chin = sphere(ax, y - (self.chin_y + self.chin_size), z - 0.46, self.chin_size)
@@ -210,7 +210,7 @@ class HeadShape:
         return smooth_min(shoulder, chest, 0.25)
 
     def on_body(self, x: Tensor, y: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The same points in the coordinates of the body, which turns less than the head."""
+        """Return the same points in the coordinates of the body, which turns less than the head."""
         m, (px, py, pz) = self.head_to_body, PIVOT
         x, y, z = x - px, y - py, z - pz
         moved = [m[:, row, 0] * x + m[:, row, 1] * y + m[:, row, 2] * z for row in range(3)]

@@ -1,4 +1,4 @@
-"""What every stage of training has in common."""
+"""The common part of all stages of training."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from training.recipe import Recipe
 
 
 class Stage(ABC):
-    """What is trained, and the loss that it is trained with."""
+    """A stage of training: the modules that it trains, and their loss."""
 
     def __init__(self, checkpoint: Checkpoint, source: Source, recipe: Recipe) -> None:
         self.checkpoint, self.source, self.recipe = checkpoint, source, recipe
@@ -27,11 +27,11 @@ class Stage(ABC):
 
     @abstractmethod
     def modules(self) -> nn.ModuleDict:
-        """The modules that are trained, by name."""
+        """Return the modules that are trained, by name."""
 
     @abstractmethod
     def loss(self, progress: float, generator: torch.Generator) -> dict[str, Tensor]:
-        """One batch's losses; ``loss``, the first, is the one that is minimised.
+        """Compute one batch's losses; ``loss``, the first, is the one that is minimised.
 
         Args:
             progress: how much of the run is done, 0..1.
@@ -40,14 +40,14 @@ class Stage(ABC):
 
     @abstractmethod
     def samples(self) -> Image.Image:
-        """What the checkpoint as it is makes of the source's examples."""
+        """Render the source's examples as the checkpoint makes them now."""
 
     def finished(self) -> Checkpoint:
-        """The checkpoint as it is saved."""
+        """Return the checkpoint as it is saved."""
         return self.checkpoint
 
     def draw(self, generator: torch.Generator) -> tuple[Batch, Tensor]:
-        """A batch on the stage's device, and the numbers of its pairs that tell mirrored pairs apart, ``[B]``."""
+        """Draw a batch on the stage's device, and its pairs' numbers ``[B]``, in which mirrored pairs differ."""
         size = self.recipe.batch
         index = torch.randint(len(self.source), (size,), generator=generator)
         flip = torch.rand(size, generator=generator) < (0.5 if self.recipe.flip else 0.0)

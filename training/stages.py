@@ -10,12 +10,12 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from icportrait.masking import HIDDEN_LEVEL, reference_visibility
+from icportrait.diffusion.masking import HIDDEN_LEVEL, reference_visibility
+from icportrait.diffusion.sampling import NoiseSchedule
 from icportrait.nn.checkpoint import Checkpoint
 from icportrait.nn.engine_modules import decode, encode
 from icportrait.nn.matching import best_match, cost_volume, join_canvas, split_canvas
 from icportrait.request import MAX_SEED
-from icportrait.sampling import NoiseSchedule
 from training.data import Batch, Source
 from training.grids import flow_colours, picture_grid
 from training.metrics import ssim_map
@@ -37,11 +37,11 @@ class _CanvasStage(Stage):
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
-        """Latents ``[B, C, s, s]`` of pictures ``[B, 3, S, S]`` in -1..1."""
+        """Encode pictures ``[B, 3, S, S]`` in -1..1 as latents ``[B, C, s, s]``."""
         return encode(self.checkpoint.vae, pictures)
 
     def encode_known(self, kind: str, numbers: Tensor, pictures: Tensor) -> Tensor:
-        """As ``encode``, of pictures that come again under the same numbers."""
+        """Encode pictures as ``encode`` does, and keep their latents by number, because the pictures come again."""
         if not self.recipe.keep_latents:
             return self.encode(pictures)
         keys = [(kind, number) for number in numbers.tolist()]
@@ -52,7 +52,7 @@ class _CanvasStage(Stage):
         return torch.stack([self._kept[key].float() for key in keys])
 
     def canvas(self, batch: Batch, numbers: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """The profile's latent ``[B, C, s, s]``, and the canvas with it and the hidden reference."""
+        """Return the profile's latent ``[B, C, s, s]``, and the canvas with it and the hidden reference."""
         visibility = self.visibility(len(numbers), generator).to(self.device)
         factor = self.preset.vae_factor
         shown = visibility.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
@@ -61,7 +61,7 @@ class _CanvasStage(Stage):
         return profile, self.checkpoint.warping_network.canvas(profile, self.encode(hidden), visibility)
 
     def costs(self, canvas: Tensor) -> list[Tensor]:
-        """The cost volumes ``[B, s_L^2, s_L^2]``, finest level first."""
+        """Return the cost volumes ``[B, s_L^2, s_L^2]``, finest level first."""
         halves = self.checkpoint.warping_network.matching_features(canvas)
         with torch.autocast(self.device.type, enabled=False):  # bfloat16 can't tell neighbouring cells apart
             return [cost_volume(source, target) for source, target in halves]
@@ -69,10 +69,10 @@ class _CanvasStage(Stage):
     def decoded_loss(
         self, latent: Tensor, batch: Batch, rows: Tensor, head_weight: float, likeness_weight: float = 1.0
     ) -> Tensor:
-        """How the decoded pictures of ``latent`` differ from the targets of ``rows``.
+        """Compare the decoded pictures of ``latent`` with the targets of ``rows``.
 
-        The mean absolute error of a pixel in -1..1, and 1 - SSIM by its weight; pixels of the head count so many times.
-        0 where there are no rows.
+        The loss is the mean absolute error of a pixel in -1..1, and 1 - SSIM by its weight. Pixels of the head count
+        ``head_weight`` times. The loss is 0 where there are no rows.
         """
         if not len(rows):
             return latent.sum()
@@ -88,7 +88,7 @@ class _CanvasStage(Stage):
         return (error * weight).sum() / weight.sum() + likeness_weight * unlike
 
     def visibility(self, count: int, generator: torch.Generator) -> Tensor:
-        """Masks ``[count, 1, s, s]`` as serving draws them."""
+        """Draw masks ``[count, 1, s, s]`` as serving draws them."""
         seeds = torch.randint(MAX_SEED, (count,), generator=generator).tolist()
         masks = [reference_visibility(self.preset, self.recipe.mask_ratio, seed) for seed in seeds]
         return torch.from_numpy(np.concatenate(masks))
@@ -161,7 +161,7 @@ class MatchingStage(_CanvasStage):
 
 
 def _squared_distances(side: int, device: torch.device) -> Tensor:
-    """Between all cells y * side + x of a square grid: ``[side * side, side * side]`` float32, in cells."""
+    """Return squared distances in cells between all cells y * side + x: ``[side * side, side * side]`` float32."""
     cells = torch.arange(side * side, device=device)
     y, x = torch.div(cells, side, rounding_mode="floor"), cells % side
     return ((y[:, None] - y) ** 2 + (x[:, None] - x) ** 2).float()
@@ -243,7 +243,7 @@ class AppearanceStage(_CanvasStage):
         return losses
 
     def weights(self, batch: Batch) -> Tensor:
-        """Of the errors of latent cells, 1 on average over the batch: ``[B, 1, s, s]``, or a single 1."""
+        """Return the weights of latent cells' errors, 1 on average over the batch: ``[B, 1, s, s]``, or a single 1."""
         if batch.head is None or self.recipe.head_weight == 1:
             return torch.ones((), device=self.device)
         head = functional.avg_pool2d(batch.head.float().unsqueeze(1), self.preset.vae_factor)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
+from icportrait.disk import room_for
 from icportrait.errors import IcPortraitError
 from icportrait.nn import save_checkpoint
 from training.optimizer import RecipeOptimizer
@@ -55,10 +56,12 @@ class Trainer:
 
         Raises:
             TrainingError: the loss isn't finite.
+            NotEnoughDisk: there is no room for what the run saves; the last save is whole.
         """
         last = self.recipe.steps if until is None else until
-        self.directory.mkdir(parents=True, exist_ok=True)
-        with tqdm(total=self.recipe.steps, initial=self.step, desc=self.recipe.stage, unit="step") as bar:
+        bar = tqdm(total=self.recipe.steps, initial=self.step, desc=self.recipe.stage, unit="step")
+        with bar, room_for("the run", self.directory, self._saved_bytes(), [f"{STATE}.part"]):
+            self.directory.mkdir(parents=True, exist_ok=True)
             while self.step < last:
                 started = time.perf_counter()
                 losses = self._advance()
@@ -89,6 +92,13 @@ class Trainer:
         self.step += 1
         return values
 
+    def _saved_bytes(self) -> int:
+        """Return about how much one save writes: the checkpoint, and the trained weights, their mean and moments."""
+        trained = sum(tensor.nbytes for tensor in self.stage.trained.state_dict().values())
+        moments = 1 if self.recipe.optimizer == "muon" else 2
+        saved: int = self.stage.checkpoint.size_bytes + (2 + moments) * trained
+        return saved
+
     def _recent(self) -> dict[str, float]:
         recent = self.losses[-100:]
         return {name: sum(row[name] for row in recent) / len(recent) for name in recent[0]}
@@ -108,7 +118,8 @@ class Trainer:
             "losses": self.losses,
         }
         part = self.directory / (STATE + ".part")
-        torch.save(state, part)
+        with part.open("wb") as stream:  # of a full disk, torch's own way of opening it says nothing
+            torch.save(state, stream)
         part.replace(self.directory / STATE)
         with (self.directory / LOSSES).open("w", newline="") as file:
             writer = csv.DictWriter(file, ["step", *self.losses[0]])
@@ -151,7 +162,7 @@ class Trainer:
 
     @contextmanager
     def _mean_weights(self) -> Iterator[None]:
-        """The stage's modules have the running mean of their weights, in evaluation mode."""
+        """Give the stage's modules the running mean of their weights, in evaluation mode, until the block ends."""
         modules = self.stage.trained
         trained = {name: value.clone() for name, value in modules.state_dict().items()}
         modules.load_state_dict(self.mean.module.state_dict())
@@ -168,7 +179,7 @@ class Trainer:
 
 
 def _running_mean(decay: float) -> Any:
-    """An exponential mean that follows closely at first, while the weights still move far."""
+    """Make an exponential mean that follows closely at first, while the weights still move far."""
 
     @torch.no_grad()
     def update(means: list[Tensor], values: list[Tensor], count: Tensor | int) -> None:

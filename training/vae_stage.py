@@ -51,7 +51,7 @@ class VaeStage(Stage):
 
     @torch.no_grad()
     def finished(self) -> Checkpoint:
-        """Latents get mean 0 and deviation 1 in every channel, once they are scaled by the VAE's factor."""
+        """Give latents mean 0 and deviation 1 in every channel, once they are scaled by the VAE's factor."""
         generator = torch.Generator().manual_seed(self.recipe.seed)
         targets = torch.cat([self.draw(generator)[0].target for _ in range(8)])
         vae = copy.deepcopy(self.checkpoint.vae).eval()
@@ -62,7 +62,7 @@ class VaeStage(Stage):
 
 
 def _rescaled(vae: AutoencoderKL, mean: Tensor, deviation: Tensor) -> AutoencoderKL:
-    """The same autoencoder with latents (z - mean) / (deviation * scaling factor)."""
+    """Rescale the autoencoder's latents to (z - mean) / (deviation * scaling factor)."""
     gain, channels = 1 / (deviation * vae.config.scaling_factor), len(mean)
     encoder, decoder = vae.quant_conv, vae.post_quant_conv
     encoder.bias[:channels].sub_(mean).mul_(gain)

@@ -32,9 +32,9 @@ from icportrait.gateway.api import Caller
 logger = logging.getLogger(__name__)
 
 HEADER = "authorization"
-"""Of HTTP and of gRPC; its value is ``Bearer KEY``."""
+"""Header of HTTP and of gRPC; its value is ``Bearer KEY``."""
 LOOK_AGAIN_S = 1.0
-"""How often it is looked whether the file has changed."""
+"""Seconds between two looks whether the file has changed."""
 DAY_S = 86_400
 
 
@@ -68,7 +68,7 @@ class ApiKey:
 
 
 class Access:
-    """Who may call. Without a file everybody may, as often as the queue takes it."""
+    """The keys that callers may use. Without a file every caller may send as many requests as the queue takes."""
 
     def __init__(
         self,
@@ -95,7 +95,7 @@ class Access:
             self._seen, self._keys = _stamp(path), _by_hash(read_keys(path))
 
     def identify(self, header_value: str | None, peer: str) -> Caller:
-        """Tell who calls, without counting it as a request.
+        """Find the caller of a request, without counting it as a request.
 
         Args:
             header_value: of ``authorization``, None where there is none.
@@ -150,7 +150,7 @@ class Access:
         return found
 
     def _look_again(self) -> None:
-        """A file that was changed counts at once; one that can't be read leaves the keys as they were."""
+        """Read the file again if it has changed. A file that can't be read leaves the keys as they were."""
         now_s = self._clock()
         if self._path is None or now_s - self._looked_s < LOOK_AGAIN_S:
             return
@@ -164,7 +164,7 @@ class Access:
 
 
 class _Used:
-    """What of a key's rate and quota was used."""
+    """The part of a key's rate and quota that was used."""
 
     def __init__(self, tokens: float, now_s: float) -> None:
         self._tokens, self._since_s = tokens, now_s
@@ -190,7 +190,7 @@ class _Used:
 
 
 def read_keys(path: Path) -> list[ApiKey]:
-    """The keys of a file.
+    """Read the keys of a file.
 
     Raises:
         IcPortraitError: the file can't be read or isn't of that form; names the setting.

@@ -1,4 +1,4 @@
-"""What the doors and the service behind them say to each other; neither knows how the other works."""
+"""The messages between the doors and the service behind them. Neither side knows how the other works."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from icportrait.errors import IcPortraitError
 
 @dataclass(frozen=True)
 class Caller:
-    """Who asks, as a door knows it."""
+    """The sender of a request, as a door knows it."""
 
     name: str = ""
-    """Of the API key; empty where the server asks for none. What is cached is kept apart by it."""
+    """Name of the API key; empty where the server asks for none. Each name has cached pictures of its own."""
     priorities: frozenset[int] | None = None
     """Classes that the key may ask for; None allows all."""
     deadline_ms: int | None = None
-    """What the transport gave the call (``grpc-timeout``); the request's own ``deadline_ms`` counts beside it."""
+    """Time that the transport gave the call (``grpc-timeout``); the request's own ``deadline_ms`` counts beside it."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Event:
 
 @dataclass(frozen=True)
 class Portraits:
-    """What a request ends with."""
+    """The end of a request that succeeds."""
 
     images: tuple[bytes, ...]
     metadata: bytes
@@ -48,7 +48,7 @@ OnEvent = Callable[[Event], Awaitable[None]]
 
 @dataclass
 class Statistics:
-    """Of one public model since the gateway was started, as KServe's statistics have them."""
+    """Counts of one public model since the gateway was started, as KServe's statistics have them."""
 
     succeeded: int = 0
     succeeded_ns: int = 0
@@ -56,11 +56,11 @@ class Statistics:
     failed_ns: int = 0
     queued_ns: int = 0
     last_ms: int = 0
-    """When a request ended last, by the wall clock."""
+    """End of the last request, by the wall clock."""
 
 
 OWN_DESCRIPTORS = 256
-"""That connections leave to the process itself."""
+"""Descriptors that connections leave to the process itself."""
 
 
 def descriptors_of_door(has_tls: bool = False) -> int:
@@ -72,19 +72,19 @@ def descriptors_of_door(has_tls: bool = False) -> int:
 
 @dataclass(frozen=True)
 class ServerLimits:
-    """What a caller may take of the gateway, beside the queue."""
+    """The limits of callers' use of the gateway, beside the queue's."""
 
     connections: int = 1024
-    """Of one door."""
+    """Connections of one door."""
     message_bytes: int = 48 * 2**20
     incoming_bytes: int = 256 * 2**20
-    """Of messages that are being read, of all calls of one door together."""
+    """Bytes of messages that are being read, of all calls of one door together."""
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0
     unread_bytes_call: int = 16 * 2**20
     """Answers that a call's connection hasn't taken."""
     unread_bytes: int = 256 * 2**20
-    """All calls' together."""
+    """Unread answers of all calls together."""
 
 
 class PortraitService(Protocol):
@@ -92,14 +92,14 @@ class PortraitService(Protocol):
 
     @property
     def statistics(self) -> Mapping[str, Statistics]:
-        """By public model."""
+        """Return statistics by public model."""
 
     @property
     def is_ready(self) -> bool:
-        """Whether requests are taken now."""
+        """Tell whether requests are taken now."""
 
     def refusal(self) -> IcPortraitError | None:
-        """Why any request that came now would be refused; a door asks before it reads a body."""
+        """Return the error that refuses any request now, or None. A door asks before it reads a body."""
 
     async def generate(self, inputs: Mapping[str, Array], caller: Caller, on_event: OnEvent | None = None) -> Portraits:
         """Make portraits.

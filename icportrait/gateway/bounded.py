@@ -9,17 +9,23 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import icportrait.pictures  # noqa: F401  (what a picture needs)
-from icportrait import faces
+import icportrait.pictures.prepare  # noqa: F401  (what a picture needs)
+from icportrait.gateway import c2pa_signing
+from icportrait.pictures import finder
 
 Result = TypeVar("Result")
 OVER_TIME = signal.SIGPROF
 """Ends a process whose picture takes too much time, wherever in a decoder it is."""
 
 
-def begin() -> None:
-    """Load what the first picture would wait for."""
-    faces._finder()
+def begin(credentials: c2pa_signing.Credentials | None = None) -> None:
+    """Load what the first picture would wait for.
+
+    Args:
+        credentials: what portraits are signed with; None where they aren't.
+    """
+    finder.load()
+    c2pa_signing.begin(credentials)
 
 
 def bounded(function: Callable[..., Result], cpu_s: float, memory_bytes: int, *arguments: Any) -> Result:

@@ -1,8 +1,8 @@
 """The way to one engine: a private Triton, and the denoising loop in it.
 
 Crops go through Triton and pixels come back; all else goes over the control line (``control``). A call to Triton is
-never cut short: Triton 2.51 keeps what such a call had for ever, and sometimes crashes. Each runs in a task of its own
-to its end, and nobody may wait for it any more by then. What ends a request early is the loop.
+never cut short, because Triton 2.51 keeps the data of such a call for ever, and sometimes crashes. Each call runs in
+a task of its own to its end, even if no request waits for it any more. The loop ends a request early.
 """
 
 from __future__ import annotations
@@ -22,10 +22,9 @@ import grpc.aio
 import numpy as np
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-from icportrait.admission import Demand
 from icportrait.contract import ENSEMBLE, PARTITION_PARAMETER, Array
-from icportrait.control import LENGTH, VERSION, Hello, frame
 from icportrait.errors import DeadlineMissed, IcPortraitError, Unavailable, from_wire
+from icportrait.serving.control import LENGTH, VERSION, Demand, Hello, frame
 
 logger = logging.getLogger(__name__)
 LEASE_TIMEOUT_S = 2.0
@@ -34,7 +33,8 @@ LINE_BYTES = 2**26
 """The longest message from the loop: a preview of all portraits of a request is less."""
 TYPES = {"UINT8": np.uint8, "FP32": np.float32}
 DYING = ("is stopping", "is not ready", "not healthy", "unavailable")
-"""What Triton says while it stops or has lost a model's process."""
+"""Parts of Triton's error texts while Triton stops or has lost a model's process."""
+ENDED = "the denoising loop has ended"
 
 
 class EngineLostError(Exception):
@@ -43,13 +43,13 @@ class EngineLostError(Exception):
 
 @dataclass(frozen=True)
 class Pong:
-    """How the loop gets on."""
+    """The loop's progress."""
 
     is_busy: bool
     step_age_ms: float
-    """Since the step or the warping that runs has begun."""
+    """Time since the running step or warping has begun."""
     expected_ms: float
-    """What that takes; 0 where nothing was measured."""
+    """Expected time of that step or warping; 0 where nothing was measured."""
 
 
 class Listener(Protocol):
@@ -78,6 +78,7 @@ class Engine:
         self._ping_ids = itertools.count()
         self._listeners: dict[str, Listener] = {}
         self._calls: set[asyncio.Task[Any]] = set()
+        self._unsent: list[bytes] = []
         self._receiving = asyncio.create_task(self._receive())
 
     @classmethod
@@ -132,11 +133,12 @@ class Engine:
             Unavailable: it may not, or the loop doesn't answer.
             EngineLostError: the loop has ended.
         """
-        reply = self._leases[key] = asyncio.get_running_loop().create_future()
+        reply = self._leases[key] = self._reply()
         try:
             self._send({"op": "lease", "key": key, **vars(demand), "replayed": replayed})
             try:
-                refusal = await self._unless_lost(reply, LEASE_TIMEOUT_S)
+                async with asyncio.timeout(LEASE_TIMEOUT_S):
+                    refusal = await reply
             except TimeoutError:
                 raise Unavailable("the denoising loop doesn't answer; retry_after_ms: 1000") from None
         except BaseException:
@@ -175,10 +177,10 @@ class Engine:
     async def ping(self) -> Pong:
         """Ask the loop how it gets on."""
         number = next(self._ping_ids)
-        reply = self._pings[number] = asyncio.get_running_loop().create_future()
+        reply = self._pings[number] = self._reply()
         try:
             self._send({"op": "ping", "id": number})
-            pong: Pong = await self._unless_lost(reply)
+            pong: Pong = await reply
             return pong
         finally:
             del self._pings[number]
@@ -186,7 +188,7 @@ class Engine:
     # Triton.
 
     async def is_live(self) -> bool:
-        """Whether Triton says so; waits for as long as it takes to say anything."""
+        """Tell whether Triton says that it is live. Wait for as long as Triton takes to answer."""
         answer = await self._call(self._triton.ServerLive(service_pb2.ServerLiveRequest()))
         return bool(answer.live)
 
@@ -221,14 +223,14 @@ class Engine:
         return outputs["portrait_pixels"], json.loads(outputs["denoise_report"])
 
     async def decode(self, latent: Array) -> Array:
-        """A latent's pixels, for previews: [n, channels, s, s] float32 -> [n, S, S, 3] uint8; errors as above."""
+        """Decode a latent for previews: [n, channels, s, s] float32 -> [n, S, S, 3] uint8; errors as above."""
         message = _request("vae_decoder", {"portrait_latent": latent}, ("portrait_pixels",))
         pixels: Array = _outputs(await self._infer(message))["portrait_pixels"]
         return pixels
 
     async def _infer(self, message: Any) -> Any:
         if self.lost.done():
-            raise EngineLostError("the denoising loop has ended")
+            raise EngineLostError(ENDED)
         try:
             return await self._call(self._triton.ModelInfer(message))
         except grpc.RpcError as error:
@@ -245,29 +247,36 @@ class Engine:
             raise IcPortraitError("the pipeline failed on this server; its log has the cause") from error
 
     async def _call(self, call: Any) -> Any:
-        """What a call to Triton gives. It goes on where nobody waits for it any more."""
+        """Return the answer of a call to Triton. The call goes on where no request waits for it any more."""
         task = asyncio.ensure_future(_end(call))
         self._calls.add(task)
         task.add_done_callback(self._forget)
-        return await self._unless_lost(task)
+        await asyncio.wait({task, self.lost}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise EngineLostError(ENDED)
 
     def _forget(self, task: asyncio.Task[Any]) -> None:
         self._calls.discard(task)
         if not task.cancelled():
             task.exception()  # where nobody waited, nobody asks for it
 
-    async def _unless_lost(self, future: asyncio.Future[Any], timeout_s: float | None = None) -> Any:
-        """A future's result. The future is left alone where this ends before it."""
-        await asyncio.wait({future, self.lost}, timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
-        if future.done():
-            return future.result()
+    def _reply(self) -> asyncio.Future[Any]:
+        """Make the future of a reply; ``lose`` ends it without one."""
         if self.lost.done():
-            raise EngineLostError("the denoising loop has ended")
-        raise TimeoutError
+            raise EngineLostError(ENDED)
+        return asyncio.get_running_loop().create_future()
 
     def _send(self, message: dict[str, Any]) -> None:
+        if not self._unsent:
+            asyncio.get_running_loop().call_soon(self._flush)
+        self._unsent.append(frame(message))
+
+    def _flush(self) -> None:
+        """Send one turn's messages at once, because each call of the system also wakes the loop's process."""
         if not self.lost.done():
-            self._writer.write(frame(message))
+            self._writer.write(b"".join(self._unsent))
+        self._unsent.clear()
 
     async def _receive(self) -> None:
         """Take the loop's messages until the line breaks, which tells that its process has ended."""
@@ -304,6 +313,10 @@ class Engine:
         if not self.lost.done():
             self.lost.set_result(None)
             self._writer.close()
+            waiting: list[asyncio.Future[Any]] = [*self._leases.values(), *self._pings.values()]
+            for reply in waiting:
+                if not reply.done():
+                    reply.set_exception(EngineLostError(ENDED))
 
 
 async def _end(call: Any) -> Any:
@@ -330,7 +343,7 @@ def _request(model: str, tensors: Mapping[str, Array], outputs: tuple[str, ...])
 
 
 def _outputs(answer: Any) -> dict[str, Any]:
-    """An answer's tensors; of type BYTES the one element."""
+    """Return an answer's tensors; of type BYTES the one element."""
     found: dict[str, Any] = {}
     for output, raw in zip(answer.outputs, answer.raw_output_contents, strict=True):
         if output.datatype == "BYTES":

@@ -33,20 +33,20 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MAX_CALLS = 8192
-"""Of a door, idle streams included; each takes some KB."""
+"""Calls of a door, idle streams included; each takes some KB."""
 SMALL_MESSAGE_BYTES = 64 * 1024
-"""Of every call but an inference; also from where on a message is inflated in a thread."""
+"""Size limit of every call but an inference; a larger message is inflated in a thread."""
 PIECE_BYTES = 64 * 1024
-"""Of an answer, that are sent at once."""
+"""Bytes of an answer that are sent at once."""
 END_TIMEOUT_S = 5.0
-"""For a call's last frame; a connection that doesn't take it is closed."""
+"""Time for a call's last frame; a connection that doesn't take the frame is closed."""
 ECHOED = {
     "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),
     "x-request-id": re.compile(r"[!-~]{1,128}"),
 }
 """Headers that come back, where they are of this form."""
 STATUS = {"INVALID_ARG": Status.INVALID_ARGUMENT}
-"""Where an error's code has another name than gRPC's."""
+"""gRPC's names of the error codes that have another name here."""
 
 Message = TypeVar("Message")
 Method = Callable[["Call"], Awaitable[None]]
@@ -61,7 +61,7 @@ class CallError(Exception):
 
 
 class Incoming:
-    """What has come of a call's body. Takes the place of grpclib's buffer."""
+    """The received part of a call's body. It takes the place of grpclib's buffer."""
 
     def __init__(self, ack: Callable[[int], None], hold: Callable[[int], None]) -> None:
         """Begin a call's.
@@ -75,6 +75,8 @@ class Incoming:
         self._unacked = self._held = self._read = 0
         self._ended = False
         self._changed = asyncio.Event()
+        self.waits_until_s: float | None = None
+        """The end of any wait for more, by the event loop's clock; None waits for as long as it takes."""
 
     def add(self, data: bytes, ack_size: int) -> None:
         if data:
@@ -103,10 +105,11 @@ class Incoming:
         self._pieces.clear()
 
     async def take(self, size: int) -> bytes:
-        """The next ``size`` bytes, as soon as they are there. Large ones grow as they come.
+        """Take the next ``size`` bytes, as soon as they are there. The buffer of a large message grows as bytes come.
 
         Raises:
             InvalidRequest: the body ends before.
+            TimeoutError: they didn't come by ``waits_until_s``.
         """
         taken = io.BytesIO()
         while left := size - taken.tell():
@@ -122,7 +125,7 @@ class Incoming:
         return taken.getvalue()
 
     async def has_ended(self) -> bool:
-        """Wait for more; whether there is none."""
+        """Wait for more, and tell whether there is none."""
         while not (self._pieces or self._ended):
             await self._wait()
         return not self._pieces
@@ -138,7 +141,8 @@ class Incoming:
         if size := self.unacked_size():
             self._ack(size)
         self._changed.clear()
-        await self._changed.wait()
+        async with asyncio.timeout_at(self.waits_until_s):
+            await self._changed.wait()
 
     def _hold(self, nbytes: int) -> None:
         self._held += nbytes
@@ -173,7 +177,7 @@ class Call:
 
     @property
     def deadline_ms(self) -> int | None:
-        """What is left of the call's own time; None where it has no limit."""
+        """Return the time left of the call's own limit; None where the call has no limit."""
         if self.deadline_s == math.inf:
             return None
         return min(max(int((self.deadline_s - time.monotonic()) * 1000), 1), 2**31 - 1)
@@ -190,7 +194,7 @@ class Call:
         self._incoming.eof()
 
     async def read(self) -> bytes:
-        """The only message, a small one; empty where none was sent.
+        """Read the only message, a small one; empty where none was sent.
 
         Raises:
             TooMuch: it is too large; none of it was read.
@@ -206,7 +210,7 @@ class Call:
         parse: Callable[[bytes], Message],
         waits: bool = False,
     ) -> Message | None:
-        """The next message, None where the caller has sent all.
+        """Receive the next message. Return None where the caller has sent all.
 
         Args:
             limit_bytes: of the message, also once it is inflated.
@@ -219,28 +223,29 @@ class Call:
             InvalidRequest: the body ends within it, or what ``take`` and ``parse`` raise.
             CallError: it didn't come in time.
         """
-        timeout_s = self._owner.limits.body_timeout_s
+        incoming, timeout_s, clock = self._incoming, self._owner.limits.body_timeout_s, asyncio.get_running_loop().time
         try:
-            async with asyncio.timeout(None if waits else timeout_s) as time_limit:
-                if await self._incoming.has_ended():
-                    return None
-                time_limit.reschedule(asyncio.get_running_loop().time() + timeout_s)
-                self.reads_since_s = time.monotonic()
-                prefix = await self._incoming.take(PREFIX_BYTES)
-                if (size := int.from_bytes(prefix[1:], "big")) > limit_bytes:
-                    raise TooMuch(f"a message of {size} bytes; this server takes {limit_bytes}")
-                if not prefix[0]:
-                    return await take(self._incoming, size)
-                message = await self._incoming.take(size)
+            # Not a timer around it all, because most messages are there.
+            incoming.waits_until_s = None if waits else clock() + timeout_s
+            if await incoming.has_ended():
+                return None
+            incoming.waits_until_s = clock() + timeout_s
+            self.reads_since_s = time.monotonic()
+            prefix = await incoming.take(PREFIX_BYTES)
+            if (size := int.from_bytes(prefix[1:], "big")) > limit_bytes:
+                raise TooMuch(f"a message of {size} bytes; this server takes {limit_bytes}")
+            if not prefix[0]:
+                return await take(incoming, size)
+            message = await incoming.take(size)
         except TimeoutError:
             raise CallError(Status.DEADLINE_EXCEEDED, f"the message wasn't sent within {timeout_s:g} s") from None
         finally:
             self.reads_since_s = math.inf
-            self._incoming.release()
+            incoming.release()
         return parse(await self._inflated(message, limit_bytes))
 
     async def send(self, message: bytes) -> None:
-        """Send an answer, after those before it; returns when the connection has taken it.
+        """Send an answer after all earlier answers of the call; return when the connection has taken it.
 
         Raises:
             TooMuch: the call's answers, or those of all calls, aren't read, or none of them for too long.
@@ -277,8 +282,12 @@ class Call:
         if not self._has_headers:
             trailers = [*self._first_headers(), *trailers]
         try:
-            async with asyncio.timeout(END_TIMEOUT_S):
-                await self._stream.send_headers(trailers, end_stream=True)
+            sending = self._stream.send_headers(trailers, end_stream=True)
+            if self._stream.connection.write_ready.is_set():
+                await sending  # which waits for nothing
+            else:
+                async with asyncio.timeout(END_TIMEOUT_S):
+                    await sending
             if self._stream.closable:
                 # What the caller still sends isn't read.
                 self._stream.reset_nowait()
@@ -291,7 +300,7 @@ class Call:
         self._stream._transport.abort()
 
     def close(self) -> None:
-        """Count nothing of it any longer; where its end couldn't be told, tell that there is none."""
+        """Count nothing of the call any longer. Where its end couldn't be told, tell that there is none."""
         self._incoming.close()
         for writing in self._writing:
             writing.cancel()
@@ -410,7 +419,7 @@ def _end_of(error: IcPortraitError | CallError) -> tuple[Status, str]:
 
 
 def _inflate(message: bytes, limit_bytes: int) -> bytes:
-    """A message that gzip or deflate made smaller.
+    """Inflate a message that gzip or deflate made smaller.
 
     Raises:
         InvalidRequest: it is neither.

@@ -9,9 +9,10 @@ import socket
 import time
 from collections.abc import Callable, Mapping
 
+import hpack.hpack
 from grpclib.config import Configuration
 from grpclib.protocol import AbstractHandler, H2Protocol, Stream
-from h2.config import H2Configuration
+from h2.config import DummyLogger, H2Configuration
 from h2.errors import ErrorCodes
 from h2.events import Event, UnknownFrameReceived
 from h2.settings import SettingCodes
@@ -26,12 +27,14 @@ logger = logging.getLogger(__name__)
 
 STREAMS_OF_CONNECTION = 256
 WINDOW_BYTES = 4 * 2**20
-"""That a connection may send ahead of what is read."""
+"""Bytes that a connection may send ahead of the reader."""
 FRAME_BYTES = 64 * 1024
-"""Of a caller's frames; of those of HTTP/2's own 16 KB a large picture takes a quarter longer."""
+"""Size of a caller's frames. With HTTP/2's own 16 KB a large picture takes a quarter longer."""
 OWN_FRAMES_PER_S = 3000
-"""Of HTTP/2 itself (pings, settings and the like) that a connection may send over time; each takes some 20 us. A call
-of a few bytes has two or three."""
+"""Frames of HTTP/2 itself (pings, settings and the like) that a connection may send over time.
+
+Each takes some 20 us. A call of a few bytes has two or three.
+"""
 OWN_FRAMES_AT_ONCE = 4000
 """After a pause; ten times as many after many answers."""
 SMALL_DATA_BYTES = 256
@@ -43,18 +46,18 @@ LOST_AFTER_S = 60
 
 
 class Calls:
-    """All connections and calls of a door."""
+    """The connections and calls of a door."""
 
     def __init__(self, methods: Mapping[str, Method], limits: ServerLimits, unread: Unread) -> None:
         self.methods, self.limits, self.unread = methods, limits, unread
         self.incoming_bytes = 0
-        """Of messages that are being read."""
+        """Bytes of messages that are being read."""
         self.calls: set[Call] = set()
         self.connections: set[Connection] = set()
         self.most_connections = min(limits.connections, descriptors_of_door())
 
     def protocol(self) -> Connection:
-        """Of a connection that was made just now."""
+        """Make the protocol of a new connection."""
         return Connection(self)
 
     def make_room(self) -> bool:
@@ -96,7 +99,7 @@ class Calls:
         self.unread.nbytes += nbytes
 
     async def close(self, grace_s: float) -> None:
-        """End all calls: those that wait for messages at once, the others when they are answered or the time is up."""
+        """End all calls: calls that wait for messages at once, the others when they are answered or the time is up."""
         for connection in self.connections:
             connection.go_away()
         for call in self.calls:
@@ -143,7 +146,7 @@ class Connection(H2Protocol):
 
     @property
     def is_idle(self) -> bool:
-        """Tells whether it has no calls but such as give way."""
+        """Tell whether every call of the connection gives way, or there is none."""
         return all(call.gives_way for call in self.calls)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -193,13 +196,13 @@ class Connection(H2Protocol):
         super().connection_lost(exc)
 
     def abort(self) -> None:
-        """Close it without waiting for what it hasn't taken."""
+        """Close the connection without waiting for data that the peer hasn't taken."""
         self.owner.connections.discard(self)
         if self._transport:
             self._transport.abort()
 
     def go_away(self, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
-        """Tell the peer to begin no calls here; those under way go on."""
+        """Tell the peer to begin no calls here; running calls go on."""
         if self._transport and not self._transport.is_closing():
             # h2 takes its own GOAWAY for the connection's end.
             last = self._h2.highest_inbound_stream_id
@@ -218,7 +221,7 @@ class Connection(H2Protocol):
 
     def _count_own_frame(self) -> None:
         now_s, sent_bytes = time.monotonic(), self.connection.data_sent
-        # Who reads answers tells that he has; who reads none has no reason to send many of these.
+        # A peer that reads answers sends frames to say so; a peer that reads none has no reason to send many.
         allowed = (sent_bytes - self._counted_sent_bytes) / SMALL_DATA_BYTES
         self._own_frames_left = min(self._own_frames_left + allowed, 10 * OWN_FRAMES_AT_ONCE)
         if self._own_frames_left < OWN_FRAMES_AT_ONCE:
@@ -333,12 +336,9 @@ def _notice_lost_peers(sock: socket.socket | None) -> None:
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _no_body(frame: DataFrame) -> str:
-    """Of a frame as a text. h2 makes one of every frame, for a log that nobody keeps, out of all its data."""
-    return "..."
-
-
-DataFrame._body_repr = _no_body  # type: ignore[assignment, method-assign]
+# Because h2 makes a text of every frame, and hpack a record of every header, for logs that are never read.
+Frame.__repr__ = object.__repr__  # type: ignore[method-assign]
+hpack.hpack.log = DummyLogger("hpack")  # type: ignore[assignment]
 _CONFIG = Configuration(
     http2_connection_window_size=WINDOW_BYTES, http2_stream_window_size=WINDOW_BYTES
 ).__for_server__()

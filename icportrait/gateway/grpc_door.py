@@ -1,7 +1,8 @@
 """The gRPC door: KServe's v2 protocol and ``grpc.health.v1`` before the service.
 
 A call is refused before its body is read where that can be: by its key, by a full queue, by the length of its message.
-What the protocol has and this door doesn't (shared memory, the repository, log and trace settings) is UNIMPLEMENTED.
+The parts of the protocol that this door lacks (shared memory, the repository, log and trace settings) are
+UNIMPLEMENTED.
 """
 
 from __future__ import annotations
@@ -41,16 +42,16 @@ logger = logging.getLogger(__name__)
 KSERVE = "inference.GRPCInferenceService"
 HEALTH = "grpc.health.v1.Health"
 CODES_HEADER = "triton_grpc_error"
-"""Where it is ``true``, a stream ends with its first error's code; else an error is a text among the answers."""
+"""Header of a stream. If ``true``, the stream ends with its first error's code; else errors are texts among answers."""
 EMPTY_FINAL = "triton_enable_empty_final_response"
 FINAL = "triton_final_response"
 BACKLOG = 1024
 LOOK_AGAIN_S = 0.2
-"""How often it is looked whether the service is ready, while somebody watches."""
+"""Seconds between two looks whether the service is ready, while a caller watches."""
 
 
 class GrpcSettings(TlsSettings, Protocol):
-    """What this door reads of the settings."""
+    """The settings that this door reads."""
 
     @property
     def host(self) -> str: ...
@@ -89,7 +90,7 @@ async def serve_grpc(
 
 @dataclass(frozen=True)
 class _Inference:
-    """What a request's answers need to know of it; its pictures aren't kept for that."""
+    """The fields of a request that its answers need. The pictures aren't kept for that."""
 
     model: PublicModel
     id: str
@@ -109,13 +110,13 @@ class GrpcDoor:
         self._health = asyncio.Condition()
         self._watchers = 0
         self._was_ready = False
-        """As the watchers know it."""
+        """The readiness that the watchers were told last."""
         self._poller: asyncio.Task[None] | None = None
         self._closing = False
 
     @property
     def port(self) -> int:
-        """Where it listens."""
+        """Return the port that the door listens at."""
         assert self._server is not None
         return int(self._server.sockets[0].getsockname()[1])
 
@@ -159,7 +160,7 @@ class GrpcDoor:
         return methods
 
     def _simple(self, request: Any, answer: Any, needs_key: bool) -> Method:
-        """A method of one small message each way."""
+        """Make a method of one small message each way."""
 
         async def method(call: Call) -> None:
             call.gives_way = not needs_key
@@ -198,7 +199,7 @@ class GrpcDoor:
         await call.send(answer.SerializeToString())
 
     async def _infer_stream(self, call: Call) -> None:
-        """Many requests at once, each answered as it goes, under its own id."""
+        """Take many requests at once, and answer each as it goes, under its own id."""
         self._access.identify(call.headers.get(HEADER), call.peer)
         async with asyncio.TaskGroup() as requests:
             try:
@@ -216,7 +217,7 @@ class GrpcDoor:
                 call.fail(error)
 
     def _begin(self, call: Call, received: InferRequest) -> Coroutine[Any, Any, None]:
-        """What answers a request."""
+        """Check a request, and return the coroutine that answers the request."""
         try:
             caller = self._enter(call)
             request, inputs = _checked(self._models, received)
@@ -280,7 +281,7 @@ class GrpcDoor:
         await call.send(HealthCheckResponse(status=status).SerializeToString())
 
     async def _watch(self, call: Call) -> None:
-        """The status now, and whenever it changes."""
+        """Send the status now, and again whenever it changes."""
         call.gives_way = True
         service = _parsed(HealthCheckRequest, await call.read()).service
         self._watchers += 1
@@ -315,7 +316,7 @@ class GrpcDoor:
         return HealthCheckResponse.SERVING if is_ready else HealthCheckResponse.NOT_SERVING
 
     def _enter(self, call: Call) -> Caller:
-        """Let a request in; one that is refused whoever asks isn't counted against a key's rate and quota.
+        """Let a request in. A refusal that every caller would get isn't counted against a key's rate and quota.
 
         Raises:
             IcPortraitError: it won't be served.
@@ -328,7 +329,7 @@ class GrpcDoor:
 
 
 def _checked(models: KserveModels, request: InferRequest) -> tuple[_Inference, dict[str, Array]]:
-    """A request's model and outputs, and its inputs by name."""
+    """Find a request's model and outputs, and read its inputs by name."""
     head = request.head
     model = models.find(head.model_name, head.model_version)
     wanted = wanted_outputs((output.name, output.parameters) for output in head.outputs)

@@ -1,7 +1,7 @@
 """The engine's host: starts a private Triton, watches it, and starts it again behind a gateway that lives on.
 
 Triton is started from a thread of its own, because the kernel ends it with the thread that started it, and because a
-start takes seconds. What must be asked over a connection is asked in the gateway's event loop.
+start takes seconds. The gateway's event loop asks all questions that go over a connection.
 """
 
 from __future__ import annotations
@@ -12,29 +12,29 @@ import time
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from icportrait.deploy.stub_processes import StubProcess, is_stopped
+from icportrait.deploy.supervisor import POLL_S, Ending, keep_running
 from icportrait.errors import Unavailable
 from icportrait.gateway.engine import Engine, EngineLostError, Pong
-from icportrait.stub_processes import StubProcess, is_stopped
-from icportrait.supervisor import POLL_S, Ending, keep_running
 
 MISSED_PROBES = 2
-"""So many in a row, and the engine is ended."""
+"""Probes that fail in a row before the engine is ended."""
 TURNS = 10
-"""A probe's wait is made of so many; one from which the event loop itself came back late counts for little,"""
+"""Turns of a probe's wait. A turn from which the event loop itself came back late counts as ``LATE_TURN``,"""
 LATE_TURN = 0.1
-"""but for something, so that an engine that hangs is found on a busy gateway too."""
+"""not as nothing, so that an engine that hangs is found on a busy gateway too."""
 LATE_S = 0.05
-"""The event loop is late if it comes back from a turn so much after its end."""
+"""The event loop is late if it comes back from a turn this long after the turn's end."""
 MANY_TIMES = 20
-"""A step that runs so many times as long as expected doesn't end any more,"""
+"""A step that runs this many times as long as expected doesn't end any more,"""
 AT_LEAST_S = 10.0
-"""if it has run for so long: the first one after a pause may take a while."""
+"""if it has run for this long, because the first one after a pause may take a while."""
 FIRST_START_S = 10.0
-"""What a start is thought to take before one was seen."""
+"""Assumed time of a start before one was measured."""
 
 
 class PrivateTriton(Protocol):
-    """What this needs of ``triton_server.TritonServer``."""
+    """The part of ``triton_server.TritonServer`` that an engine's host needs."""
 
     @property
     def pid(self) -> int: ...
@@ -108,7 +108,7 @@ class EngineHost:
 
     @property
     def refusal(self) -> Unavailable | None:
-        """Why there is no engine now; see ``service.Engines``."""
+        """Return the error that says why there is no engine now, None where there is one; see ``service.Engines``."""
         if self._up.done() and not self._up.exception() and not self._up.result().lost.done():
             return None
         left_s = self._start_began_s + self._start_takes_s - time.monotonic()
@@ -116,7 +116,7 @@ class EngineHost:
         return Unavailable(f"the engine is being {'re' if self.starts else ''}started; try again later; {hint}")
 
     async def engine(self) -> Engine:
-        """The engine that is up, or the next; see ``service.Engines``."""
+        """Return the engine that is up, or wait for the next; see ``service.Engines``."""
         while (engine := await asyncio.shield(self._up)).lost.done():
             await asyncio.sleep(0)
         return engine
@@ -156,12 +156,12 @@ class EngineHost:
         self._start_takes_s = time.monotonic() - began_s
 
     def stop_triton(self) -> None:
-        """Kill it: what was admitted is answered by now, or is asked of the next one."""
+        """Kill Triton. Admitted requests are answered by now, or are asked of the next one."""
         self._triton.kill()
         asyncio.run_coroutine_threadsafe(self._go_down(), self._loop).result()
 
     def what_ended(self) -> Ending | None:
-        """Which part has ended or hangs."""
+        """Return the ending of a part that has ended or hangs, and then give up the engine; None while all work."""
         ended = self._triton.what_ended() or self._hung
         if ended:
             self._start_began_s = time.monotonic()
@@ -227,7 +227,7 @@ class EngineHost:
                 await asyncio.sleep(self._probe_every_s)
 
     async def _is_on_time(self, asked: asyncio.Task[Pong], turn_s: float) -> bool:
-        """Wait for an answer, for one turn; whether the event loop came back from it in time."""
+        """Wait for an answer, for one turn, and tell whether the event loop came back from the wait in time."""
         ends_s = self._loop.time() + turn_s
         await asyncio.wait([asked], timeout=turn_s)
         return self._loop.time() < ends_s + LATE_S
@@ -245,14 +245,14 @@ class _Watched:
 
 
 async def _answers(engine: Engine) -> Pong:
-    """How the loop gets on, once Triton has answered too."""
+    """Ask the loop for its progress, once Triton has answered too."""
     if not await engine.is_live():
         raise EngineLostError("Triton isn't live")
     return await engine.ping()
 
 
 def _take_note(asked: asyncio.Task[Pong]) -> None:
-    """Of an error that nobody asks for: the probing has ended meanwhile."""
+    """Retrieve the error of a probe whose probing has ended meanwhile, because asyncio would log it otherwise."""
     if not asked.cancelled():
         asked.exception()
 

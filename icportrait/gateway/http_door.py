@@ -44,19 +44,19 @@ T = TypeVar("T")
 
 
 class HttpSettings(TlsSettings, Protocol):
-    """What this door is told."""
+    """The settings that this door reads."""
 
     @property
     def host(self) -> str:
-        """The address to listen on."""
+        """Return the address to listen on."""
 
     @property
     def http_port(self) -> int:
-        """Its port; 0 takes any."""
+        """Return the port to listen at; 0 takes any."""
 
     @property
     def limits(self) -> ServerLimits:
-        """Of its callers."""
+        """Return the limits of the door's callers."""
 
 
 class HttpDoor:
@@ -73,7 +73,7 @@ class HttpDoor:
 
     @property
     def listens(self) -> bool:
-        """New connections are taken."""
+        """Tell whether the door takes new connections."""
         return any(server.is_serving() for server in self._server.servers)
 
     async def close(self, grace_s: float) -> None:
@@ -135,7 +135,7 @@ class HttpApp:
         self.service, self.limits, self.access, self.models, self.unread = service, limits, access, models, unread
         self.incoming_bytes = 0
         self._reading: dict[asyncio.Timeout, None] = {}
-        """Bodies on their way, those that have taken longest first."""
+        """Bodies on their way, the slowest first."""
         self._router = Router(routes=self._routes(), redirect_slashes=False)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -359,7 +359,7 @@ class HttpApp:
         return held
 
     def _make_room(self, asking: asyncio.Timeout) -> None:
-        """End the body that takes longest, so that unfinished ones keep nobody out."""
+        """End the body that takes longest, so that unfinished bodies keep no caller out."""
         longest = next(iter(self._reading))
         if longest is asking:
             raise _too_much()

@@ -24,13 +24,15 @@ STATUS = {
     "UNIMPLEMENTED": 501,
     "UNAVAILABLE": 503,
 }
-"""By an error's code; any other is the server's fault, 500. 499 is nginx's, for want of one in the standard."""
+"""HTTP status by an error's code; any other is the server's fault, 500. 499 is nginx's, for want of a standard one."""
 QUERY_FIELDS = 16
 PIECE_BYTES = 64 * 2**10
-"""Of an answer, handed to the connection at once."""
+"""Bytes of an answer that the connection takes at once."""
 LINGER_S = 2.0
-"""For a body that is refused: so long, at most, it is read and thrown away, because a caller that is still sending
-wouldn't see the answer."""
+"""The longest time that a refused body is read and thrown away.
+
+A caller that is still sending wouldn't see the answer otherwise.
+"""
 
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[\x21-\x7e]{0,64})?")
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
@@ -60,24 +62,24 @@ class Exchange:
         """The kind that an error has among events."""
 
     def header(self, name: str) -> str | None:
-        """A request's header, by its lower-case name."""
+        """Return a request's header, by its lower-case name."""
         value = self._headers.get(name.encode())
         return None if value is None else value.decode("latin-1")
 
     @property
     def peer(self) -> str:
-        """The caller's address."""
+        """Return the caller's address."""
         return str((self._scope.get("client") or ("",))[0])
 
     @property
     def model(self) -> tuple[str, str]:
-        """The name and the version in the path, empty where there is none."""
+        """Return the name and the version in the path, empty where there is none."""
         of = self._scope["path_params"]
         return of.get("model", ""), of.get("version", "")
 
     @property
     def query(self) -> dict[str, list[str]]:
-        """The path's parameters."""
+        """Return the path's parameters."""
         text = self._scope["query_string"].decode("latin-1")
         try:
             return parse_qs(text, keep_blank_values=True, max_num_fields=QUERY_FIELDS)
@@ -85,7 +87,7 @@ class Exchange:
             raise InvalidRequest(f"the path has more than {QUERY_FIELDS} parameters") from None
 
     async def read(self) -> bytes:
-        """More of the body; empty once there is none.
+        """Read more of the body; empty once there is none.
 
         Raises:
             CallerGone: the caller is.
@@ -135,7 +137,7 @@ class Exchange:
                 await self._body(b"")
 
     async def end_events(self) -> None:
-        """End them."""
+        """End the events."""
         await self._end()
 
     async def fail(self, error: IcPortraitError) -> None:
@@ -150,14 +152,14 @@ class Exchange:
         await self.refuse(status, to_caller(error), headers)
 
     async def refuse(self, status: int, text: str, headers: Mapping[str, str] = {}) -> None:
-        """Answer a status and a text. What of the body is still to come is thrown away."""
+        """Answer a status and a text. The rest of the body is thrown away."""
         async with self._writes:
             await self._refuse(status, text, headers)
 
     async def _refuse(self, status: int, text: str, headers: Mapping[str, str]) -> None:
         body = json.dumps({"error": text}).encode()
         if self._status_sent:
-            # Any other answer is left short of its length, so that nobody takes it for a whole one.
+            # Any other answer is left short of its length, so that no caller takes it for a whole one.
             if self._is_stream:
                 await self._body(_event(body, self.error_event))
                 await self._end()

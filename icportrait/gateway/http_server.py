@@ -1,9 +1,9 @@
-"""uvicorn in the gateway's own loop, with the limits that it hasn't got itself.
+"""uvicorn in the gateway's own loop, with the limits that uvicorn lacks.
 
 A connection has ``header_timeout_s`` for a request's whole header, however it trickles, and ``HEADER_BYTES``. Over the
-limit of connections, the one that has waited longest for a request makes room, so that idle ones keep nobody
-out. A connection that takes none of an answer for ``body_timeout_s`` ends. How large a body is, and how long it may
-take, is the application's to say.
+limit of connections, the connection that has waited longest for a request makes room, so that idle connections keep no
+caller out. A connection that takes none of an answer for ``body_timeout_s`` ends. The application limits the size and
+the time of a body.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from icportrait.gateway.tls import READ_BYTES, Handshakes
 
 HEADER_BYTES = 64 * 2**10
 KEEP_ALIVE_S = 75
-"""That a connection may wait for its next request."""
+"""Seconds that a connection may wait for its next request."""
 LINGER_S = 2.0
-"""For a caller to read why it was refused, while what it still sends is thrown away."""
+"""Time for a caller to read its refusal, while the rest of the caller's data is thrown away."""
 BACKLOG = 1024
 FREE_CHUNKS, CHUNK_BYTES = 1024, 64
-"""A body may have so many chunks, and one more for each ``CHUNK_BYTES``."""
+"""Chunks that a body may have, and one more for each ``CHUNK_BYTES``."""
 _OF_BODIES = (b"content-length", b"transfer-encoding")
 
 
@@ -40,7 +40,7 @@ class HttpServer(uvicorn.Server):
     """Serves an ASGI application. Whose process it is handles the signals."""
 
     def __init__(self, app: Any, limits: ServerLimits) -> None:
-        """Prepare it; ``listen``, then ``serve`` until ``should_exit`` is set.
+        """Prepare the server. Call ``listen``, then ``serve`` until ``should_exit`` is set.
 
         Args:
             app: ASGI 3.
@@ -64,11 +64,11 @@ class HttpServer(uvicorn.Server):
         )
         self.limits = limits
         self.waiting: dict[HttpConnection, None] = {}
-        """Connections without a request, those that have waited longest first."""
+        """Connections without a request, the longest waiting first."""
 
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """Leave them alone."""
+        """Leave the signals alone."""
         yield
 
     async def listen(self, host: str, port: int, tls: ssl.SSLContext | None) -> int:
@@ -86,11 +86,11 @@ class HttpServer(uvicorn.Server):
         return int(server.sockets[0].getsockname()[1])
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
-        """Nothing is left to do: it listens."""
+        """Mark the server as started; ``listen`` has done the rest."""
         self.started = True
 
     async def end_connections(self) -> None:
-        """End what is left once ``serve`` has returned: uvicorn cancels requests, and doesn't wait for it."""
+        """End the connections that ``serve`` has left: uvicorn cancels requests, and doesn't wait for them."""
         if self.server_state.tasks:
             await asyncio.wait(self.server_state.tasks, timeout=LINGER_S)
         for connection in list(self.server_state.connections):
@@ -100,7 +100,7 @@ class HttpServer(uvicorn.Server):
             await asyncio.sleep(0)
 
     def has_room(self) -> bool:
-        """Whether the newest connection may stay, once the longest idle one has gone for it."""
+        """Tell whether the newest connection may stay, after the longest idle one has gone for it."""
         connections = self.server_state.connections
         if len(connections) > self.limits.connections and self.waiting:
             next(iter(self.waiting)).leave()
@@ -117,7 +117,7 @@ class HttpConnection(HttpToolsProtocol):
         self._timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
         self._is_deaf = False
-        """What comes is thrown away, and only read for the connection's end."""
+        """Received data is thrown away, and read only to see the connection's end."""
         self._reads_header, self._header_bytes, self._parsed_bytes = True, 0, 0
         self._chunks = self._body_bytes = 0
 
@@ -227,7 +227,7 @@ class HttpConnection(HttpToolsProtocol):
             self._write_timer = None
 
     def leave(self) -> None:
-        """End it at once."""
+        """End the connection at once."""
         self._stop_waiting()
         self.connections.discard(self)
         self._is_deaf = True

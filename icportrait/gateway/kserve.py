@@ -18,21 +18,21 @@ from google.protobuf.descriptor import FieldDescriptor
 from tritonclient.grpc import model_config_pb2, service_pb2
 
 from icportrait.contract import Array, DType
+from icportrait.deploy.triton_config import PUBLIC_MODELS, public_configs
 from icportrait.errors import InvalidRequest, NotFound
 from icportrait.gateway.api import Event, Portraits, Statistics
 from icportrait.policy import ServingPolicy
 from icportrait.request import INPUTS, OUTPUTS, RequestInput
-from icportrait.triton_config import PUBLIC_MODELS, public_configs
 
 MODEL_VERSION = "1"
 SERVER_NAME = "icportrait"
 EXTENSIONS = ("binary_tensor_data", "model_configuration", "parameters", "statistics")
-"""Of the protocol; the doors have these and no others."""
+"""Extensions of the protocol that the doors have. They have no others."""
 
 _INPUTS = {field.name: field for field in INPUTS}
 _OUTPUTS = {name: dtype for name, dtype, _ in OUTPUTS}
 _NOT_OFFERED = {"classification": "classification", "shared_memory": "shared memory"}
-"""By how a tensor's parameter begins that asks for it."""
+"""Names of the refused features, by the beginning of the tensor parameters that ask for them."""
 _INTEGERS = {DType.INT32: (-(2**31), 2**31 - 1), DType.INT64: (-(2**63), 2**63 - 1)}
 
 
@@ -49,14 +49,14 @@ MODELS = {name: PublicModel(name, is_decoupled) for name, is_decoupled in PUBLIC
 
 
 class KserveModels:
-    """What the public models are under one policy."""
+    """The public models' configurations and metadata under one policy."""
 
     def __init__(self, policy: ServingPolicy) -> None:
         self._configs = {model.name: _config(model, policy) for model in MODELS.values()}
         self._metadata = {model.name: _metadata(model) for model in MODELS.values()}
 
     def find(self, name: str, version: str = "") -> PublicModel:
-        """The model of that name; an empty version is any.
+        """Find the model of that name; an empty version is any.
 
         Raises:
             NotFound: there is none.
@@ -68,7 +68,7 @@ class KserveModels:
         return MODELS[name]
 
     def config(self, name: str, version: str = "") -> Any:
-        """A ``ModelConfig`` message.
+        """Return a ``ModelConfig`` message.
 
         Raises:
             NotFound: there is no such model.
@@ -76,7 +76,7 @@ class KserveModels:
         return self._configs[self.find(name, version).name]
 
     def metadata(self, name: str, version: str = "") -> Any:
-        """A ``ModelMetadataResponse``.
+        """Return a ``ModelMetadataResponse``.
 
         Raises:
             NotFound: there is no such model.
@@ -84,13 +84,13 @@ class KserveModels:
         return self._metadata[self.find(name, version).name]
 
     def server_metadata(self) -> Any:
-        """A ``ServerMetadataResponse``."""
+        """Return a ``ServerMetadataResponse``."""
         return service_pb2.ServerMetadataResponse(
             name=SERVER_NAME, version=metadata.version("icportrait"), extensions=EXTENSIONS
         )
 
     def statistics(self, counted: Mapping[str, Statistics], name: str = "", version: str = "") -> Any:
-        """A ``ModelStatisticsResponse``, of every model where no name is given.
+        """Return a ``ModelStatisticsResponse``, of every model where no name is given.
 
         Raises:
             NotFound: there is no such model.
@@ -103,7 +103,7 @@ class KserveModels:
 
 
 def to_json(message: Any) -> dict[str, Any]:
-    """A message's fields as Triton writes them over HTTP: under their own names, defaults too, integers as numbers."""
+    """Convert a message's fields as Triton does over HTTP: under their own names, defaults too, integers as numbers."""
     return {
         field.name: _field_to_json(field, getattr(message, field.name))
         for field in message.DESCRIPTOR.fields
@@ -112,7 +112,7 @@ def to_json(message: Any) -> dict[str, Any]:
 
 
 def tensor_of_raw(name: str, datatype: str, shape: Sequence[int], data: bytes | memoryview) -> Array:
-    """An input from its bytes on the wire; elements of type BYTES become ``bytes``.
+    """Make an input from its bytes on the wire; elements of type BYTES become ``bytes``.
 
     Raises:
         InvalidRequest: there is no such input, or it isn't of that type, shape or length.
@@ -127,7 +127,7 @@ def tensor_of_raw(name: str, datatype: str, shape: Sequence[int], data: bytes | 
 
 
 def tensor_of_values(name: str, datatype: str, shape: Sequence[int], values: Sequence[Any]) -> Array:
-    """An input from its elements, of JSON or of typed contents; texts of type BYTES become UTF-8.
+    """Make an input from its elements, of JSON or of typed contents; texts of type BYTES become UTF-8.
 
     Raises:
         InvalidRequest: there is no such input, or it isn't of that type, shape or length.
@@ -140,7 +140,7 @@ def tensor_of_values(name: str, datatype: str, shape: Sequence[int], values: Seq
 
 
 def refuse_extensions(name: str, parameters: Iterable[str]) -> None:
-    """Look through a tensor's parameters; those that aren't known are nobody's matter.
+    """Refuse a tensor's parameters that ask for an extension. Unknown parameters are ignored.
 
     Raises:
         InvalidRequest: they ask for what this server doesn't offer.
@@ -152,7 +152,7 @@ def refuse_extensions(name: str, parameters: Iterable[str]) -> None:
 
 
 def wanted_outputs(asked: Iterable[tuple[str, Iterable[str]]]) -> frozenset[str]:
-    """The outputs that a caller gets.
+    """Return the outputs that a caller gets.
 
     Args:
         asked: the name and the parameters' names of each output asked for; with none all are wanted.
@@ -170,24 +170,24 @@ def wanted_outputs(asked: Iterable[tuple[str, Iterable[str]]]) -> frozenset[str]
 
 
 def answer_tensors(portraits: Portraits, wanted: Collection[str]) -> dict[str, Array]:
-    """The outputs of a request's last answer."""
+    """Return the outputs of a request's last answer."""
     tensors = {"image": _objects(portraits.images), "metadata": _objects([portraits.metadata])}
     return _picked(tensors | _counts(portraits.total_steps, portraits.total_steps), wanted)
 
 
 def event_tensors(event: Event, wanted: Collection[str]) -> dict[str, Array]:
-    """The outputs of an answer before the last."""
+    """Return the outputs of an answer before the last."""
     tensors = {"image": _objects(event.images)} if event.images else {}
     return _picked(tensors | _counts(event.step, event.total_steps), wanted)
 
 
 def output_datatype(name: str) -> str:
-    """KServe's name for an output's type."""
+    """Return KServe's name for an output's type."""
     return _OUTPUTS[name].triton
 
 
 def raw_of(tensor: Array) -> bytes:
-    """A tensor's bytes on the wire."""
+    """Return a tensor's bytes on the wire."""
     if tensor.dtype != object:
         return tensor.tobytes()
     return b"".join(part for element in tensor for part in (struct.pack("<I", len(element)), element))
@@ -219,7 +219,7 @@ def _checked(name: str, datatype: str, shape: Sequence[int]) -> RequestInput:
 
 
 def _elements(name: str, data: bytes | memoryview, count: int) -> list[bytes]:
-    """``count`` elements, each behind its length."""
+    """Read ``count`` elements, each behind its length."""
     elements, at, view = [], 0, memoryview(data)
     for _ in range(count):
         start = at + 4
@@ -263,7 +263,7 @@ def _short(value: Any) -> str:
 
 
 def _config(model: PublicModel, policy: ServingPolicy) -> Any:
-    """What Triton would add to a model's configuration is there too, as clients read it."""
+    """Build a public model's configuration with the fields that Triton would add, because clients read them."""
     config = public_configs()[model.name]
     config.platform = config.backend = SERVER_NAME
     config.version_policy.latest.num_versions = 1
@@ -283,7 +283,10 @@ def _metadata(model: PublicModel) -> Any:
 
 
 def _count(answer: Any, counted: Statistics) -> None:
-    """Requests aren't batched here, so an execution is a request, and all that isn't queueing is computing."""
+    """Fill in a model's counts. Requests aren't batched here, so an execution is a request.
+
+    All time that isn't queueing is computing.
+    """
     computed_ns = max(counted.succeeded_ns - counted.queued_ns, 0)
     answer.last_inference = counted.last_ms
     answer.inference_count = answer.execution_count = counted.succeeded

@@ -11,9 +11,12 @@ from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
+from icportrait.deploy.preflight import fit_memory, repository_policy, simulation_note
+from icportrait.deploy.triton_server import GPU_DEVICE, TritonServer
 from icportrait.errors import IcPortraitError
 from icportrait.gateway.access import Access
 from icportrait.gateway.api import Unread
+from icportrait.gateway.c2pa_signing import describe, read_credentials
 from icportrait.gateway.engine import Engine
 from icportrait.gateway.grpc_door import GrpcDoor, serve_grpc
 from icportrait.gateway.host import EngineHost
@@ -24,19 +27,17 @@ from icportrait.gateway.service import Service
 from icportrait.gateway.settings import Settings
 from icportrait.gateway.workers import Workers
 from icportrait.manifest import Manifest
-from icportrait.startup import fit_memory, repository_policy, simulation_note
-from icportrait.triton_server import GPU_DEVICE, TritonServer
 
 Door = TypeVar("Door")
 DESCRIPTORS = 2**16
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 CLOSE_GRACE_S = 2.0
-"""For answers on their way to callers, once all requests are answered."""
+"""Time for answers on their way to callers, once all requests are answered."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def run(settings: Settings, say: Callable[[str], None]) -> None:
-    """``serve`` from start to end.
+    """Run ``serve`` from start to end.
 
     Raises:
         IcPortraitError: as ``serve`` does, or there is no room for a file.
@@ -65,7 +66,8 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
     raise_descriptors()
     if not (settings.repository / "denoise").is_dir():
         raise IcPortraitError(
-            f"repository: {settings.repository} is none, expected a folder assembled by python -m icportrait.repository"
+            f"repository: {settings.repository} is none, expected a folder assembled by python -m "
+            "icportrait.deploy.repository"
         )
     manifest = Manifest.read(settings.repository / "denoise" / "1")
     policy, _ = fit_memory(settings.repository, repository_policy(settings.repository, settings.policy))
@@ -74,15 +76,26 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
     )
     preset = manifest.preset
     latent = preset.latent_channels, preset.latent_size, preset.latent_size
+
+    async def connect() -> Engine:
+        # So that the server isn't ready before its pictures' processes are.
+        await asyncio.shield(starting)
+        return await Engine.connect(triton.grpc_address, triton.loop_path, latent)
+
     host = EngineHost(
         triton,
-        connect=lambda: Engine.connect(triton.grpc_address, triton.loop_path, latent),
+        connect=connect,
         say=say,
         ready=_ready_line(settings),
         probe_every_s=settings.probe_every_s,
     )
+    credentials = await asyncio.to_thread(read_credentials, settings)
     workers = Workers(
-        settings.picture_workers, settings.picture_cpu_s, settings.picture_memory_bytes, settings.picture_timeout_s
+        settings.picture_workers,
+        settings.picture_cpu_s,
+        settings.picture_memory_bytes,
+        settings.picture_timeout_s,
+        credentials,
     )
     service = Service(manifest, policy, settings, host, workers)
     access, models, unread = Access(settings.api_keys), KserveModels(policy), Unread(settings.limits)
@@ -96,11 +109,14 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         await _listen("metrics_port", settings, metrics.start(settings.metrics_host, settings.metrics_port))
         if warning := _openness(settings):
             say(warning)
+        if credentials:
+            say(describe(credentials))
         say(f"starting tritonserver on {settings.repository}")
         if not GPU_DEVICE.exists():
             say("without a GPU, what tritonserver says of CUDA and of pinned memory is no fault")
+        starting = asyncio.create_task(workers.start())
         host.start()
-        await workers.start()
+        await starting
         stop = asyncio.create_task(stopped.wait())
         ends: set[asyncio.Future[Any]] = {stop, host.ended}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
@@ -115,7 +131,7 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
 
 
 def raise_descriptors() -> None:
-    """Let this process and those that it starts have as many descriptors as they may, up to ``DESCRIPTORS``."""
+    """Let this process and its children have as many descriptors as they may, up to ``DESCRIPTORS``."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -151,7 +167,7 @@ def _address(settings: Settings, port: str) -> str:
 
 
 def _openness(settings: Settings) -> str | None:
-    """Say what whoever runs the server should know of a door that others reach; None where there is nothing."""
+    """Return the operator's warning about a door that other machines reach; None where there is nothing to say."""
     if settings.host in LOOPBACK:
         return None
     missing = [

@@ -16,11 +16,11 @@ CONNECTIONS = 32
 PREFIX = "icportrait_gateway_"
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 Sample = tuple[str, str, str, dict[str, str], float]
-"""Of a metric: name without the prefix, kind, description, labels, value."""
+"""A metric's name without the prefix, kind, description, labels and value."""
 
 
 def to_text(samples: Iterable[Sample]) -> str:
-    """Prometheus' text format; samples of one metric stand together."""
+    """Write samples in Prometheus' text format; samples of one metric stand together."""
     lines, before = [], ""
     for name, kind, description, labels, value in samples:
         if name != before:
@@ -32,7 +32,7 @@ def to_text(samples: Iterable[Sample]) -> str:
 
 
 async def triton_text(path: Path) -> str:
-    """What Triton's endpoint says, a Unix socket; nothing where it doesn't answer."""
+    """Read Triton's metrics endpoint, a Unix socket; return nothing where it doesn't answer."""
     try:
         async with asyncio.timeout(TRITON_TIMEOUT_S):
             reader, writer = await asyncio.open_unix_connection(path)

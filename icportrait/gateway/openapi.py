@@ -1,4 +1,4 @@
-"""What the HTTP door says of itself: an OpenAPI document, and a page of it that asks nothing of other servers."""
+"""The HTTP door's description: an OpenAPI document, and a page of it that loads nothing from other servers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import json
 from typing import Any
 
 from icportrait.contract import DType
+from icportrait.deploy.triton_config import STREAM, UNARY
 from icportrait.gateway.kserve import MODELS
 from icportrait.gateway.portraits_form import FIELDS, FILES
 from icportrait.request import INPUTS, OUTPUTS, RequestInput
-from icportrait.triton_config import STREAM, UNARY
 
 _KINDS = {DType.INT32: "integer", DType.INT64: "integer", DType.FLOAT32: "number", DType.BYTES: "string"}
 _ERRORS = {

@@ -24,7 +24,7 @@ class PortraitsForm:
     """A form on its way."""
 
     def __init__(self, content_type: str) -> None:
-        """Begin one.
+        """Begin a form.
 
         Args:
             content_type: the request's header.
@@ -61,7 +61,7 @@ class PortraitsForm:
             raise InvalidRequest(f"the form can't be read: {error}") from None
 
     def inputs(self) -> dict[str, Array]:
-        """The request's inputs, once all has come.
+        """Return the request's inputs, once all parts have come.
 
         Raises:
             InvalidRequest: it ends too early, or an option isn't of its type.

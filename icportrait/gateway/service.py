@@ -4,7 +4,7 @@
     lease      the loop lets it in, or says when to come again
     prepare    pictures to crops, in processes of their own (``workers``)
     denoise    crops to pixels, through a private Triton (``engine``); steps and previews come beside it
-    encode     pixels to files, in those processes
+    encode     pixels to files, signed where the operator says so, in those processes
 
 An engine that ends on the way is started again (``host``), and what was let in is asked of the next one.
 """
@@ -23,33 +23,34 @@ from collections import deque
 from collections.abc import Coroutine, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
-from icportrait.admission import Demand
 from icportrait.contract import Array
+from icportrait.deploy.triton_config import STREAM, UNARY
+from icportrait.diffusion.masking import hide, reference_visibility
 from icportrait.errors import DeadlineMissed, IcPortraitError, PermissionDenied, Unavailable
-from icportrait.faces import Crop
 from icportrait.gateway.api import Caller, Event, OnEvent, Portraits, Statistics
+from icportrait.gateway.c2pa_signing import MARK, Ingredient, Signed, encode_and_sign, read_ingredient
 from icportrait.gateway.engine import Engine, EngineLostError
 from icportrait.gateway.settings import Settings
 from icportrait.gateway.workers import Workers
-from icportrait.imaging import encode_picture
 from icportrait.manifest import Manifest
-from icportrait.masking import hide, reference_visibility
-from icportrait.pictures import Box, Kept, prepare
+from icportrait.pictures.faces import Crop
+from icportrait.pictures.imaging import encode_picture
+from icportrait.pictures.prepare import Box, Kept, prepare
 from icportrait.policy import ServingPolicy
 from icportrait.request import PortraitRequest
-from icportrait.serving import AnswerMetadata, FrontStage
-from icportrait.triton_config import STREAM, UNARY
+from icportrait.serving.control import Demand
+from icportrait.serving.stages import AnswerMetadata, FrontStage
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 MAX_REPLAYS = 3
-"""A request that was there each time when so many engines ended may be why."""
+"""Replays of a request. A request that was there each time when this many engines ended may be the cause."""
 LOST_WITHIN_S = 5.0
-"""How soon an engine that fails as if it were ending has ended."""
+"""Seconds within which an engine that fails as if it were ending has ended."""
 TOLD_APART = 16
-"""Steps that wait for a slow reader are told apart up to so many, and then the last of them only."""
+"""Queued steps that a slow reader is told one by one; beyond them the reader is told the last step only."""
 HASHED_ASIDE_BYTES = 2**18
-"""Files above this are hashed on a thread: the others' events don't wait."""
+"""Size above which files are hashed on a thread, because other requests' events would wait."""
 ENCODED_ASIDE_BYTES = 2**16
 """Portraits up to this size are encoded on a thread, in a millisecond: the way to a process and back takes two more."""
 RETRY = "retry_after_ms: 1000"
@@ -60,10 +61,10 @@ class Engines(Protocol):
 
     @property
     def refusal(self) -> Unavailable | None:
-        """Why there is none now."""
+        """Return the error that says why there is no engine now, None where there is one."""
 
     async def engine(self) -> Engine:
-        """The one that is up, or that comes up next.
+        """Return the engine that is up, or wait for the next.
 
         Raises:
             Unavailable: none will.
@@ -71,7 +72,7 @@ class Engines(Protocol):
 
 
 class Service:
-    """See ``api.PortraitService``."""
+    """Implement ``api.PortraitService``."""
 
     def __init__(
         self, manifest: Manifest, policy: ServingPolicy, settings: Settings, engines: Engines, workers: Workers
@@ -90,6 +91,7 @@ class Service:
         self.preset = manifest.preset
         self.metadata = AnswerMetadata(manifest, policy)
         self.kept = Kept(settings.pictures_kept, settings.pictures_kept_s)
+        self.signs = settings.c2pa_certificate is not None
         self.replays = 0
         self._checks = {model: FrontStage(manifest, policy, model == STREAM) for model in self.statistics}
         self._limit = policy.max_pending_requests
@@ -102,7 +104,7 @@ class Service:
 
     @property
     def pending(self) -> int:
-        """Requests on their way."""
+        """Return how many requests are on their way."""
         return len(self._lives)
 
     def refusal(self) -> IcPortraitError | None:
@@ -144,7 +146,7 @@ class Service:
                 self._lives.discard(life)
 
     async def drain(self, timeout_s: float) -> None:
-        """Take no more requests, and wait until those on their way are answered, at most for so long."""
+        """Take no more requests, and wait at most ``timeout_s`` until the requests on their way are answered."""
         self._stopping = True
         end_s = time.monotonic() + timeout_s
         while self._lives and time.monotonic() < end_s:
@@ -171,6 +173,7 @@ class _Life:
             request = dataclasses.replace(request, is_streamed=True)
         self._service, self._request, self._caller, self._on_event = service, request, caller, on_event
         self._files = dict(zip(("profile", "reference"), files, strict=True))
+        self._ingredients: tuple[Ingredient, ...] = ()
         self._demand = Demand(
             rows=request.rows,
             steps=request.num_inference_steps,
@@ -197,7 +200,7 @@ class _Life:
         self._timeout.reschedule(asyncio.get_running_loop().time())
 
     async def run(self) -> Portraits:
-        """See ``Service.generate``."""
+        """Make the request's portraits, as ``Service.generate`` says."""
         has_failed = False
         try:
             async with self._timeout:
@@ -215,7 +218,7 @@ class _Life:
             self._let_go(None, is_cancelled=self._asks_engine or not has_failed)
 
     def _ends_s(self) -> float | None:
-        """When the deadline passes, the request's own or its call's, by the event loop's clock."""
+        """Return the earlier deadline, the request's own or its call's, by the event loop's clock; None without any."""
         ends = [self._demand.deadline_s] if self._request.deadline_ms is not None else []
         if self._caller.deadline_ms is not None:
             ends.append(self._request.arrived_ns / 1e9 + self._caller.deadline_ms / 1e3)
@@ -272,12 +275,14 @@ class _Life:
             self._prepare("profile", self._request.profile_box, decoding_waits_ns),
             self._prepare("reference", self._request.reference_box, decoding_waits_ns),
         )
+        if self._service.signs:
+            self._ingredients = tuple(await _together(*map(self._read_ingredient, self._files)))
         visibility = reference_visibility(self._service.preset, self._request.mask_ratio, self._request.seed)
         crops = profile[None], hide(reference, visibility)[None], visibility
         prepared_ns = time.monotonic_ns()
         pixels, report = await self._denoise(crops)
         pixels_ns = time.monotonic_ns()
-        images = await self._encode(pixels, encoding_waits_ns)
+        files = await self._encode(pixels, encoding_waits_ns)
         waited_ns = max(decoding_waits_ns) + max(encoding_waits_ns)
         prepared = {
             "crops": {"profile": profile_crop.to_dict(), "reference": reference_crop.to_dict()},
@@ -285,13 +290,13 @@ class _Life:
             "ended_ns": prepared_ns,
             "waited_ns": waited_ns,
         }
-        metadata = self._service.metadata(self._request, prepared, report, pixels_ns)
+        metadata = self._service.metadata(self._request, prepared, report, pixels_ns) | self._signing(files)
         self.queued_ns = report["joined_ns"] - report["arrived_ns"] + waited_ns
         self._let_go(metadata["stage_ms"])
-        return Portraits(images, json.dumps(metadata).encode(), self._request.num_inference_steps)
+        return Portraits(self._images(files), json.dumps(metadata).encode(), self._request.num_inference_steps)
 
     async def _prepare(self, name: str, box: Box | None, waits_ns: list[int]) -> tuple[Crop, Array]:
-        """A picture's crop and pixels, [S, S, 3]; ``waits_ns`` takes how long it waited for a process."""
+        """Prepare a picture's crop and pixels, [S, S, 3]; note in ``waits_ns`` how long it waited for a process."""
         service, data, is_base64 = self._service, self._files[name], self._request.encoding == "base64"
         if len(data) > HASHED_ASIDE_BYTES:
             digest = await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
@@ -317,7 +322,7 @@ class _Life:
         return prepared
 
     async def _denoise(self, crops: tuple[Array, Array, Array]) -> tuple[Array, dict[str, Any]]:
-        """Pixels and the report, of the first engine that doesn't end meanwhile."""
+        """Denoise to pixels and a report, on the first engine that doesn't end meanwhile."""
         self._asks_engine = True
         for _ in range(1 + MAX_REPLAYS):
             engine = self._engine
@@ -334,19 +339,49 @@ class _Life:
             await self._replay()
         raise Unavailable(f"the engine has failed under this request; try again later; {RETRY}")
 
-    async def _encode(self, pixels: Array, waits_ns: list[int]) -> tuple[bytes, ...]:
-        """Files of [n, S, S, 3] uint8; ``waits_ns`` takes how long each waited for a process."""
-        files = await _together(*(self._encode_one(portrait, waits_ns) for portrait in pixels))
-        return tuple(map(base64.b64encode, files)) if self._request.encoding == "base64" else tuple(files)
+    async def _read_ingredient(self, name: str) -> Ingredient:
+        """Read the part of an input's C2PA manifest that the portraits' manifests keep."""
+        data, is_base64 = self._files[name], self._request.encoding == "base64"
+        if not is_base64 and MARK not in data:
+            return Ingredient(name)
+        try:
+            return await self._service.workers.run(
+                self._demand, read_ingredient, data, name, is_base64, name=name, on_waited=lambda _: None
+            )
+        except IcPortraitError:  # a manifest that can't be read is no reason to refuse a picture that can
+            return Ingredient(name, "ignored: it takes too much time to be read")
 
-    async def _encode_one(self, portrait: Array, waits_ns: list[int]) -> bytes:
-        """A file of [S, S, 3] uint8."""
-        output_format = self._request.output_format
+    async def _encode(self, pixels: Array, waits_ns: list[int]) -> list[Signed]:
+        """Make files of [n, S, S, 3] uint8; note in ``waits_ns`` how long each waited for a process."""
+        return await _together(*(self._encode_one(portrait, waits_ns) for portrait in pixels))
+
+    async def _encode_one(self, portrait: Array, waits_ns: list[int]) -> Signed:
+        """Make a file of [S, S, 3] uint8."""
+        output_format, run = self._request.output_format, self._service.workers.run
+        if self._service.signs:
+            ingredients = self._ingredients
+            return await run(
+                self._demand, encode_and_sign, portrait, output_format, ingredients, on_waited=waits_ns.append
+            )
         if portrait.nbytes <= ENCODED_ASIDE_BYTES:
-            return await asyncio.to_thread(encode_picture, portrait, output_format)
-        return await self._service.workers.run(
-            self._demand, encode_picture, portrait, output_format, on_waited=waits_ns.append
-        )
+            return Signed(await asyncio.to_thread(encode_picture, portrait, output_format))
+        return Signed(await run(self._demand, encode_picture, portrait, output_format, on_waited=waits_ns.append))
+
+    def _images(self, files: list[Signed]) -> tuple[bytes, ...]:
+        """Return files as the caller gets them."""
+        is_base64 = self._request.encoding == "base64"
+        return tuple(base64.b64encode(signed.file) if is_base64 else signed.file for signed in files)
+
+    def _signing(self, files: list[Signed]) -> dict[str, Any]:
+        """Return the metadata's members about C2PA manifests; none where nothing is signed."""
+        if not self._service.signs:
+            return {}
+        dropped = next((signed.dropped for signed in files if signed.dropped), "")
+        ingredients = {
+            ingredient.name: dropped if dropped and ingredient.archive else ingredient.outcome
+            for ingredient in self._ingredients
+        }
+        return {"c2pa": {"unsigned_sha256": [signed.unsigned_sha256 for signed in files], "ingredients": ingredients}}
 
     # Streams.
 
@@ -366,7 +401,7 @@ class _Life:
             await asyncio.gather(making, telling, return_exceptions=True)
 
     def on_step(self, step: int, total_steps: int) -> None:
-        """See ``engine.Listener``."""
+        """Implement ``engine.Listener.on_step``."""
         self._steps = step
         if self._on_event and step > self._queued_step:
             if len(self._events) >= TOLD_APART and self._events[-1][1] is None:
@@ -374,7 +409,7 @@ class _Life:
             self._put(step, None)
 
     def on_preview(self, step: int, total_steps: int, latent: Array) -> None:
-        """See ``engine.Listener``; ``latent`` is of all portraits of the request."""
+        """Implement ``engine.Listener.on_preview``; ``latent`` has all portraits of the request."""
         assert self._engine
         self._steps = step
         if self._on_event and step > self._queued_step:
@@ -406,7 +441,7 @@ class _Life:
             images: tuple[bytes, ...] = ()
             if latent is not None:
                 try:
-                    images = await self._encode(await engine.decode(latent), [])
+                    images = self._images(await self._encode(await engine.decode(latent), []))
                 except EngineLostError:
                     continue  # the next one shows it
             await self._on_event(Event(step, self._request.num_inference_steps, images))
@@ -416,7 +451,7 @@ class _Life:
 
 
 async def _together(*parts: Coroutine[Any, Any, Result]) -> list[Result]:
-    """The results of all; where one fails, the others are cancelled."""
+    """Wait for the results of all; where one fails, cancel the others."""
     tasks = [asyncio.ensure_future(part) for part in parts]
     try:
         return await asyncio.gather(*tasks)

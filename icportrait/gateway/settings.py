@@ -26,9 +26,10 @@ from icportrait.errors import IcPortraitError
 from icportrait.gateway.api import ServerLimits, descriptors_of_door
 
 PREFIX = "ICPORTRAIT_"
-"""Of the environment's variables. Others that begin so are let pass: Kubernetes makes some for a service's name."""
+"""Prefix of the environment's variables. Others that begin so are let pass, because Kubernetes makes some."""
 CONFIG_VARIABLE = "ICPORTRAIT_CONFIG"
 LIMITS = ServerLimits()
+C2PA_ALGORITHMS = ("es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519")
 POLICY = (
     "slots",
     "max_queued_slots",
@@ -47,9 +48,9 @@ def _setting(default: Any, text: str, least: float | None = None, most: float | 
 
 @dataclass(frozen=True)
 class Settings:
-    """How a server is run. ``None`` leaves a choice to the repository or to the machine."""
+    """Settings of a server. ``None`` leaves a choice to the repository or to the machine."""
 
-    repository: Path | None = _setting(None, "model repository, assembled by python -m icportrait.repository")
+    repository: Path | None = _setting(None, "model repository, assembled by python -m icportrait.deploy.repository")
     host: str = _setting("127.0.0.1", "address to listen on")
     grpc_port: int = _setting(8001, "of gRPC", 1, 65535)
     http_port: int = _setting(8000, "of HTTP", 1, 65535)
@@ -60,6 +61,11 @@ class Settings:
     tls_certificate: Path | None = _setting(None, "PEM file; with it both doors speak TLS only")
     tls_key: Path | None = _setting(None, "PEM file of the certificate's key")
     tls_client_ca: Path | None = _setting(None, "PEM file; with it callers must show a certificate signed by it")
+
+    c2pa_certificate: Path | None = _setting(None, "PEM file; with it every picture gets a C2PA manifest signed by it")
+    c2pa_key: Path | None = _setting(None, "PEM file of the certificate's key (PKCS #8, without a password)")
+    c2pa_algorithm: str = _setting("es256", f"of the key: {', '.join(C2PA_ALGORITHMS)}")
+    c2pa_timestamp_url: str | None = _setting(None, "time-stamp authority (RFC 3161) that is asked for every picture")
 
     connections: int = _setting(LIMITS.connections, "at once, of one door", 1)
     message_bytes: int = _setting(LIMITS.message_bytes, "of one request", 1)
@@ -91,18 +97,18 @@ class Settings:
 
     @property
     def limits(self) -> ServerLimits:
-        """What the doors ask for."""
+        """Return the limits that the doors ask for."""
         limits = {name.name: getattr(self, name.name) for name in dataclasses.fields(ServerLimits)}
         limits["connections"] = min(self.connections, descriptors_of_door(bool(self.tls_certificate)))
         return ServerLimits(**limits)
 
     @property
     def policy(self) -> dict[str, str]:
-        """What goes before the repository's own policy, as its parameters are written."""
+        """Return the parameters that go before the repository's own policy."""
         return {name: str(value) for name in POLICY if (value := getattr(self, name)) is not None}
 
     def to_toml(self) -> str:
-        """All settings as a file that gives them back; what is left open stands in a comment."""
+        """Return all settings as a file that gives them back, with open choices as comments."""
         lines = []
         for name, help_text in HELP.items():
             value = getattr(self, name)
@@ -122,7 +128,7 @@ HELP = {name: str(setting.metadata["help"]) for name, setting in FIELDS.items()}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """A flag for each setting, ``--grpc-port`` for ``grpc_port``, and ``--config`` for the file."""
+    """Add a flag for each setting, ``--grpc-port`` for ``grpc_port``, and ``--config`` for the file."""
     parser.add_argument("--config", type=Path, metavar="FILE", help="TOML file of settings")
     for name, setting in FIELDS.items():
         default = "" if setting.default is None else f"; default: {setting.default}"
@@ -130,7 +136,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def read_settings(flags: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> Settings:
-    """The settings of one run.
+    """Read the settings of one run.
 
     Args:
         flags: parsed by a parser that ``add_flags`` has prepared.
@@ -175,7 +181,7 @@ def _flag(name: str) -> str:
 
 @functools.cache
 def _kinds() -> dict[str, type]:
-    """Each setting's type without ``None``."""
+    """Return each setting's type without ``None``."""
     hints = typing.get_type_hints(Settings)
     return {
         name: next(kind for kind in (typing.get_args(hint) or (hint,)) if kind is not NoneType)
@@ -185,7 +191,7 @@ def _kinds() -> dict[str, type]:
 
 
 def _parse(name: str, value: Any, where: str) -> Any:
-    """A value of a file, or text, in its setting's type and range."""
+    """Parse a value of a file, or text, in its setting's type and range."""
     kind, limits = _kinds()[name], FIELDS[name].metadata
     words = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
     try:
@@ -204,7 +210,7 @@ def _parse(name: str, value: Any, where: str) -> Any:
 
 
 def _check(settings: Settings) -> None:
-    """Settings that don't fit together."""
+    """Refuse settings that don't fit together."""
     ports = [settings.grpc_port, settings.http_port, settings.metrics_port]
     if len(set(ports)) < len(ports):
         raise IcPortraitError(f"grpc_port, http_port, metrics_port: {ports}, expected three different ports")
@@ -212,7 +218,15 @@ def _check(settings: Settings) -> None:
         raise IcPortraitError("tls_certificate, tls_key: only one is given, expected both or neither")
     if settings.tls_client_ca and not settings.tls_certificate:
         raise IcPortraitError("tls_client_ca: given without tls_certificate, expected both")
-    for name in ("api_keys", "tls_certificate", "tls_key", "tls_client_ca"):
+    if bool(settings.c2pa_certificate) != bool(settings.c2pa_key):
+        raise IcPortraitError("c2pa_certificate, c2pa_key: only one is given, expected both or neither")
+    if settings.c2pa_algorithm not in C2PA_ALGORITHMS:
+        raise IcPortraitError(f"c2pa_algorithm: {settings.c2pa_algorithm!r}, expected {', '.join(C2PA_ALGORITHMS)}")
+    if settings.c2pa_timestamp_url and not settings.c2pa_timestamp_url.startswith(("http://", "https://")):
+        raise IcPortraitError(f"c2pa_timestamp_url: {settings.c2pa_timestamp_url!r}, expected http:// or https://")
+    if settings.c2pa_timestamp_url and not settings.c2pa_certificate:
+        raise IcPortraitError("c2pa_timestamp_url: given without c2pa_certificate, expected both")
+    for name in ("api_keys", "tls_certificate", "tls_key", "tls_client_ca", "c2pa_certificate", "c2pa_key"):
         path = getattr(settings, name)
         if path and not path.is_file():
             raise IcPortraitError(f"{name}: {path} isn't a file that can be read")

@@ -21,19 +21,19 @@ class TlsSettings(Protocol):
 
     @property
     def tls_certificate(self) -> Path | None:
-        """With the chain up to the authority, the server's own first."""
+        """Return the file of certificates: the server's own first, then the chain up to the authority."""
 
     @property
     def tls_key(self) -> Path | None:
-        """Of the certificate, without a password."""
+        """Return the private key's file, without a password."""
 
     @property
     def tls_client_ca(self) -> Path | None:
-        """Callers must show a certificate that it signed."""
+        """Return the file of the authority that must have signed callers' certificates."""
 
 
 def server_context(settings: TlsSettings, protocols: Sequence[str]) -> ssl.SSLContext | None:
-    """A context for TLS 1.2 and later, None where no certificate is set.
+    """Make a context for TLS 1.2 and later. Return None where no certificate is set.
 
     Args:
         settings: the server's.
@@ -69,7 +69,7 @@ def server_context(settings: TlsSettings, protocols: Sequence[str]) -> ssl.SSLCo
 
 
 def _no_password() -> str:
-    """Called where the key has one; else OpenSSL would ask for it at the terminal."""
+    """Refuse a key with a password, because OpenSSL would ask for the password at the terminal."""
     raise IcPortraitError("tls_key: it has a password; expected a key without")
 
 
@@ -91,7 +91,7 @@ class Handshakes:
         self._under_way: dict[_Handshake, asyncio.Transport] = {}
 
     def protocol(self) -> asyncio.Protocol:
-        """Of a plain connection that was made just now."""
+        """Make the protocol of a new plain connection."""
         return _Handshake(self)
 
     def begin(self, handshake: _Handshake, transport: asyncio.Transport) -> None:

@@ -1,7 +1,7 @@
 """KServe's v2 protocol in JSON with its binary extension, and Triton's ``generate``.
 
-``kserve`` and ``mlserver`` have codecs for it; docs/adr/0012 says why neither is used. What a tensor may be is
-``kserve.py``'s to say; here is how a body becomes one.
+``kserve`` and ``mlserver`` have codecs for it; docs/adr/0012 says why neither is used. This module turns a body into
+tensors, and ``kserve.py`` checks the tensors.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from icportrait.request import INPUTS
 MAX_VALUES = 10_000
 """Brackets, commas, colons and quotes that a request may have: a list of ten million numbers would take 1 GB."""
 TEXT_OUTPUTS = ("metadata",)
-"""Of type BYTES, and always UTF-8."""
+"""Outputs of type BYTES that are always UTF-8."""
 
 _INPUTS = {field.name: field for field in INPUTS}
 
@@ -33,11 +33,11 @@ class InferCall:
     wanted: frozenset[str]
     """Outputs."""
     binary: frozenset[str]
-    """Those that come behind the JSON, as bytes."""
+    """Outputs that come behind the JSON, as bytes."""
 
 
 def read_json(body: bytes | bytearray | memoryview) -> dict[str, Any]:
-    """A request's JSON, which is an object.
+    """Read a request's JSON, which is an object.
 
     Raises:
         InvalidRequest: it is none, or has more than ``MAX_VALUES`` values.
@@ -58,7 +58,7 @@ def read_json(body: bytes | bytearray | memoryview) -> dict[str, Any]:
 
 
 def read_infer(body: bytes | bytearray | memoryview, json_bytes: int | None = None) -> InferCall:
-    """The request of ``infer``.
+    """Read the request of ``infer``.
 
     Args:
         body: JSON, and the tensors' bytes behind it.
@@ -104,7 +104,7 @@ def read_infer(body: bytes | bytearray | memoryview, json_bytes: int | None = No
 
 
 def read_generate(body: bytes | bytearray | memoryview) -> tuple[str, dict[str, Array]]:
-    """The id and the inputs of a ``generate`` request, an object whose members are inputs.
+    """Read the id and the inputs of a ``generate`` request, an object whose members are inputs.
 
     Raises:
         InvalidRequest: it isn't one that can be served.
@@ -126,7 +126,7 @@ def read_generate(body: bytes | bytearray | memoryview) -> tuple[str, dict[str, 
 def write_infer(
     model: str, request_id: str, tensors: Mapping[str, Array], binary: Collection[str]
 ) -> tuple[list[bytes], int | None]:
-    """The answer of ``infer``.
+    """Write the answer of ``infer``.
 
     Returns:
         Its parts, and how many bytes of it are JSON; None where all are.
@@ -146,7 +146,7 @@ def write_infer(
 
 
 def write_generate(model: str, request_id: str, tensors: Mapping[str, Array]) -> bytes:
-    """An answer of ``generate``: its members are outputs, a list only where there are more elements than one."""
+    """Write an answer of ``generate``: its members are outputs, a list only where there are more elements than one."""
     values = {name: _plain(tensor) for name, tensor in tensors.items()}
     single = {name: value[0] if len(value) == 1 else value for name, value in values.items()}
     return json.dumps(_answer(model, request_id) | single).encode()
@@ -173,7 +173,7 @@ def _plain(tensor: Array) -> list[Any]:
 
 
 def _flat(data: Any) -> list[Any]:
-    """A tensor's elements, which may come nested by its axes."""
+    """Return a tensor's elements, which may come nested by its axes."""
     if not isinstance(data, list):
         raise InvalidRequest("a tensor has no data, expected a list or binary_data_size")
     elements = data

@@ -20,11 +20,11 @@ from icportrait.errors import InvalidRequest
 from icportrait.gateway.kserve import refuse_extensions, tensor_of_raw, tensor_of_values
 
 MAX_HEAD_BYTES = 64 * 1024
-"""Of a request beside its tensors' contents."""
+"""Size limit of a request beside its tensors' contents."""
 MAX_CONTENTS = 64
 """Tensors with raw contents, and elements of a tensor with typed ones; more than any request of ours has."""
 PREFIX_BYTES = 5
-"""Of a gRPC message: whether it is compressed, and its length."""
+"""Bytes before a gRPC message: its compression flag and its length."""
 
 _INPUTS, _RAW_CONTENTS = 5, 7
 _CONTENTS, _BYTES_CONTENTS = 5, 8
@@ -32,7 +32,7 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5
 _WHOLE_BYTES = 2**20
 """A message of no more is read before it is looked at."""
 _LARGE_BYTES = 4096
-"""An input of more is searched for contents; those of less are left to protobuf."""
+"""Size above which an input is searched for contents; smaller inputs are left to protobuf."""
 _TYPED = {"BYTES": "bytes_contents", "FP32": "fp32_contents", "INT32": "int_contents", "INT64": "int64_contents"}
 
 
@@ -40,7 +40,7 @@ class Source(Protocol):
     """Bytes that come."""
 
     async def take(self, size: int) -> bytes:
-        """The next ``size`` bytes, as soon as they are there."""
+        """Take the next ``size`` bytes, as soon as they are there."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class InferRequest:
     """Elements of type BYTES that were left out of ``head.inputs[index].contents``."""
 
     def inputs(self) -> dict[str, Array]:
-        """The tensors by name, which don't keep the message.
+        """Return the tensors by name. They don't keep the message in memory.
 
         Raises:
             InvalidRequest: one is unknown, there twice, or not of its type, shape or length.
@@ -73,12 +73,13 @@ class InferRequest:
             )
         tensors: dict[str, Array] = {}
         for index, tensor in enumerate(self.head.inputs):
-            refuse_extensions(tensor.name, tensor.parameters)
-            if tensor.name in tensors:
-                raise InvalidRequest(f"{tensor.name[:80]}: there twice")
+            name = tensor.name
+            refuse_extensions(name, tensor.parameters)
+            if name in tensors:
+                raise InvalidRequest(f"{name[:80]}: there twice")
             if self.raw and (tensor.HasField("contents") or self.typed.get(index)):
-                raise InvalidRequest(f"{tensor.name[:80]}: contents beside raw_input_contents; send one of the two")
-            tensors[tensor.name] = self._tensor(index, tensor)
+                raise InvalidRequest(f"{name[:80]}: contents beside raw_input_contents; send one of the two")
+            tensors[name] = self._tensor(index, tensor)
         return tensors
 
     def _tensor(self, index: int, tensor: Any) -> Array:
@@ -172,7 +173,7 @@ async def _take_contents(source: Source, length: int) -> memoryview | Element:
 
 
 async def _take_varint(source: Source) -> tuple[int, bytes]:
-    """An integer, and how it was written."""
+    """Take an integer, and return its value and its bytes."""
     written = b""
     while not written or written[-1] >= 0x80:
         if len(written) == 10:
@@ -189,7 +190,7 @@ def _parsed(head: bytearray) -> Any:
 
 
 def _without_elements(tensor: memoryview) -> tuple[bytearray, tuple[memoryview, ...]]:
-    """An input without its elements of type BYTES, and these."""
+    """Separate an input from its elements of type BYTES, and return both."""
     light, elements = bytearray(), list[memoryview]()
     for number, kind, start, value, end in _fields(tensor):
         if number != _CONTENTS or kind != _LENGTH:
@@ -206,7 +207,7 @@ def _without_elements(tensor: memoryview) -> tuple[bytearray, tuple[memoryview, 
 
 
 def _fields(view: memoryview) -> Iterator[tuple[int, int, int, int, int]]:
-    """Each field's number and wire type, and where it, its value and what follows it begin."""
+    """Yield each field's number and wire type, and where the field, its value and the next field begin."""
     at, length = 0, len(view)
     while at < length:
         start = at
@@ -230,6 +231,8 @@ def _fields(view: memoryview) -> Iterator[tuple[int, int, int, int, int]]:
 
 
 def _varint(view: memoryview, at: int) -> tuple[int, int]:
+    if at < len(view) and view[at] < 0x80:  # as nearly all are
+        return view[at], at + 1
     result = shift = 0
     for index in range(at, min(at + 10, len(view))):
         byte = view[index]
@@ -241,7 +244,7 @@ def _varint(view: memoryview, at: int) -> tuple[int, int]:
 
 
 def _field(number: int, value: bytearray) -> bytes:
-    """A field of wire type LENGTH."""
+    """Write a field of wire type LENGTH."""
     head, size = bytearray([number << 3 | _LENGTH]), len(value)
     while size >= 0x80:
         head.append(size & 0x7F | 0x80)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import multiprocessing
 import os
 import select
@@ -23,10 +24,11 @@ from typing import Any, TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 from icportrait.contract import Array
+from icportrait.deploy.stub_processes import describe, is_stopped
 from icportrait.errors import IcPortraitError, InvalidRequest
 from icportrait.gateway import bounded
-from icportrait.scheduling import Ranked, rank
-from icportrait.stub_processes import describe, is_stopped
+from icportrait.gateway.c2pa_signing import Credentials
+from icportrait.policy import Ranked, rank
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -35,6 +37,8 @@ LARGE_BYTES = 1_000_000
 MAX_DEATHS = 2
 """A picture whose worker died is tried once more, because something else may have ended it."""
 START_TIMEOUT_S = 60.0
+STARTS = 3
+"""Tries for the first start of a process."""
 LOOK_EVERY_S = 0.5
 _CONTEXT = multiprocessing.get_context("spawn")
 """Not fork, which gRPC's and this process's other threads don't outlive."""
@@ -45,17 +49,17 @@ class _Turn:
     """Work that waits for a worker, or is done by one."""
 
     owners: list[Ranked]
-    """Who wait for it: several where they asked for the same."""
+    """Requests that wait for the result: several where they asked for the same."""
     name: str
     function: Callable[..., Any]
     data: bytes | Array
-    """Its first argument."""
+    """First argument of the function."""
     arguments: tuple[Any, ...]
     done: asyncio.Future[Any]
     waits_since_ns: int = field(default_factory=time.monotonic_ns)
     waited_ns: int = 0
     deaths: int = 0
-    """Of processes that had begun it."""
+    """Processes that have died over it."""
 
     @property
     def is_large(self) -> bool:
@@ -73,8 +77,8 @@ class _WorkerLostError(Exception):
 class _Worker:
     """One process, and the next when it has ended."""
 
-    def __init__(self, cpu_s: float, memory_bytes: int, timeout_s: float) -> None:
-        self._bounds, self._timeout_s = (cpu_s, memory_bytes), timeout_s
+    def __init__(self, cpu_s: float, memory_bytes: int, timeout_s: float, credentials: Credentials | None) -> None:
+        self._bounds, self._timeout_s, self._credentials = (cpu_s, memory_bytes), timeout_s, credentials
         self._pool: ProcessPool | None = None
         self.pid = 0
         self._pidfd = -1
@@ -85,7 +89,7 @@ class _Worker:
     def start(self) -> None:
         """Start the process and wait until it is there. Blocks: for a thread."""
         with self._changing:
-            pool = ProcessPool(1, initializer=bounded.begin, context=_CONTEXT)
+            pool = ProcessPool(1, initializer=bounded.begin, initargs=(self._credentials,), context=_CONTEXT)
             self._pool = pool
             self.pid = pool.schedule(os.getpid).result(START_TIMEOUT_S)
             self._pidfd = os.pidfd_open(self.pid)
@@ -110,7 +114,7 @@ class _Worker:
         return self._pidfd >= 0 and bool(select.select([self._pidfd], [], [], 0)[0])
 
     async def run(self, turn: _Turn) -> Any:
-        """What the turn's function gives.
+        """Return the result of the turn's function.
 
         Raises:
             _WorkerLostError: the process has ended, or took too long and is to be replaced.
@@ -138,7 +142,14 @@ class _Worker:
 class Workers:
     """Runs functions on pictures for requests, the most urgent first."""
 
-    def __init__(self, count: int | None, cpu_s: float, memory_bytes: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        count: int | None,
+        cpu_s: float,
+        memory_bytes: int,
+        timeout_s: float,
+        credentials: Credentials | None = None,
+    ) -> None:
         """Prepare; ``start`` starts them.
 
         Args:
@@ -146,21 +157,26 @@ class Workers:
             cpu_s: seconds of a core that one picture may take.
             memory_bytes: that one picture may take.
             timeout_s: for one picture, on a machine that does other things too.
+            credentials: what the processes sign portraits with; None where they don't.
         """
         self._cpu_s = cpu_s
         count = count or max(2, len(os.sched_getaffinity(0)))
-        self._workers = [_Worker(cpu_s, memory_bytes, timeout_s) for _ in range(count)]
+        self._workers = [_Worker(cpu_s, memory_bytes, timeout_s, credentials) for _ in range(count)]
         self._free: list[_Worker] = []
         self._waiting: list[_Turn] = []
         self._shared: dict[Any, _Turn] = {}
         self._most_large = max(1, count - 1)
         self._tasks: set[asyncio.Task[Any]] = set()
         self.lost = 0
-        """How many had to be replaced."""
+        """Processes that had to be replaced."""
 
     async def start(self) -> None:
-        """Start all processes and wait until they are there."""
-        await asyncio.gather(*(asyncio.to_thread(worker.start) for worker in self._workers))
+        """Start all processes and wait until they are there.
+
+        Raises:
+            IcPortraitError: one can't be started.
+        """
+        await asyncio.gather(*(self._start(worker, STARTS) for worker in self._workers))
         self._free = list(self._workers)
         self._spawn(self._watch())
 
@@ -187,12 +203,12 @@ class Workers:
         key: Any = None,
         on_waited: Callable[[int], None] = lambda _: None,
     ) -> Result:
-        """``function(data, *arguments)`` in a process.
+        """Run ``function(data, *arguments)`` in a process.
 
         Cancelling takes work that nobody else waits for out of the queue; what a process has begun, it ends for nobody.
 
         Args:
-            owner: its request; see ``scheduling.rank``.
+            owner: its request; see ``policy.rank``.
             function: of a module's own, so that a process finds it.
             data: the first argument.
             arguments: the others.
@@ -285,12 +301,19 @@ class Workers:
 
     async def _replace(self, worker: _Worker) -> None:
         self.lost += 1
+        await self._start(worker)
+
+    async def _start(self, worker: _Worker, tries: float = math.inf) -> None:
+        """Start a process anew, and try again where that fails."""
         while True:
             try:
                 await asyncio.to_thread(worker.stop)
                 await asyncio.to_thread(worker.start)
                 return
-            except Exception:
+            except Exception as error:
+                tries -= 1
+                if not tries:
+                    raise IcPortraitError(f"a picture's process can't be started ({error!r})") from error
                 logger.exception("a picture's process could not be started; it is tried again")
                 await asyncio.sleep(LOOK_EVERY_S)
 

@@ -15,6 +15,8 @@ import json
 import logging
 import math
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,16 +27,20 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from icportrait.diffusion.sampling import NoiseSchedule, foreign_sampler
+from icportrait.disk import room_for
 from icportrait.errors import CheckpointError
 from icportrait.nn.component_files import check_directory, read_json, read_model, read_tensor
 from icportrait.nn.geometry import geometry_differences, preset_from_configs
 from icportrait.nn.warping import WarpingNetwork
 from icportrait.presets import PRESETS, Preset
-from icportrait.sampling import SCHEDULERS, NoiseSchedule, foreign_sampler
+from icportrait.request import SCHEDULERS
 
 logger = logging.getLogger(__name__)
 
 PIPELINE_CLASS = "ICPortraitPipeline"
+INDEX = "model_index.json"
+"""The file that makes a directory a checkpoint: it is written last."""
 MODEL_CLASSES: dict[str, tuple[str, Any]] = {
     "unet": ("diffusers", UNet2DConditionModel),
     "vae": ("diffusers", AutoencoderKL),
@@ -56,14 +62,19 @@ class Checkpoint:
     scheduler_config: dict[str, Any]
     """diffusers' ``scheduler_config.json``; ``sampling.NoiseSchedule`` reads it."""
     guidance_scale: float = 1.0
-    """What is used where a request doesn't say; above 1 only for checkpoints trained with ``F_ref`` dropped."""
+    """Guidance of a request that doesn't name it; above 1 only for checkpoints trained with ``F_ref`` dropped."""
     num_inference_steps: int = 20
-    """Likewise."""
+    """Steps of a request that doesn't name them."""
 
     @property
     def models(self) -> tuple[nn.Module, ...]:
-        """All that has weights."""
+        """Return the modules that have weights."""
         return self.unet, self.vae, self.warping_network
+
+    @property
+    def size_bytes(self) -> int:
+        """Return the bytes of all weights in their present types, each counted once."""
+        return sum(tensor.nbytes for model in self.models for tensor in (*model.parameters(), *model.buffers()))
 
 
 def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
@@ -72,9 +83,11 @@ def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
     Args:
         checkpoint: what to write; the weights keep their type.
         directory: created where it doesn't exist; files of the same names are replaced.
+
+    Raises:
+        NotEnoughDisk: there is no room for it beside the files that it replaces.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     preset = checkpoint.preset
     index: dict[str, Any] = {
         "_class_name": PIPELINE_CLASS,
@@ -90,20 +103,27 @@ def save_checkpoint(checkpoint: Checkpoint, directory: Path) -> None:
         index[name] = [library, model_class.__name__]
 
     # Beside the target and then renamed: the models' weights may be mapped from the very files that are replaced.
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as name:
-        staging = Path(name)
+    with room_for("the checkpoint", directory, checkpoint.size_bytes), _staging(directory) as staging:
         for component in MODEL_CLASSES:
             getattr(checkpoint, component).save_pretrained(staging / component, safe_serialization=True)
         _write_json(staging / "scheduler" / "scheduler_config.json", checkpoint.scheduler_config)
         prompt = checkpoint.prompt_embedding.contiguous()
         save_file({"prompt_embedding": prompt}, staging / "prompt_embedding.safetensors")
+        _write_json(staging / INDEX, index)
 
-        (directory / "model_index.json").unlink(missing_ok=True)
-        for source in sorted(path for path in staging.rglob("*") if path.is_file()):
-            target = directory / source.relative_to(staging)
-            target.parent.mkdir(exist_ok=True)
-            source.replace(target)
-    _write_json(directory / "model_index.json", index)
+        (directory / INDEX).unlink(missing_ok=True)
+        files = [path.relative_to(staging) for path in staging.rglob("*") if path.is_file()]
+        for file in sorted(files, key=lambda file: file == Path(INDEX)):
+            (directory / file).parent.mkdir(exist_ok=True)
+            (staging / file).replace(directory / file)
+
+
+@contextmanager
+def _staging(directory: Path) -> Iterator[Path]:
+    """Make a folder beside a directory's files, and remove the folder at the end."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as name:
+        yield Path(name)
 
 
 def load_checkpoint(directory: Path) -> Checkpoint:
@@ -117,7 +137,7 @@ def load_checkpoint(directory: Path) -> Checkpoint:
     directory = Path(directory)
     check_directory(directory)
     index = read_index(directory)
-    fields = _fields(directory / "model_index.json", index)
+    fields = _fields(directory / INDEX, index)
     prompt_embedding = read_tensor(directory / "prompt_embedding.safetensors", "prompt_embedding")
     preset = _preset(directory, fields, prompt_embedding)
     scheduler_config = read_scheduler_config(directory)
@@ -140,7 +160,7 @@ def read_index(directory: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or another pipeline's, or names components of other classes.
     """
-    path = directory / "model_index.json"
+    path = directory / INDEX
     index = read_json(path)
     pipeline = index.get("_class_name")
     if pipeline != PIPELINE_CLASS:
@@ -158,7 +178,7 @@ def read_index(directory: Path) -> dict[str, Any]:
 def read_preset(
     directory: Path, *, prompt_tokens: int, image_size: int | None = None, mask_patch_px: int | None = None
 ) -> Preset:
-    """The geometry that ``unet/config.json`` and ``vae/config.json`` describe; see ``preset_from_configs``.
+    """Read the geometry that ``unet/config.json`` and ``vae/config.json`` describe; see ``preset_from_configs``.
 
     Raises:
         CheckpointError: a file is missing, or the geometry isn't supported.
@@ -196,7 +216,7 @@ def read_scheduler_config(directory: Path, **changes: Any) -> dict[str, Any]:
 
 
 def _fields(path: Path, index: dict[str, Any]) -> dict[str, Any]:
-    """Our own entries of ``model_index.json``, checked."""
+    """Return our own entries of ``model_index.json``, checked."""
     fields = {"guidance_scale": 1.0, "num_inference_steps": 20} | index
     if fields.get("preset") not in (*PRESETS, "custom"):
         raise CheckpointError(
@@ -213,7 +233,7 @@ def _fields(path: Path, index: dict[str, Any]) -> dict[str, Any]:
 
 
 def _preset(directory: Path, fields: dict[str, Any], prompt_embedding: Tensor) -> Preset:
-    """The geometry that the configurations describe, which must be the one that ``model_index.json`` names."""
+    """Read the geometry that the configurations describe, and check that ``model_index.json`` names the same."""
     if prompt_embedding.ndim != 3 or prompt_embedding.shape[0] != 1:
         raise CheckpointError(
             f"{directory / 'prompt_embedding.safetensors'}: prompt_embedding is {list(prompt_embedding.shape)}, "

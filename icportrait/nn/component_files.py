@@ -14,6 +14,8 @@ from torch import Tensor
 
 from icportrait.errors import CheckpointError
 
+WEIGHTS_STEM = "diffusion_pytorch_model"
+"""The name of a model component's weights in diffusers' layout, without variant and suffix."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _SINGLE_FILES = (".safetensors", *_PICKLES)
 _LFS_POINTER = b"version https://git-lfs"
@@ -122,7 +124,7 @@ def read_model(model_class: Any, directory: Path) -> Any:
     Raises:
         CheckpointError: files are missing, aren't safetensors, or don't fit the configuration.
     """
-    variant = weights_variant(directory, "diffusion_pytorch_model")
+    variant = weights_variant(directory, WEIGHTS_STEM)
     read_json(directory / "config.json")
     for weights in sorted(directory.glob("*.safetensors")):
         check_file(weights)
@@ -150,7 +152,7 @@ def read_model(model_class: Any, directory: Path) -> Any:
 
 
 def weights_variant(directory: Path, stem: str) -> str | None:
-    """Which weights of a component to read: None for the plain ones, "fp16" where there are only those.
+    """Choose the weights of a component to read: None for the plain ones, "fp16" where there are no others.
 
     Raises:
         CheckpointError: there are no safetensors weights.

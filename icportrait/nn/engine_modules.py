@@ -14,14 +14,14 @@ from icportrait.nn.checkpoint import Checkpoint
 
 
 def encode(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """The posterior's mean of images [batch, 3, S, S] in -1..1, scaled: [batch, latent_channels, s, s] float32."""
+    """Encode images [batch, 3, S, S] in -1..1 as the scaled posterior mean: [batch, latent_channels, s, s] float32."""
     mean: Tensor = vae.encode(images).latent_dist.mode()
     latent: Tensor = (mean.float() - _shift(vae)) * vae.config.scaling_factor
     return latent
 
 
 def decode(vae: AutoencoderKL, latent: Tensor) -> Tensor:
-    """The pictures of latents [batch, latent_channels, s, s], about -1..1: [batch, 3, S, S] in the weights' type."""
+    """Decode latents [batch, latent_channels, s, s] to pictures, about -1..1: [batch, 3, S, S] in the weights' type."""
     unscaled = latent / vae.config.scaling_factor + _shift(vae)
     images: Tensor = vae.decode(unscaled.to(next(vae.parameters()).dtype), return_dict=False)[0]
     return images
@@ -87,7 +87,7 @@ class VaeDecoder(nn.Module):
 
 
 def engine_modules(checkpoint: Checkpoint) -> dict[str, nn.Module]:
-    """The four engines of ``contract.ENGINES`` by name, in evaluation mode."""
+    """Return the four engines of ``contract.ENGINES`` by name, in evaluation mode."""
     modules: dict[str, nn.Module] = {
         "vae_encoder": VaeEncoder(checkpoint.vae),
         "warping_network": checkpoint.warping_network,

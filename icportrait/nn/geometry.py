@@ -26,7 +26,7 @@ _NOT_GEOMETRY = {"name", "max_unet_batch", "max_vae_batch", "max_warping_batch"}
 
 
 def unet_config(preset: Preset) -> dict[str, Any]:
-    """Arguments of ``UNet2DConditionModel``; those that are left out have Stable Diffusion 1.5's values by default."""
+    """Return arguments of ``UNet2DConditionModel``. The ones left out have Stable Diffusion 1.5's values by default."""
     return {
         "sample_size": preset.latent_size,
         "in_channels": preset.latent_channels,
@@ -42,7 +42,7 @@ def unet_config(preset: Preset) -> dict[str, Any]:
 
 
 def vae_config(preset: Preset) -> dict[str, Any]:
-    """Arguments of ``AutoencoderKL``; those that are left out have Stable Diffusion 1.5's values by default."""
+    """Return arguments of ``AutoencoderKL``. The ones left out have Stable Diffusion 1.5's values by default."""
     levels = len(preset.vae_channels)
     return {
         "sample_size": preset.image_size,
@@ -57,12 +57,12 @@ def vae_config(preset: Preset) -> dict[str, Any]:
 
 
 def unet_from_preset(preset: Preset) -> UNet2DConditionModel:
-    """A denoising UNet with fresh weights, in evaluation mode."""
+    """Make a denoising UNet with fresh weights, in evaluation mode."""
     return UNet2DConditionModel(**unet_config(preset)).eval()
 
 
 def vae_from_preset(preset: Preset) -> AutoencoderKL:
-    """A VAE with fresh weights, in evaluation mode."""
+    """Make a VAE with fresh weights, in evaluation mode."""
     return AutoencoderKL(**vae_config(preset)).eval()
 
 
@@ -114,12 +114,12 @@ def preset_from_configs(
 
 
 def same_geometry(first: Preset, second: Preset) -> bool:
-    """Whether two presets have the same tensors and the same mask; names and batch sizes may differ."""
+    """Tell whether two presets have the same tensors and the same mask; names and batch sizes may differ."""
     return not geometry_differences(first, second)
 
 
 def geometry_differences(first: Preset, second: Preset) -> list[str]:
-    """The fields in which two presets differ, as ``name: value in first, value in second``."""
+    """List the fields in which two presets differ, as ``name: value in first, value in second``."""
     names = (field.name for field in dataclasses.fields(Preset) if field.name not in _NOT_GEOMETRY)
     return [
         f"{name}: {getattr(first, name)}, {getattr(second, name)}"
@@ -129,7 +129,7 @@ def geometry_differences(first: Preset, second: Preset) -> list[str]:
 
 
 def _with_defaults(model: type, config: Mapping[str, Any]) -> dict[str, Any]:
-    """``config`` completed as diffusers does it, without private entries (which begin with an underscore)."""
+    """Complete ``config`` as diffusers does, without private entries (which begin with an underscore)."""
     parameters = inspect.signature(model).parameters
     defaults = {name: parameter.default for name, parameter in parameters.items()}
     return defaults | {name: value for name, value in config.items() if not name.startswith("_")}

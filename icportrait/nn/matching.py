@@ -30,7 +30,7 @@ def join_canvas(source: Tensor, target: Tensor) -> Tensor:
 
 
 def cost_volume(source: Tensor, target: Tensor) -> Tensor:
-    """Cosine similarity of every target position with every source position (arXiv 2501.17159, figure 3).
+    """Compute the cosine similarity of every target with every source position (arXiv 2501.17159, figure 3).
 
     C[b, i, j] = <M_t[b, :, i] / |M_t[b, :, i]|, M_s[b, :, j] / |M_s[b, :, j]|>
 
@@ -48,7 +48,7 @@ def cost_volume(source: Tensor, target: Tensor) -> Tensor:
 
 
 def best_match(costs: Tensor) -> tuple[Tensor, Tensor]:
-    """The source position that fits each target position best, and how well it fits.
+    """Find the source position that fits each target position best, and how well the position fits.
 
     flow[b, i] = argmax_j C[b, i, j],  confidence[b, i] = max_j C[b, i, j]
 

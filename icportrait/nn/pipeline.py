@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from icportrait.contract import engine_specs
-from icportrait.masking import hide, reference_visibility
+from icportrait.diffusion.masking import hide, reference_visibility
+from icportrait.diffusion.randomness import canvas_noise
+from icportrait.diffusion.sampling import NoiseSchedule, Trajectory, advance, guide
 from icportrait.nn.checkpoint import Checkpoint
 from icportrait.nn.engine_modules import engine_modules
 from icportrait.nn.matching import join_canvas, split_canvas
 from icportrait.presets import Preset
-from icportrait.randomness import canvas_noise
-from icportrait.sampling import NoiseSchedule, StepPlan, advance, guide
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ class ReferencePipeline:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, device: str = "cpu") -> ReferencePipeline:
-        """A checkpoint's pipeline; its models are moved to ``device``."""
+        """Make a checkpoint's pipeline, and move the checkpoint's models to ``device``."""
         return cls(
             checkpoint.preset,
             checkpoint.scheduler_config,
@@ -106,7 +106,7 @@ class ReferencePipeline:
             num_inference_steps: UNet calls per portrait; None takes the checkpoint's.
             guidance_scale: weight of the conditioning; None takes the checkpoint's, 1 does without guidance.
             mask_ratio: share of the reference that is hidden.
-            scheduler: one of ``sampling.SCHEDULERS``.
+            scheduler: one of ``request.SCHEDULERS``.
 
         Raises:
             InvalidRequest: an argument is out of range or a picture isn't [S, S, 3] uint8.
@@ -114,7 +114,7 @@ class ReferencePipeline:
         for pixels in (profile_pixels, reference_pixels):
             self.spec.check_inputs({"pixels": pixels[np.newaxis]})
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
-        plan = self.schedule.plan(scheduler, num_inference_steps or self.num_inference_steps)
+        trajectory = self.schedule.trajectory(scheduler, num_inference_steps or self.num_inference_steps)
 
         visibility = reference_visibility(self.preset, mask_ratio, seed)
         visible_pixels = hide(reference_pixels, visibility)
@@ -127,7 +127,7 @@ class ReferencePipeline:
         latents = []
         for portrait in range(num_portraits):
             noise = self._tensor(canvas_noise(self.preset, seed + portrait)).unsqueeze(0)
-            latents.append(self._denoise(noise, profile, f_ref, plan, guidance_scale))
+            latents.append(self._denoise(noise, profile, f_ref, trajectory, guidance_scale))
         portraits = [self.modules["vae_decoder"](latent) for latent in latents]
         return ReferenceResult(
             portraits=torch.cat(portraits).cpu().numpy(),
@@ -138,26 +138,28 @@ class ReferencePipeline:
         )
 
     def _denoise(
-        self, noise: Tensor, profile: Tensor, f_ref: tuple[Tensor, ...], plan: StepPlan, guidance_scale: float
+        self, noise: Tensor, profile: Tensor, f_ref: tuple[Tensor, ...], trajectory: Trajectory, guidance_scale: float
     ) -> Tensor:
         """Denoise one canvas [1, latent_channels, s, 2 s] and return its right half, the portrait's latent."""
         profile_noise, _ = split_canvas(noise)
-        canvas = plan.initial_scale * noise
+        canvas = trajectory.initial_scale * noise
         history = torch.zeros_like(canvas)
-        for step in range(len(plan.timesteps)):
+        for step in range(len(trajectory.timesteps)):
             # The left half is known at every noise level; what the sampler made of it is overwritten.
-            held = float(plan.signal_level[step]) * profile + float(plan.noise_level[step]) * profile_noise
+            held = float(trajectory.signal_level[step]) * profile + float(trajectory.noise_level[step]) * profile_noise
             _, portrait = split_canvas(canvas)
             canvas = join_canvas(held, portrait)
-            prediction = self._predict(canvas, plan.timesteps[step], f_ref, guidance_scale)
-            canvas, history = advance(canvas, prediction, history, self._tensor(plan.coefficients[step : step + 1]))
+            prediction = self._predict(canvas, trajectory.timesteps[step], f_ref, guidance_scale)
+            canvas, history = advance(
+                canvas, prediction, history, self._tensor(trajectory.coefficients[step : step + 1])
+            )
         _, portrait = split_canvas(canvas)
         return portrait
 
     def _predict(
         self, canvas: Tensor, timestep: np.float32, f_ref: tuple[Tensor, ...], guidance_scale: float
     ) -> Tensor:
-        """The UNet's prediction under guidance; the unconditional row sees the same canvas but no ``F_ref``."""
+        """Predict with the UNet under guidance. The unconditional row sees the same canvas but no ``F_ref``."""
         unet, time = self.modules["unet"], self._tensor(np.array([timestep], dtype=np.float32))
         conditional: Tensor = unet(canvas, time, *f_ref)
         if guidance_scale == 1:
@@ -167,7 +169,7 @@ class ReferencePipeline:
         return guided
 
     def _encode(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """The latent [1, latent_channels, s, s] of a picture [S, S, 3] uint8."""
+        """Encode a picture [S, S, 3] uint8 as its latent [1, latent_channels, s, s]."""
         latent: Tensor = self.modules["vae_encoder"](self._tensor(pixels[np.newaxis]))
         return latent
 

@@ -13,7 +13,7 @@ from icportrait.errors import CheckpointError
 from icportrait.nn.component_files import read_tensor, weights_variant
 
 _PLACEHOLDER_EOS = 2
-"""What CLIP configurations of Stable Diffusion 1.5's time say instead of the real end token."""
+"""Number in CLIP configurations of Stable Diffusion 1.5's time, in place of the real end token."""
 
 
 def read_prompt_embedding(path: Path) -> Tensor:
@@ -95,7 +95,7 @@ def _tokenize(directory: Path, prompt: str, length: int) -> list[int]:
 
 
 def _empty_prompt_ids(config: Any) -> list[int]:
-    """The begin token and end tokens up to the full length: what CLIP's tokenizer makes of the empty prompt."""
+    """Return the begin token and end tokens up to the full length, as CLIP's tokenizer makes of the empty prompt."""
     begin, end = config.bos_token_id, config.eos_token_id
     if end == _PLACEHOLDER_EOS:
         begin, end = config.vocab_size - 2, config.vocab_size - 1  # CLIP's vocabulary ends with these two

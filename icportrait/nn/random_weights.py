@@ -34,7 +34,7 @@ _Model = TypeVar("_Model", bound=nn.Module)
 
 
 def random_checkpoint(preset: Preset, seed: int = 0, device: str = "cpu") -> Checkpoint:
-    """A checkpoint whose weights, zero convolutions and visibility channel included, are drawn from ``seed``.
+    """Make a checkpoint whose weights, zero convolutions and visibility channel included, are drawn from ``seed``.
 
     Each kind of device draws other numbers from a seed. Latents are of the order of 1 and pictures use the whole range.
     The nets are untrained, but identical halves of a canvas have near-identical features, so even here identical
@@ -45,7 +45,7 @@ def random_checkpoint(preset: Preset, seed: int = 0, device: str = "cpu") -> Che
         unet, vae, network = unet_from_preset(preset), vae_from_preset(preset), WarpingNetwork(preset.to_dict())
     prompt_shape = (1, preset.prompt_tokens, preset.cross_attention_dim)
     prompt_embedding = torch.randn(prompt_shape, generator=generator, device=device)
-    unet, vae, network = (_drawn(model, generator) for model in (unet, vae, network))
+    unet, vae, network = (drawn(model, generator) for model in (unet, vae, network))
     with torch.no_grad():
         network.prompt_embedding.copy_(prompt_embedding)
         for zero_conv in network.zero_convs:
@@ -55,8 +55,8 @@ def random_checkpoint(preset: Preset, seed: int = 0, device: str = "cpu") -> Che
 
 
 @torch.no_grad()
-def _drawn(model: _Model, generator: torch.Generator) -> _Model:
-    """Give memory to a model that was built on the meta device, and values to its weights."""
+def drawn(model: _Model, generator: torch.Generator) -> _Model:
+    """Give memory to a model that was built on the meta device, and values to its weights; returns the model."""
     model.to_empty(device=generator.device)
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):

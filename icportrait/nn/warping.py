@@ -77,13 +77,17 @@ class WarpingNetwork(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         return (*f_ref, *flows, finest_confidence.mean(dim=1))
 
     def canvas(self, profile_latent: Tensor, reference_latent: Tensor, visibility: Tensor) -> Tensor:
-        """What both nets see of ``forward``'s arguments: [batch, latent_channels + 1, s, 2 s] in the weights' type."""
+        """Join ``forward``'s arguments into both nets' input.
+
+        Returns:
+            [batch, latent_channels + 1, s, 2 s] in the weights' type.
+        """
         latents = join_canvas(profile_latent, reference_latent)
         visible = join_canvas(torch.ones_like(visibility), visibility)
         return torch.cat((latents, visible), dim=1).to(self.matching_net.conv_in.weight.dtype)
 
     def matching_features(self, canvas: Tensor) -> list[tuple[Tensor, Tensor]]:
-        """What is matched: features of profile and reference, each [batch, D, s_L, s_L], finest level first."""
+        """Compute the features to match, of profile and reference: each [batch, D, s_L, s_L], finest level first."""
         features = self.matching_net(canvas, self.prompt_embedding)
         halves: list[tuple[Tensor, Tensor]] = self.matching_head(
             [split_canvas(features[residual]) for residual in self.matching_residuals]

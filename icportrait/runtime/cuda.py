@@ -1,4 +1,4 @@
-"""What the TensorRT runner needs of CUDA, through cuda-python: every failed call raises."""
+"""The CUDA calls that the TensorRT runner needs, through cuda-python. Every failed call raises."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Gpu:
 
 
 def find_gpu() -> Gpu:
-    """The GPU, asked for before anything of TensorRT is touched: without a driver its runtime can crash.
+    """Find the GPU before anything of TensorRT is touched, because without a driver its runtime can crash.
 
     Raises:
         RuntimeNotAvailable: cuda-python isn't installed, or there is no NVIDIA GPU that it can use.
@@ -55,7 +55,7 @@ def find_gpu() -> Gpu:
 
 
 def call(result: tuple[Any, ...]) -> Any:
-    """The values of a cuda-python call: none, one, or several as a tuple.
+    """Return the values of a cuda-python call: none, one, or several as a tuple.
 
     Raises:
         CudaError: the call failed.
@@ -70,7 +70,7 @@ def call(result: tuple[Any, ...]) -> Any:
 
 @dataclass(frozen=True)
 class DeviceArray:
-    """A C-contiguous array in GPU memory that somebody else owns; torch, CuPy and pycuda take it as it is.
+    """A C-contiguous array in GPU memory of another owner; torch, CuPy and pycuda take it directly.
 
     Of bfloat16 they see two bytes without a meaning, as the interface has no name for it.
     """
@@ -96,7 +96,7 @@ class DeviceArray:
         }
 
     def rows(self, first: int, count: int) -> DeviceArray:
-        """Rows ``first`` to ``first + count`` of the leading axis, the same memory."""
+        """Return rows ``first`` to ``first + count`` of the leading axis, the same memory."""
         if not 0 <= first <= first + count <= self.shape[0]:
             raise IndexError(f"rows {first} to {first + count} of {self.shape[0]}")
         row_bytes = math.prod(self.shape[1:]) * self.dtype.itemsize
@@ -125,7 +125,7 @@ class DeviceMemory:
             self._free = lambda pointer: cuda.cudaFreeAsync(pointer, handle)
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-        """The block as an array; it must be large enough."""
+        """Return the block as an array. The block must be large enough."""
         array = DeviceArray(self.pointer, shape, dtype, self)
         if array.nbytes > self.nbytes:
             raise ValueError(f"{list(shape)} {dtype} needs {array.nbytes} bytes of a block of {self.nbytes}")
@@ -137,7 +137,7 @@ class DeviceMemory:
 
 
 def as_device_array(array: Any, stream: Stream) -> DeviceArray:
-    """Anything with ``__cuda_array_interface__`` or DLPack, torch's, CuPy's and pycuda's arrays for example.
+    """Take anything with ``__cuda_array_interface__`` or DLPack, torch's, CuPy's and pycuda's arrays for example.
 
     Args:
         array: stays as it is.
@@ -181,7 +181,7 @@ class Stream:
         self._copy(target.pointer, source.ctypes.data, source.nbytes)
 
     def download(self, source: DeviceArray) -> Array:
-        """A host copy that is whole once the stream is synchronised."""
+        """Copy an array to the host; the copy is whole once the stream is synchronised."""
         target = np.empty(source.shape, source.dtype)
         self._copy(target.ctypes.data, source.pointer, source.nbytes)
         return target
@@ -199,7 +199,7 @@ class Stream:
         call(self._cuda.cudaMemcpyAsync(target, source, nbytes, kind, self.handle))
 
     def time_ms(self, work: Callable[[], object]) -> float:
-        """Milliseconds on the GPU from the first to the last of what ``work`` puts on the stream, gaps included."""
+        """Measure the GPU's milliseconds from the first to the last work that ``work`` queues, gaps included."""
         cuda = self._cuda
         events = []
         try:

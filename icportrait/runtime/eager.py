@@ -53,7 +53,7 @@ class TorchEngine:
 
     @classmethod
     def from_manifest(cls, name: str, manifest: Manifest, policy: ServingPolicy) -> TorchEngine:
-        """The module that the export's engine ``name`` was made from, with the same (fp32) weights."""
+        """Load the module that the export's engine ``name`` was made from, with the same (fp32) weights."""
         if policy.engine_threads:
             torch.set_num_threads(policy.engine_threads)
         return cls(
@@ -76,13 +76,13 @@ class TorchEngine:
 
 
 def source_modules(manifest: Manifest) -> dict[str, torch.nn.Module]:
-    """The modules that an export was made from, with fp32 weights, by the engines' names."""
+    """Return the modules that an export was made from, with fp32 weights, by the engines' names."""
     return engine_modules(_source_checkpoint(json.dumps(manifest.source), manifest.preset))
 
 
 @lru_cache(maxsize=1)
 def _source_checkpoint(source_json: str, preset: Preset) -> Checkpoint:
-    """The checkpoint an export was made from: read again from its directory, or drawn again from its seed.
+    """Read the checkpoint of an export again from its directory, or draw it again from its seed.
 
     Kept, because one process may run several of its engines.
     """

@@ -19,7 +19,7 @@ from icportrait.runtime.portions import run_in_portions
 
 logger = logging.getLogger(__name__)
 DONT_NEED = 4
-"""Of madvise: what a mapping holds may go; whoever reads there again reads the file again."""
+"""Advice of madvise: the memory of a mapping may go. A process that reads there again reads the file again."""
 
 
 class OpenVinoEngine:
@@ -99,14 +99,14 @@ class OpenVinoEngine:
 
 
 def inference_precision(spec: ModelSpec, capabilities: list[str]) -> str:
-    """What OpenVINO computes in: bfloat16 for the UNet of a half-precision export where the CPU has it, else float32.
+    """Return OpenVINO's type to compute in: bf16 for a half-precision export's UNet if the CPU has it, else f32.
 
     The UNet is nearly all of the work. In the others half a picture's precision would be lost for little: matches are
     told apart in float32, and the VAE's rounding is seen as it is.
 
     Args:
-        spec: of the engine.
-        capabilities: of the CPU, by OpenVINO's names.
+        spec: the engine's specification.
+        capabilities: the CPU's, by OpenVINO's names.
     """
     is_half = any(tensor.dtype is DType.FLOAT16 for tensor in spec.inputs)
     return "bf16" if spec.name == "unet" and is_half and "BF16" in capabilities else "f32"

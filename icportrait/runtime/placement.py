@@ -17,12 +17,12 @@ Placed: TypeAlias = Array | DeviceArray
 
 
 def private_copy(array: Any, stream: Stream) -> DeviceArray:
-    """A copy of an array in GPU memory that another library owns; see ``join``."""
+    """Copy an array in GPU memory that another library owns; see ``join``."""
     return join([as_device_array(array, stream)], stream)
 
 
 def join(parts: Sequence[Placed], stream: Stream) -> DeviceArray:
-    """New GPU memory with arrays one behind the other along the leading axis, whole when this returns.
+    """Join arrays along the leading axis in new GPU memory, which is whole when this returns.
 
     Args:
         parts: equal in type and in all axes but the leading one.

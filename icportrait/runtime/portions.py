@@ -37,7 +37,7 @@ def run_in_portions(
 
 
 def portions(batch: int, sizes: Collection[int]) -> Iterator[slice]:
-    """Rows 0 to ``batch`` in whole sizes, the largest first: on a CPU a row that only fills up costs a row's time.
+    """Yield rows 0 to ``batch`` in whole sizes, the largest first, because a filling row costs a CPU a row's time.
 
     Args:
         batch: how many rows there are.

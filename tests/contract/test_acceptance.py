@@ -30,8 +30,8 @@ from icportrait.manifest import Manifest
 from icportrait.nn import Checkpoint, engine_modules
 from icportrait.runtime import eager
 from icportrait.runtime.cuda import Gpu
-from icportrait.runtime.flavours import FLAVOURS, Flavour
 from icportrait.runtime.ort import OrtEngine
+from icportrait.runtime.tensorrt.products import FLAVOURS, Flavour
 from tests.tiny import SMALL
 
 SPECS = engine_specs(SMALL)
@@ -70,7 +70,7 @@ class Buffered:
 
 
 class Wrong(Buffered):
-    """Its last output is twice what it should be; a picture or a flow is another."""
+    """An engine whose last output is twice what it should be; a picture or a flow is another."""
 
     def compute(self, inputs: dict[str, Array], directly: bool) -> dict[str, Array]:
         outputs = super().compute(inputs, directly)
@@ -79,7 +79,7 @@ class Wrong(Buffered):
 
 
 class WrongFlow(Buffered):
-    """Its matches are those of the positions beside, and its ``F_ref`` is warped by them, or isn't."""
+    """An engine whose matches are the positions beside; its ``F_ref`` is warped by them, or isn't."""
 
     module: Any = None
 
@@ -104,7 +104,7 @@ class Unwritten(Buffered):
 
 
 class StaleReplay(Buffered):
-    """Its graph holds the inputs that it was recorded with."""
+    """An engine whose graph holds the inputs that it was recorded with."""
 
     recorded: dict[int, dict[str, Array]] | None = None
 
@@ -221,7 +221,7 @@ def test_equal_nans_are_equal_bytes_and_signed_zeros_are_not() -> None:
 
 
 class Timed:
-    """Of the runner what the ladder uses; a run takes as many milliseconds as its bucket, directly ten more."""
+    """The ladder's part of the runner. A run takes as many milliseconds as its bucket has rows, directly ten more."""
 
     def __init__(self) -> None:
         self.spec, self.buckets, self.ms, self.given = SPECS["unet"], (1, 2, 4), 0.0, 0
@@ -356,7 +356,7 @@ def test_the_reference_has_the_exports_rounded_weights(no_gpu_needed: None, smal
 
 
 def test_a_machine_without_a_gpu_says_so_in_one_line_and_at_once(tmp_path: Path) -> None:
-    """Nothing heavy is imported, and no export is needed."""
+    """Check that nothing heavy is imported, and that no export is needed."""
     program = (
         "import sys, icportrait.runtime.cuda as cuda\n"
         "from icportrait.errors import RuntimeNotAvailable\n"
@@ -387,7 +387,7 @@ def test_the_exit_status_is_the_reports(
 
 
 def test_what_ends_a_products_process_is_a_failed_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Here: no export where it should be."""
+    """Let the process end by an export that is missing."""
     (found,) = acceptance.accept([FLAVOURS["tensorrt-rtx"]], tmp_path / "none", tmp_path / "out")
     assert not found.passed
     assert "CheckpointError" in found.checks[0].text and "manifest.json is missing" in found.checks[0].text

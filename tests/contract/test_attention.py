@@ -17,7 +17,7 @@ from export.graphs import export_graph
 from export.verification import Tolerance, check_values
 from icportrait.contract import Axis, DType, ModelSpec, TensorSpec
 
-HEADS, QUERIES, KEYS, CHANNELS = 2, 24, 10, 4
+HEADS, QUERIES, KEYS, CHANNELS = 2, 8, 10, 4
 BATCH = Axis("batch", 1, 2, 3)
 
 
@@ -69,7 +69,7 @@ def test_blocks_are_the_same_attention_however_it_is_called(
     [
         (20, 4 * HEADS * KEYS * QUERIES, "Softmax", 1),
         (20, 4 * HEADS * KEYS * QUERIES - 1, "Softmax", 2),
-        (20, 4 * HEADS * KEYS * 7, "Softmax", 4),
+        (20, 4 * HEADS * KEYS * 3, "Softmax", 3),
         (20, 1, "Softmax", QUERIES),
         (23, 1, "Attention", 1),
     ],

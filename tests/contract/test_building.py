@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper
 
 import engines.building
+import icportrait.disk
 from engines.__main__ import main
 from engines.build_config import BuildConfig
 from engines.building import build_engine
@@ -23,8 +24,9 @@ from engines.polygraphy_setup import prepare_polygraphy
 from engines.progress import progress_monitor
 from icportrait.contract import engine_specs
 from icportrait.manifest import Manifest, file_sha256
-from icportrait.runtime.flavours import TENSORRT_RTX, Flavour
+from icportrait.runtime.tensorrt.products import TENSORRT_RTX, Flavour
 from tests.contract.test_engines import graph
+from tests.full_disk import full_disk
 from tests.tiny import SMALL, TINY
 from tests.trivial_engines import write_trivial_export
 
@@ -83,7 +85,7 @@ def convolution_graph(path: Path) -> Path:
 
 
 def test_plans_of_tensorrt_rtx_never_allocate_by_themselves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else they may while a CUDA graph is captured. It is the configuration that TensorRT builds with that is read."""
+    """Read the configuration that TensorRT builds with. Else plans may allocate while a CUDA graph is captured."""
     parsed = parse(TENSORRT_RTX, convolution_graph(tmp_path / "g.onnx"))
     prepare_polygraphy(TENSORRT_RTX)
     import polygraphy.backend.trt
@@ -106,7 +108,7 @@ def test_plans_of_tensorrt_rtx_never_allocate_by_themselves(tmp_path: Path, monk
 
 
 def random_graph(path: Path) -> Path:
-    """The parser warns of it: TensorRT draws its own seeds."""
+    """Make a graph of which the parser warns: TensorRT draws its own seeds."""
     noise = helper.make_node("RandomNormalLike", ["x"], ["noise"], seed=1.0)
     convolution = helper.make_node("Conv", ["noise", "kernel"], ["y"])
     return graph(path, [noise, convolution], {"kernel": np.ones((2, 4, 1, 1), np.float32)}, {"x": [1, 4, 5, 7]})
@@ -114,7 +116,7 @@ def random_graph(path: Path) -> Path:
 
 @pytest.fixture
 def warned_of(trivial: Path) -> Path:
-    """An export whose UNet has random numbers in it."""
+    """Make an export whose UNet has random numbers in it."""
     path = random_graph(trivial / "unet.onnx")
     manifest = Manifest.read(trivial)
     entry = replace(manifest.engines["unet"], sha256=file_sha256(path), size_bytes=path.stat().st_size)
@@ -134,7 +136,7 @@ def test_what_the_parser_warns_of_is_not_built(
 def test_what_the_builder_warns_of_is_not_built(
     trivial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The trivial UNet reads one of its inputs; that isn't noticed before it is built."""
+    """Build the trivial UNet, which reads only one of its inputs. TensorRT notices that while it builds."""
     arguments = ["--onnx", str(trivial), "--out", str(tmp_path), "--engine", "unet", "--buckets", "1", "--allow-mixed"]
     assert main(["build", *arguments]) == 1
     streams = capsys.readouterr()
@@ -145,8 +147,30 @@ def test_what_the_builder_warns_of_is_not_built(
     assert (tmp_path / "unet.plan").is_file()
 
 
+def test_a_full_disk_ends_a_build_in_one_sentence_and_leaves_no_half(
+    trivial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = tmp_path / "plans"
+    arguments = ["build", "--onnx", str(trivial), "--out", str(plans), "--engine", "vae_encoder", "--allow-mixed"]
+    arguments += ["--buckets", "1", "--compute-capability", "8.9", "--allow-warnings"]
+    with full_disk(1000):
+        assert main(arguments) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {plans}: File too large while writing the plan, about ")
+    assert not list(tmp_path.glob("plans/*"))
+
+
+def test_plans_without_room_are_not_begun(
+    trivial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(icportrait.disk, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(engines.building, "parse", None)
+    assert main(["build", "--onnx", str(trivial), "--out", str(tmp_path / "plans")]) == 1
+    assert "of disk are needed for the plans, and 0.0 MB are free" in capsys.readouterr().err
+
+
 def test_known_harmless_warnings_let_a_build_go_on(tmp_path: Path) -> None:
-    """A quantised fp16 convolution, as TensorRT itself warns of it."""
+    """Build a quantised fp16 convolution, of which TensorRT itself warns."""
     scales = {"scale": np.array(0.1, np.float16), "zero": np.array(0, np.int8)}
     scales |= {"scales": np.full(4, 0.1, np.float16), "zeros": np.zeros(4, np.int8)}
     nodes = [

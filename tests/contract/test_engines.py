@@ -25,8 +25,8 @@ from icportrait.contract import ENGINES, engine_specs
 from icportrait.errors import PlanError, RuntimeNotAvailable, VerificationError
 from icportrait.manifest import Manifest
 from icportrait.runtime.cuda import Gpu
-from icportrait.runtime.flavours import FLAVOURS, TENSORRT, TENSORRT_RTX, Flavour
-from icportrait.runtime.plans import PlanHost, PlanManifest, read_plan
+from icportrait.runtime.tensorrt.plans import PlanHost, PlanManifest, read_plan
+from icportrait.runtime.tensorrt.products import FLAVOURS, TENSORRT, TENSORRT_RTX, Flavour
 from tests.tiny import TINY
 from tests.trivial_engines import write_trivial_export
 
@@ -57,7 +57,7 @@ def graph(
 
 
 def test_multiply_adds_are_counted_by_type_and_use(tmp_path: Path) -> None:
-    """Convolution in fp16, a linear in fp32, and a product of two activations; all sizes differ."""
+    """Count a convolution in fp16, a linear in fp32, and a product of two activations; all sizes differ."""
     nodes = [
         helper.make_node("Cast", ["x"], ["x16"], to=TensorProto.FLOAT16, name="down"),
         helper.make_node("Conv", ["x16", "kernel"], ["c"], pads=[1, 1, 1, 1], group=2),
@@ -91,7 +91,7 @@ def test_a_quantised_product_counts_as_what_it_was_quantised_to(tmp_path: Path) 
 
 
 def test_attention_is_tensorrts_own(tmp_path: Path) -> None:
-    """5 queries, 7 keys and values of 8, under 2 heads."""
+    """Parse an attention of 5 queries, 7 keys and values of 8, under 2 heads."""
     nodes = [helper.make_node("Attention", ["q", "k", "v"], ["y"])]
     inputs = {"q": ["batch", 2, 5, 8], "k": ["batch", 2, 7, 8], "v": ["batch", 2, 7, 8]}
     parsed = parse(TENSORRT_RTX, graph(tmp_path / "g.onnx", nodes, {}, inputs, opset=23))
@@ -163,7 +163,7 @@ def test_four_engines_are_compiled_with_their_manifests(
 def test_a_graph_in_another_precision_than_asked_is_not_built(
     trivial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The trivial graphs have no convolution at all, so none of their arithmetic is fp32 convolutions."""
+    """Ask for fp32 of the trivial graphs, which have no convolution at all, so no arithmetic is fp32 convolutions."""
     assert main(["build", "--onnx", str(trivial), "--out", str(tmp_path), "--engine", "unet"]) == 1
     assert "0.0 % of the convolutions' and linears' multiply-adds are fp32, expected 95 %" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.plan*"))
@@ -187,6 +187,7 @@ def test_inspect_prints_every_engine(trivial: Path, capsys: pytest.CaptureFixtur
 
 
 def test_polygraphy_is_told_of_the_product_that_builds(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare_polygraphy(TENSORRT_RTX)  # Polygraphy reads it once, when this process imports Polygraphy
     monkeypatch.setenv(PRODUCT_VARIABLE, "1")
     prepare_polygraphy(TENSORRT)
     assert os.environ[PRODUCT_VARIABLE] == "0"
@@ -224,7 +225,7 @@ def test_a_capability_without_a_name_needs_its_gpu(
 def test_on_such_a_gpu_it_is_built_for_that_gpu_and_its_manifest_says_so(
     trivial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The builder is asked for the current GPU; having none here, it then compiles for another."""
+    """Record that the builder is asked for the current GPU, and let the builder compile for another one."""
     monkeypatch.setenv(PRODUCT_VARIABLE, "1")
     polygraphy: Any = importlib.import_module("polygraphy.backend.tensorrt_rtx")
     asked: list[tuple[bool, object]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from export.verification import (
     check_values,
     end_point_error,
 )
-from icportrait.contract import ENGINES, engine_specs
+from icportrait.contract import ENGINES, ModelSpec, engine_specs
 from icportrait.errors import CheckpointError, VerificationError
 from icportrait.manifest import Manifest, file_sha256
 from icportrait.nn import Checkpoint, engine_modules, save_checkpoint
@@ -31,6 +32,7 @@ from icportrait.presets import DEMO_128
 from icportrait.runtime import load_engine
 from tests.conftest import ROOT
 from tests.exports import shared_export
+from tests.full_disk import full_disk
 from tests.rows import rows_that_differ
 from tests.tiny import SMALL
 from tests.trivial_engines import write_trivial_export
@@ -186,7 +188,7 @@ def test_end_point_error_is_a_distance_in_cells() -> None:
 
 @pytest.fixture
 def arguments(tmp_path: Path, small_checkpoint: Checkpoint) -> list[str]:
-    """Of an export into ``tmp_path / "out"``."""
+    """Return the arguments of an export into ``tmp_path / "out"``."""
     save_checkpoint(small_checkpoint, tmp_path / "checkpoint")
     return ["--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out")]
 
@@ -222,6 +224,28 @@ def test_a_failed_export_exits_with_the_tensor_and_its_figures_and_leaves_no_man
     assert "error: vae_encoder: latent at batch 1: relative RMS error is" in capsys.readouterr().err
     with pytest.raises(CheckpointError, match=r"manifest.json is missing; make it with"):
         Manifest.read(tmp_path / "out")
+
+
+def test_a_full_disk_ends_an_export_in_one_sentence_and_leaves_none_of_its_graphs(
+    arguments: list[str],
+    small_export: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def copied(_: object, spec: ModelSpec, directory: Path, __: int) -> list[Path]:
+        return [shutil.copyfile(small_export / f"{spec.name}.onnx", directory / f"{spec.name}.onnx")]
+
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    monkeypatch.setattr(export.graphs, "export_graph", copied)
+    sizes = [(small_export / f"{name}.onnx").stat().st_size for name in ENGINES[:2]]
+    assert sizes[0] < sizes[1], "the first graph must be written whole"
+    with full_disk(sizes[1] - 1):
+        assert main(arguments) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {tmp_path / 'out'}: File too large while writing the export, about ")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.txt"]
 
 
 @pytest.mark.parametrize(

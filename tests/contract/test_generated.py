@@ -1,14 +1,14 @@
-"""What is generated and committed is what the code generates."""
+"""Generated files that are committed are the files that the code generates."""
 
 from __future__ import annotations
 
 import pytest
 
+from icportrait.deploy.repository import CLIENT_CONTRACT, TEMPLATE
+from icportrait.deploy.triton_config import model_configs, to_pbtxt
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
-from icportrait.repository import CLIENT_CONTRACT, TEMPLATE
 from icportrait.request import client_contract_text
-from icportrait.triton_config import model_configs, to_pbtxt
 
 CONFIGS = model_configs(DEMO_128, "fp32", ServingPolicy())
 

@@ -11,14 +11,14 @@ import pytest
 
 from export.verification import TOLERANCES, WEIGHT_TYPES, cast, compare, torch_outputs, with_flows_of
 from icportrait.contract import ENGINES, engine_specs
+from icportrait.deploy.repository import assemble
 from icportrait.errors import CheckpointError
 from icportrait.manifest import Manifest
 from icportrait.nn import engine_modules, random_checkpoint
 from icportrait.policy import ServingPolicy
 from icportrait.presets import SD15_512
-from icportrait.repository import assemble
 from icportrait.runtime import load_engine
-from icportrait.runtime.engine import buckets_at_once, compiled_folder
+from icportrait.runtime.load import buckets_at_once, compiled_folder
 from icportrait.runtime.ov import OpenVinoEngine, inference_precision
 from icportrait.runtime.portions import portions
 from tests.exports import shared_export
@@ -31,7 +31,7 @@ OPENVINO = ServingPolicy(runtime="openvino")
 @pytest.mark.parametrize("export_name", ["small", "small-fp16"])
 @pytest.mark.parametrize("name", ENGINES)
 def test_an_engine_does_what_torch_does(export_name: str, name: str) -> None:
-    """At one row, at the largest batch, and in portions."""
+    """Run an engine at one row, at the largest batch, and in portions."""
     directory = shared_export(export_name)
     manifest = Manifest.read(directory)
     engine = load_engine(name, directory, manifest, OPENVINO)
@@ -60,7 +60,7 @@ def test_a_row_depends_neither_on_its_batch_nor_on_its_place_if_deterministic(
 
 
 def test_attention_scores_are_never_held() -> None:
-    """Of the UNet's tensors between operators, none is as large as the scores of its attentions."""
+    """Check that none of the UNet's tensors between operators is as large as the scores of its attentions."""
     import openvino
 
     core, spec = openvino.Core(), engine_specs(SMALL, "fp16")["unet"]

@@ -8,9 +8,9 @@ import pytest
 
 from engines.__main__ import main as engines
 from icportrait.contract import ENGINES
+from icportrait.deploy.repository import ENGINE_OWNERS, main
 from icportrait.manifest import Manifest
-from icportrait.repository import ENGINE_OWNERS, main
-from icportrait.runtime.plans import PlanManifest, check_content, find_plans
+from icportrait.runtime.tensorrt.plans import PlanManifest, check_content, find_plans
 from tests.tiny import TINY
 from tests.trivial_engines import write_trivial_export
 

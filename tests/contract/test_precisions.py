@@ -19,11 +19,11 @@ from export.quality import Quality, compare_precisions
 from export.verification import TOLERANCES, check_values
 from export.widening import widened
 from icportrait.contract import engine_specs
+from icportrait.deploy.repository import assemble
 from icportrait.errors import CheckpointError, VerificationError
 from icportrait.manifest import Manifest, file_sha256
 from icportrait.nn import engine_modules, random_checkpoint
 from icportrait.policy import ServingPolicy
-from icportrait.repository import assemble
 from icportrait.runtime.eager import source_modules
 from tests.exports import shared_export
 from tests.tiny import SMALL
@@ -32,7 +32,7 @@ from tests.trivial_engines import write_trivial_export
 
 @pytest.fixture(scope="module")
 def exports() -> dict[str, Path]:
-    """The same random weights in three precisions."""
+    """Return exports of the same random weights in three precisions."""
     return {"fp32": shared_export("small"), "fp16": shared_export("small-fp16"), "bf16": shared_export("small-bf16")}
 
 
@@ -80,6 +80,7 @@ def test_precisions_are_compared_with_fp32(exports: dict[str, Path]) -> None:
     assert brain.latent_cosine < half.latent_cosine < 1
 
 
+@pytest.mark.full
 def test_a_spoilt_graph_shows_in_its_quality(exports: dict[str, Path], tmp_path: Path) -> None:
     spoilt = tmp_path / "fp16"
     spoilt.mkdir()
@@ -118,6 +119,7 @@ def test_a_precision_below_its_limit_fails(monkeypatch: pytest.MonkeyPatch, caps
     assert json.loads(capsys.readouterr().out, parse_constant=pytest.fail)[0]["psnr_db"] is None
 
 
+@pytest.mark.full
 def test_an_overflow_is_seen_that_the_cpu_would_hide(
     exports: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -137,7 +139,7 @@ def test_an_overflow_is_seen_that_the_cpu_would_hide(
 def test_a_nan_is_the_worst_of_all(
     exports: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """One in the last place, which the runtime's own reductions lose."""
+    """Put a NaN in the last place, which the runtime's own reductions lose."""
     copy(exports["fp16"], tmp_path)
     model = onnx.load(tmp_path / "vae_decoder.onnx")
     weight = next(weight for weight in model.graph.initializer if weight.name == "vae.decoder.conv_out.weight")
@@ -156,7 +158,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def save_with_its_hash(model: onnx.ModelProto, directory: Path, name: str) -> None:
-    """As if the export had made it so."""
+    """Write a graph as if the export had made it so."""
     onnx.save(model, directory / f"{name}.onnx")
     manifest = Manifest.read(directory)
     manifest.engines[name] = replace(manifest.engines[name], sha256=file_sha256(directory / f"{name}.onnx"))
@@ -190,7 +192,7 @@ def test_the_exports_own_modules_stay_as_they_are(exports: dict[str, Path]) -> N
 
 
 def test_magnitudes_are_those_of_the_tensors_and_of_the_scores(exports: dict[str, Path]) -> None:
-    """Against torch: the first convolution's output, and an attention's query times its key."""
+    """Compare with torch: the first convolution's output, and an attention's query times its key."""
     spec = engine_specs(SMALL)["vae_encoder"]
     engine = MeasuredEngine(exports["fp16"] / "vae_encoder.onnx", spec)
     inputs = spec.dummy_inputs(2)

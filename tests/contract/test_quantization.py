@@ -24,11 +24,14 @@ from icportrait.nn import Checkpoint, engine_modules, random_checkpoint
 from icportrait.nn.pipeline import ReferencePipeline
 from icportrait.policy import ServingPolicy
 from icportrait.runtime import load_engine
-from icportrait.runtime.flavours import TENSORRT_RTX
-from icportrait.runtime.plans import PlanManifest
+from icportrait.runtime.tensorrt.plans import PlanManifest
+from icportrait.runtime.tensorrt.products import TENSORRT_RTX
 from tests.conftest import EXAMPLES
 from tests.exports import WIDE, shared_export
 from tests.tiny import TINY
+
+# Because the quantiser needs an environment of its own, and its exports take a minute and a half.
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module", params=QUANTIZED_PRECISIONS)
@@ -81,7 +84,7 @@ def test_a_quantised_unet_compiles_for_the_gpus_that_can(
 
 
 def test_a_quantised_unet_serves_and_rounds(quantized: Path) -> None:
-    """Near the fp16 graph's weights in torch, and not equal: the Q/DQ nodes are computed."""
+    """Check that outputs are near the fp16 weights' in torch, and not equal, because the Q/DQ nodes are computed."""
     manifest = Manifest.read(quantized)
     engine = load_engine("unet", quantized, manifest, ServingPolicy())
     inputs = record_inputs(random_checkpoint(WIDE), rendered_pairs(WIDE, 2))
@@ -172,7 +175,7 @@ def test_the_quantisers_failure_is_told(tmp_path: Path, small_checkpoint: Checkp
 
 @pytest.mark.parametrize("precision", QUANTIZED_PRECISIONS)
 def test_only_int8_clips_a_rare_value(precision: str, tmp_path: Path) -> None:
-    """int8 is calibrated by entropy and fp8 by the largest value: what one value does to the scale of an input."""
+    """Compare one value's effect on an input's scale: int8 is calibrated by entropy, fp8 by the largest value."""
     generator = np.random.default_rng(0)
     usual = generator.normal(0, 1, (16, 32, 8, 8)).astype(np.float16)
     rare = usual.copy()

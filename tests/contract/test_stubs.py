@@ -12,7 +12,7 @@ import pytest
 
 from engines import stubs
 from icportrait.errors import RuntimeNotAvailable
-from icportrait.runtime.flavours import FLAVOURS, TENSORRT_RTX, Flavour
+from icportrait.runtime.tensorrt.products import FLAVOURS, TENSORRT_RTX, Flavour
 
 SNIPPET = """
 import tensorrt as trt
@@ -34,14 +34,14 @@ PLANTED = {
     "engines/network.py": "NetworkDefinitionCreationFlag.STRONGLY_TYPED",
     "engines/inspection.py": "LayerType",
     "engines/building.py": "MemoryPoolType.WORKSPACE",
-    "icportrait/runtime/tensorrt.py": "ExecutionContextAllocationStrategy.USER_MANAGED",
+    "icportrait/runtime/tensorrt/engine.py": "ExecutionContextAllocationStrategy.USER_MANAGED",
 }
-"""What is replaced by something that TensorRT 11 has no more, in each of our files that speak to it."""
+"""Names that are replaced by some that TensorRT 11 has no more, in each of our files that speak to it."""
 
 
 @pytest.mark.parametrize("flavour", FLAVOURS.values(), ids=FLAVOURS)
 def test_what_the_bindings_have_not_fails(flavour: Flavour, tmp_path: Path) -> None:
-    """In one run of mypy: a snippet, right and with three mistakes, and our own files with one planted in each.
+    """Check a snippet, right and with three mistakes, and our own files with one planted in each, in one run of mypy.
 
     That our files are right as they are is ``make lint``'s to say.
     """
@@ -66,7 +66,7 @@ def test_what_the_bindings_have_not_fails(flavour: Flavour, tmp_path: Path) -> N
 
 
 def mypy(flavour: Flavour, cache: Path, *arguments: str | Path) -> list[str]:
-    """Errors, found without looking into what the files import; stubs are always looked into."""
+    """Return mypy's errors. Stubs are always looked into, other imports never."""
     root = stubs.write_stub(flavour, stubs.OUT)
     checked = subprocess.run(
         [sys.executable, "-m", "mypy", "--cache-dir", cache, "--follow-imports", "skip", *arguments],
@@ -79,7 +79,7 @@ def mypy(flavour: Flavour, cache: Path, *arguments: str | Path) -> list[str]:
 
 
 def test_what_only_tensorrt_rtx_has_is_there() -> None:
-    """The runner uses it unchecked, because the full product's bindings lack it."""
+    """Check names that the runner uses unchecked, because the full product's bindings lack them."""
     rtx = TENSORRT_RTX.load()
     assert rtx.DynamicShapesKernelSpecializationStrategy.EAGER
     assert hasattr(rtx.IRuntimeConfig, "dynamic_shapes_kernel_specialization_strategy")

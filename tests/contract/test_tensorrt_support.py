@@ -47,7 +47,7 @@ def check(
 
 
 def quantised(kind: type, dtype: int = HALF, zero: int = 0) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
-    """A convolution whose activation and weights are quantised."""
+    """Make a convolution whose activation and weights are quantised."""
     weights = {
         "scale": np.array(0.1, helper.tensor_dtype_to_np_dtype(dtype)),
         "zero": np.array(zero).astype(kind),
@@ -99,7 +99,7 @@ def test_what_is_documented_passes(
 
 @pytest.mark.parametrize("operator", ["GridSample", "ScatterElements"])
 def test_what_gives_wrong_results_silently_is_refused_with_its_reason(operator: str, tmp_path: Path) -> None:
-    """Both are documented as supported."""
+    """Check two operators that are documented as supported."""
     other = "grid" if operator == "GridSample" else "index x"
     weights = {"grid": np.zeros((1, 2, 2, 2), np.float32), "index": np.zeros((1, 4, 6, 8), np.int64)}
     with pytest.raises(VerificationError, match=rf"node culprit \({operator}\): .* isn't to be trusted: .* issue"):
@@ -158,7 +158,7 @@ def test_what_is_not_documented_fails_with_its_nodes_name(
 
 
 def test_a_double_behind_a_group_norm_is_found(tmp_path: Path) -> None:
-    """ONNX's inference ends at a group norm."""
+    """Find a type behind a group norm, where ONNX's inference ends."""
     nodes, weights = group_norm(np.float32)
     nodes[1] = helper.make_node("Sigmoid", ["normed"], ["s"], name="fine")
     with pytest.raises(VerificationError, match=r"node culprit \(Cast\): y is DOUBLE"):
@@ -207,7 +207,7 @@ def test_an_opset_that_tensorrt_does_not_take_is_refused(tmp_path: Path) -> None
 
 
 def test_every_listed_operator_is_onnxs() -> None:
-    """A name with a slip in it would never be met."""
+    """Look each name up, because a misspelt name would never be met."""
     assert not SUPPORTED.keys() & UNSUPPORTED
     assert UNTRUSTED.keys() <= SUPPORTED.keys()
     for operator in (*SUPPORTED, *UNSUPPORTED):
@@ -220,7 +220,7 @@ def test_an_export_with_an_unsupported_operator_fails_and_leaves_no_manifest(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """The first engine's graph is one that was exported before, with a node more."""
+    """Export a first engine whose graph was exported before, with a node more."""
     save_checkpoint(small_checkpoint, tmp_path / "checkpoint")
 
     def with_a_double(_: object, spec: ModelSpec, directory: Path, *__: object) -> list[Path]:

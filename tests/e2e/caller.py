@@ -29,7 +29,7 @@ NUMPY = {"INT64": np.int64, "INT32": np.int32, "FP32": np.float32, "BYTES": np.o
 
 
 def tensors(values: dict[str, Any], module: Any = grpc_client) -> list[Any]:
-    """Public inputs as ``InferInput``s of tritonclient's gRPC or HTTP module."""
+    """Convert public inputs to ``InferInput``s of tritonclient's gRPC or HTTP module."""
     inputs = []
     for name, value in values.items():
         kind = TYPES.get(name, "BYTES")
@@ -42,7 +42,7 @@ def tensors(values: dict[str, Any], module: Any = grpc_client) -> list[Any]:
 
 
 def infer(url: str, model: str = "ic_portrait", **values: Any) -> tuple[list[bytes], dict[str, Any]]:
-    """One unary call over gRPC: the portraits' bytes and the metadata."""
+    """Make one unary call over gRPC, and return the portraits' bytes and the metadata."""
     with grpc_client.InferenceServerClient(url) as client:
         result = client.infer(model, tensors(values), client_timeout=120)
     return list(result.as_numpy("image")), json.loads(result.as_numpy("metadata")[0])
@@ -70,7 +70,7 @@ class StreamCall:
         self._client.stop_stream(cancel_requests=True)
 
     def next(self) -> dict[str, Any]:
-        """The next answer's outputs; raises what came as an error."""
+        """Return the next answer's outputs; raise an answer that is an error."""
         result, error = self.answers.get(timeout=60)
         if error is not None:
             raise error
@@ -86,22 +86,22 @@ class StreamCall:
 
 
 def series(url: str, start: str = "icportrait_") -> dict[str, float]:
-    """What a server's metrics endpoint says, of this project's own series or of those that begin otherwise."""
+    """Read a server's metrics endpoint: this project's own series, or the ones that begin otherwise."""
     with urllib.request.urlopen(f"http://{url}/metrics", timeout=10) as answer:
         lines = [line for line in answer.read().decode().splitlines() if line.startswith(start)]
     return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
 
 
 def until_metric(url: str, name: str, value: float) -> None:
-    """Waits until a series has a value."""
-    end_s = time.monotonic() + 30
+    """Wait until a series has a value."""
+    end_s = time.monotonic() + 60
     while (found := series(url).get(name)) != value:
         assert time.monotonic() < end_s, f"{name} is {found}, not {value}"
         time.sleep(0.05)
 
 
 def settled(url: str) -> dict[str, float]:
-    """A server's series once nothing runs or waits and they stand still; they are published four times a second."""
+    """Wait until nothing runs or waits and a server's series stand still; they are published four times a second."""
     end_s = time.monotonic() + 60
     before, now = {}, series(url)
     while now != before or now.get("icportrait_active_slots") or now.get("icportrait_queued_slots"):
@@ -112,7 +112,7 @@ def settled(url: str) -> dict[str, float]:
 
 
 def generate(url: str, model: str = "ic_portrait", **values: Any) -> tuple[int, dict[str, Any]]:
-    """One HTTP ``generate`` call: the status and the JSON answer."""
+    """Make one HTTP ``generate`` call, and return the status and the JSON answer."""
     request = urllib.request.Request(
         f"http://{url}/v2/models/{model}/generate", json.dumps(values).encode(), {"Content-Type": "application/json"}
     )

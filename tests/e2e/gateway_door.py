@@ -32,7 +32,7 @@ HOST = "127.0.0.1"
 PICTURES = {"profile": b"a profile", "reference": b"a reference"}
 DEFAULTS = {"num_inference_steps": 3, "guidance_scale": 1.0}
 ERRORS = [InvalidRequest("one"), Unavailable("two"), Cancelled("three"), IcPortraitError("four")]
-"""What seeds from 1000 on end with."""
+"""Errors that requests with seeds from 1000 on end with."""
 BUG, HELD, IMPATIENT = 2000, 3000, 4000
 """Seeds of a request that fails unforeseen, of one that isn't answered until ``release``, and of one that ends while
 its first event is on its way."""
@@ -145,7 +145,7 @@ class Running:
     unread: Unread
     loop: asyncio.AbstractEventLoop
     log: list[str]
-    """What the loop's exception handler was told."""
+    """Messages to the loop's exception handler."""
 
     @property
     def url(self) -> str:
@@ -163,7 +163,7 @@ class Running:
 
 @contextmanager
 def open_door(access: Access | None = None, settings: DoorSettings | None = None) -> Iterator[Running]:
-    """A door on a thread of its own. At its end nothing of it may be left."""
+    """Open a door on a thread of its own. At its end nothing of it may be left."""
     settings = settings or DoorSettings()
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever)
@@ -208,7 +208,7 @@ class BareCaller:
         self.socket.close()
 
     def begin(self, method: str, *more: tuple[str, str]) -> int:
-        """A call's headers; returns its stream."""
+        """Send a call's headers, and return its stream."""
         stream = self.h2.get_next_available_stream_id()
         headers = [
             (":method", "POST"),
@@ -238,7 +238,7 @@ class BareCaller:
         self.socket.sendall(self.h2.data_to_send())
 
     def receive(self) -> list[Any]:
-        """The next events; what is received isn't acknowledged."""
+        """Receive the next events without an acknowledgement."""
         data = self.socket.recv(65536)
         if not data:
             raise ConnectionError("closed by the server")
@@ -248,7 +248,7 @@ class BareCaller:
         return events
 
     def status(self, stream: int) -> tuple[int, str]:
-        """A call's status and message, once they are there."""
+        """Wait for a call's status and message."""
         while True:
             for event in self.events:
                 if isinstance(event, h2.events.TrailersReceived | h2.events.ResponseReceived):
@@ -259,5 +259,5 @@ class BareCaller:
 
 
 def message(data: bytes) -> bytes:
-    """``data`` with the prefix of a gRPC message."""
+    """Put the prefix of a gRPC message before ``data``."""
     return b"\0" + len(data).to_bytes(4, "big") + data

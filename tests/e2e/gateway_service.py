@@ -26,7 +26,7 @@ class SmallService:
         self.running = self.cancelled = self.served = 0
         self.go_on = asyncio.Event()
         self.patience_s: float | None = None
-        """That a caller has to take an event."""
+        """Seconds that a caller has to take an event."""
         self.image, self.preview = IMAGE, b"cHJldmlldw=="
 
     def refusal(self) -> IcPortraitError | None:

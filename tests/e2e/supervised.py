@@ -15,9 +15,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from icportrait.leftovers import SHM
+from icportrait.deploy.leftovers import SHM
+from icportrait.deploy.stub_processes import stub_processes
 from icportrait.server import HOST, Ports
-from icportrait.stub_processes import stub_processes
 from tests.conftest import ROOT
 
 LINE_TIMEOUT_S = 60
@@ -32,11 +32,12 @@ class Supervised:
         self.url, self.metrics_url = f"{HOST}:{ports.grpc}", f"{HOST}:{ports.metrics}"
         self.ready = ""
         """The line that said so first."""
+        self._tokens: set[str] = set()
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()
 
     def next_line(self, start: str, timeout_s: float = LINE_TIMEOUT_S) -> str:
-        """The next line that begins so, a pattern."""
+        """Return the next line that begins with the pattern ``start``."""
         while not re.match(start, line := self._lines.get(timeout=timeout_s)):
             pass
         return line.strip()
@@ -48,11 +49,11 @@ class Supervised:
 
     @property
     def picture_workers(self) -> list[int]:
-        """Those that decode and encode pictures."""
+        """List the processes that decode and encode pictures."""
         return [pid for pid in children(self.process.pid) if b"spawn_main" in arguments(pid)]
 
     def pid_of(self, part: str) -> int:
-        """The process of a model, or ``tritonserver``'s."""
+        """Find the process of a model, or ``tritonserver``'s."""
         if part == "tritonserver":
             return self.tritonserver
         (pid,) = [stub.pid for stub in stub_processes(self.tritonserver) if stub.model == part]
@@ -62,11 +63,12 @@ class Supervised:
         os.kill(self.pid_of(part), signal.SIGKILL)
 
     def shm_regions(self) -> set[Path]:
-        tokens = [path.name.rpartition("-")[2] for path in self.folder.glob("icportrait-server-run-*")]
-        return {region for token in tokens for region in SHM.glob(f"icportrait_{token}_*")}
+        """List the shared memory that is there now, of this run and of every run seen at an earlier call."""
+        self._tokens |= {path.name.rpartition("-")[2] for path in self.folder.glob("icportrait-server-run-*")}
+        return {region for token in self._tokens for region in SHM.glob(f"icportrait_{token}_*")}
 
     def errors(self) -> str:
-        """What it and tritonserver wrote to standard error."""
+        """Read what the server and tritonserver wrote to standard error."""
         return (self.folder / "server.log").read_text(errors="replace")
 
     def _read(self) -> None:
@@ -83,7 +85,7 @@ def supervised(
     ready_timeout_s: float = LINE_TIMEOUT_S,
     flags: tuple[str, ...] = (),
 ) -> Iterator[Supervised]:
-    """Start it, and stop it where the test hasn't.
+    """Start a supervised server, and stop the server where the test hasn't.
 
     Args:
         repository: to be served.
@@ -112,8 +114,9 @@ def supervised(
 
 @contextmanager
 def temporary_folder(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment of a process that keeps its temporary files in ``folder``, whose own name may be too long for a
-    socket's path.
+    """Yield the environment of a process that keeps its temporary files in ``folder``.
+
+    The environment names a link, because the folder's own name may be too long for a socket's path.
     """
     with tempfile.TemporaryDirectory(prefix="ic-") as short:
         link = Path(short) / "t"
@@ -121,27 +124,35 @@ def temporary_folder(folder: Path) -> Iterator[dict[str, str]]:
         yield {**os.environ, "TMPDIR": str(link)}
 
 
+def runs(pid: int) -> bool:
+    """Tell whether a process runs; a process that its parent hasn't waited for yet has ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 def name(pid: int) -> str:
-    """A process's, from /proc; nothing where it has ended."""
+    """Read a process's name from /proc; nothing where the process has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/comm").read_text().strip()
     return ""
 
 
 def arguments(pid: int) -> bytes:
-    """A process's command line, from /proc; nothing where it has ended."""
+    """Read a process's command line from /proc; nothing where the process has ended."""
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     return b""
 
 
 def children(pid: int) -> list[int]:
-    """The process's own children, from /proc."""
+    """List the process's own children, from /proc."""
     tasks = Path(f"/proc/{pid}/task").glob("*/children")
     return [int(child) for task in tasks for child in task.read_text().split()]
 
 
 def descendants(pid: int) -> list[int]:
-    """The process's children and theirs."""
+    """List the process's children and theirs."""
     own = children(pid)
     return own + [grandchild for child in own for grandchild in descendants(child)]

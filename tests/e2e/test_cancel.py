@@ -17,7 +17,7 @@ STEPS = "icportrait_step_ms_count"
 
 
 def test_without_a_cancel_the_next_one_waits(slow: ServerProcess, pictures: dict[str, bytes]) -> None:
-    """What the test below would see if nothing were cancelled."""
+    """Show what the test below would see if nothing were cancelled."""
     before = settled(slow.metrics_url)[STEPS]
     with grpc_client.InferenceServerClient(slow.grpc_url) as client:
         outcome, done, _ = start(client, pictures, steps=30)
@@ -30,7 +30,7 @@ def test_without_a_cancel_the_next_one_waits(slow: ServerProcess, pictures: dict
 
 @pytest.mark.parametrize("runs", [False, True])
 def test_a_cancelled_unary_call_frees_its_slot(slow: ServerProcess, pictures: dict[str, bytes], runs: bool) -> None:
-    """While it is on its way to the loop, and while it is denoised."""
+    """Cancel a call while it is on its way to the loop, and while it is denoised."""
     before = settled(slow.metrics_url)[STEPS]
     with grpc_client.InferenceServerClient(slow.grpc_url) as client:
         outcome, done, call = start(client, pictures, steps=150)

@@ -16,11 +16,12 @@ import tritonclient.grpc as grpc_client
 import tritonclient.http as http_client
 from tritonclient.utils import InferenceServerException
 
+from icportrait.deploy.repository import assemble
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
-from icportrait.repository import assemble
 from icportrait.server import Ports, ServerProcess
 from tests.e2e.caller import StreamCall, infer, tensors
+from tests.e2e.conftest import CACHE_BYTES
 from tests.trivial_engines import write_trivial_export
 
 FAILING = """
@@ -28,7 +29,7 @@ import json
 
 from icportrait.errors import Cancelled, IcPortraitError, InvalidRequest, Unavailable
 from icportrait.metrics import Metrics
-from icportrait.triton_backend import DenoiseModel
+from icportrait.serving.triton_loop import DenoiseModel
 
 ERRORS = [InvalidRequest("one"), Unavailable("two"), Cancelled("three"), IcPortraitError("four")]
 
@@ -70,7 +71,7 @@ CODES = [
 def failing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
     folder = tmp_path_factory.mktemp("failing")
     write_trivial_export(folder / "export", DEMO_128)
-    assemble(folder / "export", folder / "repository", ServingPolicy())
+    assemble(folder / "export", folder / "repository", ServingPolicy(cache_bytes=CACHE_BYTES))
     (folder / "repository" / "denoise" / "1" / "model.py").write_text(FAILING)
     with ServerProcess(folder / "repository", Ports.free(), folder / "server.log") as running:
         yield running
@@ -96,7 +97,7 @@ def test_a_code_is_the_same_over_every_protocol(failing: ServerProcess, pictures
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_stream_that_asks_for_codes_gets_them(failing: ServerProcess, pictures: dict[str, bytes], seed: int) -> None:
-    """Triton's header for it; without, a stream has the text alone."""
+    """Send Triton's header that asks for codes, because a stream without it has the text alone."""
     code, _, text = CODES[seed]
     answers: list[Any] = []
     with grpc_client.InferenceServerClient(failing.grpc_url) as client:

@@ -1,4 +1,4 @@
-"""What ``make demo`` and ``icportrait sweep`` show, through the real server."""
+"""The demo of ``make demo`` and ``icportrait sweep``, through the real server."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from icportrait_client import Versions
 from icportrait_client.cli import main
 from icportrait_client.sweep import LIGHTS, WHOLE, YAWS
 from PIL import Image
 
 from examples.comparison import CAPTION_PX, NAMES_PX, PANEL_PX, psnr_db, sheet
 from examples.demo import HEADS, RANDOM_WEIGHTS, SYNTHETIC_ONLY, weights_note
+from icportrait.deploy.repository import assemble
 from icportrait.policy import ServingPolicy
-from icportrait.repository import assemble
 from icportrait.server import ServerProcess
 from tests.conftest import ROOT
 from tests.e2e.caller import infer
@@ -61,9 +62,9 @@ def read(path: Path | None) -> Image.Image:
 
 
 def test_the_demo_says_what_the_weights_are() -> None:
-    assert weights_note({"weights": "random", "preset": "demo-128"}) == RANDOM_WEIGHTS
-    assert weights_note({"weights": "checkpoint", "preset": "demo-128"}) == SYNTHETIC_ONLY
-    assert weights_note({"weights": "checkpoint", "preset": "sd15-512"}) == ""
+    assert weights_note(Versions(weights="random", preset="demo-128")) == RANDOM_WEIGHTS
+    assert weights_note(Versions(weights="checkpoint", preset="demo-128")) == SYNTHETIC_ONLY
+    assert weights_note(Versions(weights="checkpoint", preset="sd15-512")) == ""
 
 
 def test_a_row_has_its_caption_above_its_panels() -> None:

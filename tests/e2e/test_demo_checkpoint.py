@@ -54,7 +54,7 @@ def test_served_portraits_are_as_near_the_truth_as_the_reference_pipelines(
 
 
 def test_callers_at_once_get_the_bytes_that_each_gets_alone(server: ServerProcess, pictures: dict[str, bytes]) -> None:
-    """Of 18 rows on 16 slots, joining and leaving while others run."""
+    """Send requests of 18 rows to 16 slots, joining and leaving while others run."""
     swapped = {"profile": pictures["reference"], "reference": pictures["profile"]}
     requests = [
         {

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from icportrait.row_cache import HITS, MISSES
 from icportrait.server import ServerProcess
+from icportrait.serving.counters import HITS, MISSES
 from tests.conftest import EXAMPLES
 from tests.e2e.caller import infer
 
@@ -18,12 +18,12 @@ QUICK = {"num_inference_steps": 1, "guidance_scale": 1.0}
 
 @pytest.fixture
 def unseen(pictures: dict[str, bytes]) -> dict[str, Any]:
-    """The photographs in crops that no other test asks for."""
+    """Return the photographs in crops that no other test asks for."""
     return {**pictures, "profile_box": [0.031, 0.0, 0.877, 0.9], "reference_box": [0.053, 0.0, 0.899, 0.9]}
 
 
 def counts(server: ServerProcess) -> tuple[int, int]:
-    """Hits and misses so far, from the metrics endpoint."""
+    """Read hits and misses so far from the metrics endpoint."""
     connection = http.client.HTTPConnection(server.metrics_url, timeout=10)
     connection.request("GET", "/metrics")
     lines = connection.getresponse().read().decode().splitlines()

@@ -19,8 +19,8 @@ import tritonclient.grpc as grpc_client
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from icportrait.row_cache import HITS, MISSES
 from icportrait.server import HOST
+from icportrait.serving.counters import HITS, MISSES
 from tests.conftest import ROOT
 from tests.e2e.caller import StreamCall, infer, series, settled, tensors, until_metric
 from tests.e2e.conftest import simulated_repository
@@ -38,7 +38,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervised]:
 
 
 def held(metrics: dict[str, float]) -> dict[str, float]:
-    """What a server holds for requests that are on their way."""
+    """Return what a server holds for requests that are on their way."""
     names = (ACTIVE, PENDING, "icportrait_queued_slots", "icportrait_admitted_bytes", "icportrait_gateway_unread_bytes")
     return {name: metrics[name] for name in names}
 
@@ -46,7 +46,7 @@ def held(metrics: dict[str, float]) -> dict[str, float]:
 def test_streams_whose_callers_leave_after_a_preview_leave_nothing_behind(
     quick: Supervised, pictures: dict[str, bytes]
 ) -> None:
-    """128 of them stopped a server that had Triton's own front."""
+    """Send 128 streams, which stopped a server that had Triton's own front."""
     triton = quick.tritonserver
 
     def leave(number: int) -> None:
@@ -71,7 +71,7 @@ def test_streams_whose_callers_leave_after_a_preview_leave_nothing_behind(
 
 
 def form(fields: dict[str, bytes]) -> tuple[bytes, str]:
-    """A multipart form and its type."""
+    """Make a multipart form and its type."""
     parts = [
         f'--b\r\nContent-Disposition: form-data; name="{name}"; filename="f"\r\n\r\n'.encode() + data + b"\r\n"
         for name, data in fields.items()
@@ -119,7 +119,7 @@ def test_a_caller_who_hangs_up_frees_the_slots_on_every_route(
 
 
 def large_picture() -> bytes:
-    """29 megapixels in 6 MB: a worker takes longer over it than a caller takes to send it."""
+    """Make 29 megapixels in 6 MB, because a worker takes longer over it than a caller takes to send it."""
     buffer = io.BytesIO()
     pixels = np.random.default_rng(0).integers(0, 256, (300, 300, 3), np.uint8)
     Image.fromarray(pixels).resize((5400, 5400)).save(buffer, "JPEG", quality=92)
@@ -127,7 +127,7 @@ def large_picture() -> bytes:
 
 
 def test_small_pictures_pass_large_ones(tmp_path: Path, pictures: dict[str, bytes]) -> None:
-    """Twelve callers with 6 MB each are on their way when one with small pictures comes, and is served before most."""
+    """Send twelve callers' 6 MB each first. A caller with small pictures comes next, and is served before most."""
     large = large_picture()
     with (
         supervised(simulated_repository(tmp_path, {"unet": 1}), tmp_path) as server,

@@ -31,7 +31,16 @@ import numpy as np
 import pytest
 import tritonclient.grpc as grpc_client
 from grpclib.health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
-from icportrait_client import InvalidRequest, NotAllowed, PortraitClient, ServerUnavailable
+from hyperframe.frame import PingFrame
+from icportrait_client import (
+    InvalidRequest,
+    NotAllowed,
+    Portrait,
+    PortraitClient,
+    ServerOverloaded,
+    ServerUnavailable,
+    Tls,
+)
 from icportrait_client.cli import main
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
@@ -45,6 +54,8 @@ from tests.conftest import EXAMPLES, ROOT
 from tests.e2e.caller import StreamCall, infer, tensors
 from tests.e2e.gateway_door import BUG, HELD, IMPATIENT, PICTURES, BareCaller, DoorSettings, Running, message, open_door
 
+JPEGS = {name: b"\xff\xd8\xff" + data for name, data in PICTURES.items()}
+"""Bytes that the client takes for pictures."""
 TRACE = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 UNLIMITED = [("grpc.max_send_message_length", -1), ("grpc.max_receive_message_length", -1)]
 CODES = [("INVALID_ARGUMENT", "one"), ("UNAVAILABLE", "UNAVAILABLE: two")]
@@ -95,7 +106,7 @@ def until(running: Running, holds: Any) -> None:
 
 
 def refused(call: Any, *args: Any, **options: Any) -> tuple[str, str]:
-    """The code and the text that a call of grpcio ends with."""
+    """Return the code and the text that a call of grpcio ends with."""
     with pytest.raises(grpc.RpcError) as refusal:
         list(answer) if hasattr(answer := call(*args, **options), "__next__") else answer
     return refusal.value.code().name, refusal.value.details()
@@ -325,7 +336,7 @@ class TestStreams:
             assert list(stream) == []
 
     def test_a_request_that_ends_within_an_answer_leaves_the_others_whole(self, running: Running) -> None:
-        """Its deadline passes while its preview isn't read."""
+        """Let a deadline pass while its request's preview isn't read."""
         running.service.image_bytes = 50_000
         with BareCaller(running.url, window_bytes=20_000) as caller:
             stream = caller.begin("ModelStreamInfer")
@@ -492,22 +503,22 @@ class TestAccess:
     ) -> None:
         with PortraitClient(guarded.url, api_key="wrong") as client:
             with pytest.raises(NotAllowed, match="no valid API key"):
-                client.generate(**PICTURES)
+                client.generate(**JPEGS)
             with pytest.raises(NotAllowed, match="no valid API key"):
-                list(client.stream(**PICTURES))
+                list(client.stream(**JPEGS))
         with pytest.raises(InvalidRequest, match="api_key"):
             PortraitClient(guarded.url, api_key="open sesame")
         with PortraitClient(guarded.url, api_key="sesame") as client:
-            assert client.generate(**PICTURES).metadata["steps"] == 3
-            with closing(client.stream(**PICTURES)) as steps:
-                *_, last = steps
-            assert last.portraits is not None
+            assert client.generate(**JPEGS).metadata.steps == 3
+            with closing(client.stream(**JPEGS)) as events:
+                *_, last = events
+            assert isinstance(last, Portrait)
             for ask in (client.generate, lambda **pictures: list(client.stream(**pictures))):
-                with pytest.raises(ServerUnavailable, match=r"allows 0\.001 requests a second") as refusal:
-                    ask(**PICTURES)
+                with pytest.raises(ServerOverloaded, match=r"allows 0\.001 requests a second") as refusal:
+                    ask(**JPEGS)
                 assert refusal.value.retry_after_ms > 900_000
         monkeypatch.setenv("ICPORTRAIT_API_KEY", "wrong")
-        for name, data in PICTURES.items():
+        for name, data in JPEGS.items():
             (tmp_path / name).write_bytes(data)
         pictures = [f"--{name}={tmp_path / name}" for name in PICTURES]
         assert main(["generate", f"--url={guarded.url}", *pictures, f"--out={tmp_path / 'out.png'}"]) == 1
@@ -559,12 +570,25 @@ class TestTls:
             stub = service_pb2_grpc.GRPCInferenceServiceStub(channel)
             return bool(stub.ServerReady(service_pb2.ServerReadyRequest(), timeout=30).ready)
 
+    def test_the_client_reaches_a_door_with_certificates_of_both_sides(self, certificates: Path) -> None:
+        settings = self.settings(certificates, tls_client_ca=certificates / "client.pem")
+        files = [certificates / name for name in ("server.pem", "client.pem", "client.key")]
+        with open_door(settings=settings) as running:
+            with PortraitClient(f"https://localhost:{running.door.port}", tls=Tls(*files)) as client:
+                assert client.generate(**JPEGS).metadata.steps == 3
+            options: Any = {"tls": Tls(files[0]), "attempts": 1, "timeout_s": 10}
+            with (
+                PortraitClient(f"localhost:{running.door.port}", **options) as client,
+                pytest.raises(ServerUnavailable),
+            ):
+                client.generate(**JPEGS)
+
     def test_with_a_certificate_the_door_speaks_tls_alone(self, certificates: Path) -> None:
         settings = self.settings(certificates)
         with open_door(settings=settings) as running:
             assert self.ready(running, certificates / "server.pem")
             with PortraitClient(f"localhost:{running.door.port}", tls=certificates / "server.pem") as client:
-                assert client.generate(**PICTURES).metadata["steps"] == 3
+                assert client.generate(**JPEGS).metadata.steps == 3
             with connected(running) as bare:
                 bare.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
                 until_closed(bare)
@@ -602,6 +626,25 @@ class TestTls:
 
 
 class TestLimits:
+    def test_the_clients_pings_are_never_too_many(self, running: Running) -> None:
+        """Send four pings on a connection that carries nothing else. gRPC's own servers end it at the third."""
+        with PortraitClient(running.url, keepalive_s=1.0, attempts=1, timeout_s=30) as client:
+            handle = client.submit(**JPEGS, seed=HELD)
+            running.service.until(begun=1)
+            (connection,) = running.door.calls.connections
+            pings = 0
+            take = connection._take_frame
+
+            def counted(frame: Any) -> Any:
+                nonlocal pings
+                pings += isinstance(frame, PingFrame)
+                return take(frame)
+
+            connection._take_frame = counted
+            until(running, lambda: pings >= 4)
+            running.call(running.service.release)
+            assert handle.result().metadata.seed == HELD
+
     def test_a_message_that_is_too_long_is_refused_before_it_is_sent(self, running: Running) -> None:
         with BareCaller(running.url) as caller:
             for method in ("ModelInfer", "ModelStreamInfer"):
@@ -768,7 +811,7 @@ class TestLimits:
                     caller.receive()
 
     def test_who_reads_much_may_say_so_often(self, running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-        """Each kilobyte of a large answer is acknowledged by itself."""
+        """Read a large answer, and acknowledge each kilobyte by itself."""
         monkeypatch.setattr("icportrait.gateway.grpc_connections.OWN_FRAMES_PER_S", 0)
         running.service.image_bytes = 4 * 2**20
         with BareCaller(running.url, window_bytes=1000) as caller:
@@ -857,7 +900,7 @@ class TestLimits:
             until(running, lambda: not running.door.calls.connections)
 
     def test_answers_that_are_read_slowly_are_waited_for(self) -> None:
-        """Their whole takes longer than a caller who reads nothing has."""
+        """Read an answer so slowly that the whole takes longer than a caller who reads nothing has."""
         with limited(body_timeout_s=1.0) as running, BareCaller(running.url, window_bytes=1000) as caller:
             running.service.image_bytes = 20_000
             stream = caller.begin("ModelInfer")

@@ -85,7 +85,7 @@ class Running:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
 
     def call(self, work: Callable[[], Any]) -> Any:
-        """What ``work`` returns in the door's loop."""
+        """Return what ``work`` returns in the door's loop."""
 
         async def run() -> Any:
             return work()
@@ -135,7 +135,7 @@ def until(holds: Callable[[], object], what: str) -> None:
 def ask(
     door: Running, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
 ) -> tuple[int, Any, bytes]:
-    """Status, headers and body of an answer, by urllib."""
+    """Ask by urllib, and return an answer's status, headers and body."""
     request = urllib.request.Request(f"http://{door.url}{path}", body, headers or {})
     try:
         with urllib.request.urlopen(request, timeout=30) as answer:
@@ -153,13 +153,13 @@ def raw(door: Running, *parts: bytes) -> socket.socket:
 
 
 def answer_of(connection: socket.socket) -> bytes:
-    """All that comes until the server ends the connection."""
+    """Read all that comes until the server ends the connection."""
     with connection:
         return b"".join(iter(lambda: connection.recv(2**16), b""))
 
 
 def first_of(connection: socket.socket) -> bytes:
-    """What comes first."""
+    """Read what comes first."""
     with connection:
         return connection.recv(1000)
 
@@ -190,7 +190,7 @@ def curl(*arguments: str) -> subprocess.CompletedProcess[bytes]:
 
 
 def slow_reader(door: Running) -> socket.socket:
-    """A connection that takes little before it is read."""
+    """Open a connection that takes little before it is read."""
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
     connection.connect(door.address)
@@ -406,7 +406,7 @@ class TestPortraits:
         }
 
     def test_a_large_file_comes_after_the_door_has_agreed(self, door: Running) -> None:
-        """With ``Expect: 100-continue``, as curl sends large ones."""
+        """Send ``Expect: 100-continue``, as curl does with large files."""
         (self.folder / "profile").write_bytes(b"p" * 5 * 2**20)
         url = f"http://{door.url}/v1/portraits"
         answer = curl("-v", *self.files, "-H", "accept: application/json", "-H", "expect: 100-continue", url)
@@ -657,7 +657,7 @@ class TestLimits:
         assert generate(door.url, **TEXTS)[0] == 200
 
     def test_tiny_chunks_are_refused(self, door: Running) -> None:
-        """1.5 million of them ended tritonserver."""
+        """Send tiny chunks, of which 1.5 million ended tritonserver."""
         connection = raw(door, head_of(GENERATE, CHUNKED), b"1\r\nx\r\n" * 100_000)
         assert first_of(connection).startswith(b"HTTP/1.1 400 ")
         assert generate(door.url, **TEXTS)[0] == 200
@@ -736,7 +736,7 @@ class TestLeaving:
         assert door.service.served == 1
 
     def test_answers_are_not_held_back_for_more(self, door: Running) -> None:
-        """By Nagle's algorithm, which asyncio turns off for some sockets alone."""
+        """Check that Nagle's algorithm is off, because asyncio turns it off for some sockets alone."""
         with raw(door):
             until(lambda: door.call(lambda: door.door.connections) == 1, "it is there")
             (connection,) = door.call(lambda: list(door.door._server.server_state.connections))

@@ -35,7 +35,7 @@ def perf_analyzer(url: str, options: str) -> subprocess.CompletedProcess[str]:
 
 
 def statistics(url: str) -> dict[str, Any]:
-    """What Triton itself counted of the public model."""
+    """Return what Triton itself counted of the public model."""
     with grpc_client.InferenceServerClient(url) as client:
         (model,) = client.get_inference_statistics("ic_portrait", as_json=True)["model_stats"]
     counted: dict[str, Any] = model["inference_stats"]
@@ -69,6 +69,25 @@ def test_one_caller_and_eight_are_served_without_an_error(url: str) -> None:
     counted = statistics(url)
     assert int(counted["success"]["count"]) >= sum(level["count"] for level in levels)
     assert int(counted["fail"].get("count", 0)) == 0
+
+
+def test_our_closed_loop_and_perf_analyzer_stand_side_by_side(url: str) -> None:
+    answer = perf_analyzer(
+        url, f"--beside --concurrency 2 --steps {STEPS} --window 0.8 --stability 1000 {PICTURES} --json"
+    )
+    report = json.loads(answer.stdout)
+    # How near they are depends on the machine; the command ends with what it found.
+    assert answer.returncode == int(not report["agree"]), answer.stderr
+    [row] = report["levels"]
+    assert row["concurrency"] == 2
+    for figures in (row["ours"], row["perf_analyzer"]):
+        assert figures["count"] > 0
+        assert figures["throughput_per_s"] > 0
+        assert figures["latency_ms"]["p50"] > 0
+    ratio = row["ours"]["throughput_per_s"] / row["perf_analyzer"]["throughput_per_s"]
+    assert row["ratio"]["throughput"] == pytest.approx(ratio, abs=1e-3)
+    assert report["simulated"] is True
+    assert report["conditions"]["perf_analyzer"] == "2.51.0"
 
 
 def test_windows_that_do_not_agree_leave_what_was_measured_and_say_so(url: str) -> None:

@@ -16,13 +16,13 @@ import pytest
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
-from icportrait.faces import crop_to_square, find_crop
-from icportrait.imaging import decode_picture
+from icportrait.deploy.repository import assemble
 from icportrait.nn import Checkpoint, ReferencePipeline
 from icportrait.nn.pipeline import ReferenceResult
+from icportrait.pictures.faces import crop_to_square, find_crop
+from icportrait.pictures.imaging import decode_picture
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
-from icportrait.repository import assemble
 from icportrait.server import Ports, ServerProcess
 from tests.conftest import EXAMPLES, ROOT
 from tests.e2e.caller import infer, until_metric
@@ -43,7 +43,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def reference_portraits(checkpoint: Checkpoint, pictures: dict[str, bytes], **options: Any) -> ReferenceResult:
-    """What plain PyTorch makes of a request."""
+    """Return what plain PyTorch makes of a request."""
     crops = [
         crop_to_square(picture, find_crop(picture, None, f"{name}_box"), DEMO_128.image_size)
         for name, picture in ((name, decode_picture(data, name)) for name, data in pictures.items())
@@ -110,6 +110,7 @@ def test_profile_and_reference_each_shape_the_picture(server: ServerProcess, pic
     assert psnr(portraits[0], portraits[2]) < 40
 
 
+@pytest.mark.full
 def test_the_torch_runtime_serves_the_same_portrait(
     tmp_path: Path, server: ServerProcess, demo_export: Path, pictures: dict[str, bytes]
 ) -> None:
@@ -134,7 +135,7 @@ def test_the_twenty_line_script_gets_a_picture(server: ServerProcess, tmp_path: 
 
 
 def test_a_deadline_that_cannot_be_kept_is_refused_at_once(server: ServerProcess, pictures: dict[str, bytes]) -> None:
-    """150 steps take seconds here, as the server knows once it has served a request."""
+    """Ask for 150 steps, which take seconds here, as the server knows once it has served a request."""
     infer(server.grpc_url, num_inference_steps=1, **pictures)
     with pytest.raises(InferenceServerException, match="deadline_ms: 300, and it would take about") as refused:
         infer(server.grpc_url, num_inference_steps=150, deadline_ms=300, **pictures)
@@ -144,7 +145,7 @@ def test_a_deadline_that_cannot_be_kept_is_refused_at_once(server: ServerProcess
 
 
 def test_a_late_request_joins_what_is_running(server: ServerProcess, pictures: dict[str, bytes]) -> None:
-    """A short request that comes while a long one is denoised doesn't wait for its end."""
+    """Send a short request while a long one is denoised. It doesn't wait for the long one's end."""
     with ThreadPoolExecutor(1) as pool:
         long = pool.submit(infer, server.grpc_url, num_inference_steps=60, guidance_scale=1.0, **pictures)
         until_metric(server.metrics_url, "icportrait_active_slots", 1)

@@ -13,9 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from icportrait.deploy.triton_server import TritonServer
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, Unavailable
 from icportrait.presets import DEMO_128
-from icportrait.triton_server import TritonServer
 from tests.e2e.conftest import simulated_repository
 from tests.label_slots import BASE
 from tests.private_client import Gateway, Line, gateway, metrics
@@ -25,34 +25,34 @@ UNET_MS = 20
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
+def private(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TritonServer]:
     folder = tmp_path_factory.mktemp("private")
     with TritonServer(simulated_repository(folder, {"unet": UNET_MS}), folder / "log") as running:
         yield running
 
 
 @pytest.fixture
-def caller(server: TritonServer) -> Iterator[Gateway]:
-    with gateway(server, DEMO_128) as opened:
+def caller(private: TritonServer) -> Iterator[Gateway]:
+    with gateway(private, DEMO_128) as opened:
         yield opened
 
 
-def until_metric(server: TritonServer, name: str, value: float) -> None:
-    while metrics(server).get(f"icportrait_{name}") != value:
+def until_metric(private: TritonServer, name: str, value: float) -> None:
+    while metrics(private).get(f"icportrait_{name}") != value:
         threading.Event().wait(0.05)
 
 
-def test_nothing_listens_on_a_port_and_nobody_else_may_enter_the_folder(server: TritonServer) -> None:
-    pids = {server.pid, *(stub.pid for stub in server.stubs)}
+def test_nothing_listens_on_a_port_and_nobody_else_may_enter_the_folder(private: TritonServer) -> None:
+    pids = {private.pid, *(stub.pid for stub in private.stubs)}
     descriptors = [link for pid in pids for link in Path(f"/proc/{pid}/fd").iterdir()]
     sockets = {str(link.readlink()) for link in descriptors if link.is_symlink()}
     listening = "0A"
     for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{server.pid}/net/{table}").read_text().splitlines()[1:]:
+        for line in Path(f"/proc/{private.pid}/net/{table}").read_text().splitlines()[1:]:
             fields = line.split()
             assert fields[3] != listening or f"socket:[{fields[9]}]" not in sockets
-    assert stat.S_IMODE(server.directory.stat().st_mode) == 0o700
-    assert {stub.model for stub in server.stubs} == {"denoise", "vae_encoder", "vae_decoder"}
+    assert stat.S_IMODE(private.directory.stat().st_mode) == 0o700
+    assert {stub.model for stub in private.stubs} == {"denoise", "vae_encoder", "vae_decoder"}
 
 
 def test_a_portrait_comes_with_its_times(caller: Gateway) -> None:
@@ -82,36 +82,36 @@ def test_requests_at_once_share_steps(caller: Gateway) -> None:
     assert sum(report["engine_ms"] for report in reports) < 8 * 10 * UNET_MS
 
 
-def test_a_cancelled_request_ends_at_the_next_step(caller: Gateway, server: TritonServer) -> None:
-    before = metrics(server)["icportrait_cancellations_total"]
+def test_a_cancelled_request_ends_at_the_next_step(caller: Gateway, private: TritonServer) -> None:
+    before = metrics(private)["icportrait_cancellations_total"]
     with ThreadPoolExecutor(1) as thread:
         keys: queue.SimpleQueue[str] = queue.SimpleQueue()
         run = thread.submit(
             caller.run, replace(STREAM, num_inference_steps=150), None, lambda request: keys.put(request.key)
         )
-        until_metric(server, "active_slots", 1)
+        until_metric(private, "active_slots", 1)
         caller.line.say(op="cancel", key=keys.get(timeout=10))
         with pytest.raises(Cancelled):
             run.result(5)
-    until_metric(server, "active_slots", 0)
-    until_metric(server, "cancellations_total", before + 1)
+    until_metric(private, "active_slots", 0)
+    until_metric(private, "cancellations_total", before + 1)
 
 
-def test_a_gateway_that_goes_takes_its_requests_along(server: TritonServer) -> None:
-    with gateway(server, DEMO_128) as other, ThreadPoolExecutor(1) as thread:
+def test_a_gateway_that_goes_takes_its_requests_along(private: TritonServer) -> None:
+    with gateway(private, DEMO_128) as other, ThreadPoolExecutor(1) as thread:
         run = thread.submit(other.run, replace(STREAM, num_inference_steps=150))
-        until_metric(server, "active_slots", 1)
+        until_metric(private, "active_slots", 1)
         other.line.close()
         with pytest.raises(Cancelled):
             run.result(5)
-    until_metric(server, "active_slots", 0)
+    until_metric(private, "active_slots", 0)
 
 
-def test_a_deadline_keeps_its_code_through_the_ensemble(caller: Gateway, server: TritonServer) -> None:
+def test_a_deadline_keeps_its_code_through_the_ensemble(caller: Gateway, private: TritonServer) -> None:
     caller.run(BASE)
     with pytest.raises((DeadlineMissed, Unavailable), match="deadline_ms"):
         caller.run(replace(STREAM, num_inference_steps=150, deadline_ms=300))
-    until_metric(server, "active_slots", 0)
+    until_metric(private, "active_slots", 0)
 
 
 def test_what_has_no_lease_is_not_run(caller: Gateway) -> None:
@@ -127,9 +127,9 @@ def test_nan_in_the_visibility_is_refused_and_no_picture_is_made(caller: Gateway
     assert refused.value.code == "INTERNAL"
 
 
-def test_what_is_kept_of_a_picture_is_kept_for_its_partition(caller: Gateway, server: TritonServer) -> None:
+def test_what_is_kept_of_a_picture_is_kept_for_its_partition(caller: Gateway, private: TritonServer) -> None:
     def encoded() -> float:
-        return metrics(server)["icportrait_encoder_cache_misses_total"]
+        return metrics(private)["icportrait_encoder_cache_misses_total"]
 
     caller.profile, caller.reference = 255 - caller.profile, 255 - caller.reference
     before = encoded()
@@ -155,11 +155,11 @@ def test_the_loop_says_whether_it_gets_on(caller: Gateway) -> None:
     assert caller.line.ping(9)["step_age_ms"] == 0
 
 
-def test_a_forged_line_is_closed_and_the_others_stay(caller: Gateway, server: TritonServer) -> None:
-    forged = Line(str(server.loop_path))
+def test_a_forged_line_is_closed_and_the_others_stay(caller: Gateway, private: TritonServer) -> None:
+    forged = Line(str(private.loop_path))
     forged.say(op="lease", key="a", rows=-3, steps="x", priority="x", deadline_ms=None, arrived_s=1e25, nbytes=0)
     assert forged.said.get(timeout=10) == {"op": "hello", "version": 1}
     assert forged.said.get(timeout=10) is None
     forged.close()
     assert caller.run(BASE)[0].shape[0] == 1
-    assert "isn't what it should be" in server.log_file.read_text()
+    assert "isn't what it should be" in private.log_file.read_text()

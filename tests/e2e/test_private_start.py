@@ -1,4 +1,4 @@
-"""How a private tritonserver starts and ends, and what it says where it can't start."""
+"""A private tritonserver's start and end, and its words where it can't start."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from pathlib import Path
 
 import pytest
 
+import icportrait.deploy.leftovers
+from icportrait.deploy.leftovers import SHM, SHORT
+from icportrait.deploy.triton_server import TritonServer
 from icportrait.errors import IcPortraitError
-from icportrait.leftovers import SHM, SHORT
 from icportrait.presets import DEMO_128
-from icportrait.triton_server import TritonServer
 from tests.e2e.conftest import simulated_repository
+from tests.e2e.supervised import runs
 from tests.label_slots import BASE
 from tests.private_client import gateway
 from tests.stage_front import until
 
 HOST_PROCESS = """
 import pathlib, sys
-from icportrait.triton_server import TritonServer
+from icportrait.deploy.triton_server import TritonServer
 
 server = TritonServer(pathlib.Path(sys.argv[1]), pathlib.Path(sys.argv[2]))
 server.start()
@@ -35,13 +37,6 @@ sys.stdin.read()
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return simulated_repository(tmp_path_factory.mktemp("repository"), {"unet": 2})
-
-
-def runs(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 def test_a_server_that_stopped_or_was_killed_leaves_nothing_and_starts_again(repository: Path, tmp_path: Path) -> None:
@@ -60,34 +55,41 @@ def test_a_server_that_stopped_or_was_killed_leaves_nothing_and_starts_again(rep
 
 
 def test_a_server_whose_starter_is_killed_dies_with_it_and_the_next_start_removes_the_rest(
-    repository: Path, tmp_path: Path
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     command = [sys.executable, "-c", HOST_PROCESS, str(repository), str(tmp_path / "log")]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as host:
-        assert host.stdout
-        folder, *pids = host.stdout.readline().split()
-        assert all(runs(int(pid)) for pid in pids) and len(pids) == 4
-        os.kill(host.pid, signal.SIGKILL)
-        until(lambda: not any(runs(int(pid)) for pid in pids))
-    assert Path(folder).exists()
-    token = Path(folder).name.rpartition("-")[2]
-    assert list(SHM.glob(f"icportrait_{token}_*"))
-    said: list[str] = []
-    with TritonServer(repository, tmp_path / "log", say=said.append):
-        assert f"removed what a server that was killed has left: {Path(folder).name}" in said
-        assert not Path(folder).exists()
-        assert not list(SHM.glob(f"icportrait_{token}_*"))
+    with tempfile.TemporaryDirectory(prefix="ic-") as own:  # else another test's start could remove what is left here
+        monkeypatch.setattr(tempfile, "tempdir", own)
+        environment = {**os.environ, "TMPDIR": own}
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        ) as host:
+            assert host.stdout
+            folder, *pids = host.stdout.readline().split()
+            assert all(runs(int(pid)) for pid in pids) and len(pids) == 4
+            token = Path(folder).name.rpartition("-")[2]
+            assert list(SHM.glob(f"icportrait_{token}_*"))
+            os.kill(host.pid, signal.SIGKILL)
+            until(lambda: not any(runs(int(pid)) for pid in pids))
+        assert Path(folder).parent == Path(own) and Path(folder).exists()
+        said: list[str] = []
+        with TritonServer(repository, tmp_path / "log", say=said.append):
+            assert f"removed what a server that was killed has left: {Path(folder).name}" in said
+            assert not Path(folder).exists()
+            assert not list(SHM.glob(f"icportrait_{token}_*"))
 
 
 def test_a_temporary_folder_that_takes_no_file_is_named_in_one_line(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where it is full: there is no room for the server's own folder."""
-    before = set(SHM.iterdir())
+    """Start a server whose own folder has no room, as where the disk is full."""
+    shm = tmp_path / "shm"
+    shm.mkdir()
+    monkeypatch.setattr(icportrait.deploy.leftovers, "SHM", shm)
     monkeypatch.setattr(tempfile, "tempdir", "/gone")
     with pytest.raises(IcPortraitError, match=r"the server can't be started: .*gone.* name another folder with TMPDIR"):
         TritonServer(repository, tmp_path / "log").start()
-    assert not {path for path in SHM.iterdir() if "icportrait" in path.name} - before
+    assert not list(shm.iterdir())
 
 
 def test_a_temporary_folder_whose_path_a_shell_would_read_something_into_is_not_used(

@@ -46,7 +46,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
 
 
 def engine_runs(server: ServerProcess) -> float:
-    """Requests of the engines' models so far."""
+    """Count the requests of the engines' models so far."""
     counts = series(server.metrics_url, "nv_inference_count")
     names = ("vae_encoder", "denoise", "vae_decoder")
     return sum(counts[f'nv_inference_count{{model="{name}",version="1"}}'] for name in names)

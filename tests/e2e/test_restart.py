@@ -15,11 +15,11 @@ import pytest
 from onnx import numpy_helper
 from tritonclient.utils import InferenceServerException
 
+from icportrait.deploy.repository import assemble
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
-from icportrait.repository import assemble
 from tests.e2e.caller import infer, series, settled, until_metric
-from tests.e2e.conftest import simulated_repository
+from tests.e2e.conftest import CACHE_BYTES, simulated_repository
 from tests.e2e.supervised import LINE_TIMEOUT_S, STOP_TIMEOUT_S, Supervised, children, name, supervised
 from tests.stage_front import until
 from tests.trivial_engines import write_trivial_export
@@ -28,7 +28,7 @@ ACTIVE, READY, PENDING = "icportrait_active_slots", "icportrait_gateway_ready", 
 
 
 def outcome(url: str, pictures: dict[str, bytes], steps: int) -> str:
-    """How a request ends."""
+    """Tell how a request ends."""
     try:
         infer(url, num_inference_steps=steps, **pictures)
     except InferenceServerException as error:
@@ -110,7 +110,7 @@ def test_a_part_that_ends_or_stops_while_the_engine_is_being_restarted_costs_ano
 def test_picture_processes_that_are_killed_or_stopped_cost_callers_time_and_nothing_else(
     tmp_path: Path, pictures: dict[str, bytes], number: Signal
 ) -> None:
-    """All of them, while callers keep them busy with pictures that come for the first time."""
+    """End or stop every process, while callers keep them busy with pictures that come for the first time."""
     repository = simulated_repository(tmp_path, {"unet": 1})
     # Of no meaning to a decoder.
     new = [{name: data + index.to_bytes(2, "big") for name, data in pictures.items()} for index in range(60)]
@@ -133,6 +133,7 @@ def test_parts_that_end_too_often_end_the_server_and_callers_are_told(
     with supervised(repository, tmp_path) as server, ThreadPoolExecutor() as threads:
         assert outcome(server.url, pictures, steps=1) == "served"
         for count in range(1, 4):
+            assert server.shm_regions()
             server.kill("denoise")
             assert server.next_line("the process") == (
                 "the process of model denoise was ended by signal 9; "
@@ -142,6 +143,7 @@ def test_parts_that_end_too_often_end_the_server_and_callers_are_told(
         check_a_deadline_that_passes_while_its_request_runs(server, pictures)
         running = threads.submit(outcome, server.url, pictures, 150)
         until_metric(server.metrics_url, ACTIVE, 1)
+        assert server.shm_regions()
         os.kill(server.tritonserver, signal.SIGKILL)
         assert running.result(LINE_TIMEOUT_S).startswith("StatusCode.UNAVAILABLE")
         assert server.process.wait(STOP_TIMEOUT_S) == 1
@@ -153,7 +155,10 @@ def test_parts_that_end_too_often_end_the_server_and_callers_are_told(
 
 
 def check_a_deadline_that_passes_while_its_request_runs(server: Supervised, pictures: dict[str, bytes]) -> None:
-    """A server that has measured nothing yet lets it in. It is dropped and told so, and its slot is free again."""
+    """Send a request that a server lets in because it has measured nothing yet.
+
+    The request is dropped and told so, and its slot is free again.
+    """
     with pytest.raises(InferenceServerException, match=r"deadline_ms: passed after \d+ of 150 steps") as dropped:
         infer(server.url, num_inference_steps=150, guidance_scale=1.0, deadline_ms=800, **pictures)
     assert dropped.value.status() == "StatusCode.UNAVAILABLE"
@@ -163,12 +168,13 @@ def check_a_deadline_that_passes_while_its_request_runs(server: Supervised, pict
 def test_a_failure_of_ours_is_internal_without_a_traceback_and_an_engine_that_keeps_failing_restarts_the_server(
     tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
-    """And Ctrl-C while it restarts ends it in order."""
+    """Send Ctrl-C while the server restarts, too: the server ends in order."""
     write_trivial_export(tmp_path / "export", DEMO_128)
-    assemble(tmp_path / "export", tmp_path / "repository", ServingPolicy())
+    assemble(tmp_path / "export", tmp_path / "repository", ServingPolicy(cache_bytes=CACHE_BYTES))
     make_the_unet_fail(tmp_path / "repository")
     with supervised(tmp_path / "repository", tmp_path) as server:
         for _ in range(3):
+            assert server.shm_regions()
             answer = outcome(server.url, pictures, steps=2)
             assert answer.startswith("StatusCode.INTERNAL") and "log has the cause" in answer
             assert "Traceback" not in answer

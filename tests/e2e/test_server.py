@@ -19,15 +19,15 @@ import tritonclient.grpc as grpc_client
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from icportrait.deploy.repository import assemble
 from icportrait.errors import IcPortraitError
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
-from icportrait.repository import assemble
 from icportrait.server import HOST, Ports, ServerProcess
 from tests.conftest import EXAMPLES
 from tests.e2e.caller import infer, until_metric
-from tests.e2e.conftest import simulated_repository
-from tests.e2e.supervised import STOP_TIMEOUT_S, descendants, supervised
+from tests.e2e.conftest import CACHE_BYTES, simulated_repository
+from tests.e2e.supervised import STOP_TIMEOUT_S, descendants, runs, supervised
 from tests.trivial_engines import write_trivial_export
 
 PROC_NET = Path("/proc/net")
@@ -35,18 +35,18 @@ PROC_NET = Path("/proc/net")
 
 @pytest.fixture(scope="module")
 def trivial(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A repository whose engines do next to nothing, in a folder as people name theirs."""
+    """Make a repository whose engines do next to nothing, in a folder as people name theirs."""
     folder = tmp_path_factory.mktemp("trivial")
     write_trivial_export(folder / "export", DEMO_128)
     repository = folder / "my portraits" / "repository"
-    assemble(folder / "export", repository, ServingPolicy(max_pending_requests=2))
+    assemble(folder / "export", repository, ServingPolicy(max_pending_requests=2, cache_bytes=CACHE_BYTES))
     return repository
 
 
 def until_gone(processes: list[int]) -> list[int]:
-    """Those that are still there after a while; they are killed."""
+    """Wait for processes to end; kill and return the ones that still run after 30 s."""
     end_s = time.monotonic() + 30
-    while (alive := [pid for pid in processes if Path(f"/proc/{pid}").exists()]) and time.monotonic() < end_s:
+    while (alive := [pid for pid in processes if runs(pid)]) and time.monotonic() < end_s:
         time.sleep(0.05)
     for pid in alive:
         os.kill(pid, signal.SIGKILL)
@@ -79,6 +79,7 @@ def test_a_server_that_is_told_to_end_answers_what_it_has_let_in_and_refuses_the
         until_metric(server.metrics_url, "icportrait_active_slots", 16)
         until_metric(server.metrics_url, "icportrait_queued_slots", 16)
         processes = descendants(server.process.pid)
+        assert server.shm_regions()
         server.process.send_signal(number)
         until_metric(server.metrics_url, "icportrait_gateway_ready", 0)
         with grpc_client.InferenceServerClient(server.url) as client:
@@ -107,7 +108,7 @@ def test_what_takes_longer_than_a_server_may_to_end_is_told_so(tmp_path: Path, p
 
 def test_a_signal_while_starting_ends_it_too(trivial: Path, tmp_path: Path) -> None:
     with supervised(trivial, tmp_path, wait=False) as server:
-        while not descendants(server.process.pid):
+        while not descendants(server.process.pid) or not server.shm_regions():
             assert server.process.poll() is None
             time.sleep(0.05)
         server.process.send_signal(signal.SIGINT)
@@ -121,6 +122,7 @@ def test_a_server_that_is_killed_takes_all_along_and_what_it_leaves_goes_at_the_
 ) -> None:
     with supervised(trivial, tmp_path) as server:
         processes, regions = descendants(server.process.pid), server.shm_regions()
+        assert regions
         (folder,) = tmp_path.glob("icportrait-server-run-*")
         server.process.kill()
         server.process.wait()
@@ -132,7 +134,7 @@ def test_a_server_that_is_killed_takes_all_along_and_what_it_leaves_goes_at_the_
 
 
 def listening() -> dict[str, tuple[int, str]]:
-    """Ports and addresses, as the kernel writes them, that this machine's sockets listen on; by inode."""
+    """List ports and addresses, as the kernel writes them, that this machine's sockets listen on, by inode."""
     found = {}
     for line in (PROC_NET / "tcp").read_text().splitlines() + (PROC_NET / "tcp6").read_text().splitlines():
         _, local, _, state, _, _, _, _, _, inode, *_ = line.split()
@@ -167,7 +169,7 @@ def test_a_model_that_fails_to_load_ends_the_start_with_the_cause(trivial: Path,
 def test_a_server_at_its_limit_serves_on_and_a_refusal_does_not_cost_its_place(
     trivial: Path, tmp_path: Path, pictures: dict[str, bytes]
 ) -> None:
-    """The limit is two; bad requests of every kind, more of them than that, leave it serving."""
+    """Send more bad requests, of every kind, than the limit of two. The server serves on."""
 
     def call(url: str) -> str:
         try:

@@ -29,7 +29,7 @@ def test_a_portrait_has_the_right_size_and_says_that_it_is_simulated(
 
 
 def test_whole_batches_keep_a_later_request_waiting(whole: Supervised, pictures: dict[str, bytes]) -> None:
-    """In-flight, it would join after a step or two."""
+    """Send a later request, which would join an in-flight batch after a step or two."""
     infer(whole.url, num_inference_steps=1, **pictures)
     with ThreadPoolExecutor(1) as thread:
         first = thread.submit(infer, whole.url, num_inference_steps=150, **pictures)

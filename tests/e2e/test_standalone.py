@@ -13,13 +13,14 @@ import tritonclient.grpc as grpc_client
 from PIL import Image
 from tritonclient.utils import InferenceServerException
 
+from benchmarks.bare_triton import BareTriton, bare_triton
 from benchmarks.pairs import run_pairs
 from benchmarks.settings import PairsSettings
 from icportrait.contract import ENGINES, STANDALONE_ENSEMBLE
+from icportrait.deploy.repository import assemble
+from icportrait.pictures.imaging import DIGITAL_SOURCE_TYPE
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
-from icportrait.repository import assemble
-from tests.bare_triton import BareTriton, bare_triton
 from tests.e2e.caller import series, tensors
 from tests.trivial_engines import write_trivial_export
 
@@ -28,7 +29,7 @@ UNET_MS = 20
 
 @pytest.fixture(scope="module")
 def bare(tmp_path_factory: pytest.TempPathFactory) -> Iterator[BareTriton]:
-    """Two slots, and places for two more."""
+    """Start a tritonserver with two slots, and places for two more."""
     folder = tmp_path_factory.mktemp("standalone")
     write_trivial_export(folder / "export", DEMO_128)
     engines = {name: {"1": 1.0} for name in ENGINES} | {"unet": {"1": UNET_MS}}
@@ -59,6 +60,7 @@ def test_files_come_back_with_metadata_and_no_lease_is_needed(bare: BareTriton, 
     assert [(Image.open(io.BytesIO(image)).size, Image.open(io.BytesIO(image)).format) for image in images] == [
         ((side, side), "WEBP")
     ] * 2
+    assert all(DIGITAL_SOURCE_TYPE.encode() in image for image in images)
     assert (metadata["seed"], metadata["steps"], metadata["simulated"]) == (5, 4, True)
     assert metadata["stage_ms"]["denoise"] >= 4 * UNET_MS and metadata["rows_shared"] == 2
 

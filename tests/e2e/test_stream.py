@@ -66,7 +66,7 @@ def test_the_unary_model_has_no_previews(slow: ServerProcess, pictures: dict[str
 
 
 def test_a_stream_that_is_cancelled_frees_its_slot(slow: ServerProcess, pictures: dict[str, bytes]) -> None:
-    """After its third preview; the slot, which is the only one, is then another's."""
+    """Cancel a stream after its third preview. Its slot, the only one, is then another's."""
     before = settled(slow.metrics_url)
     with call(slow, pictures, num_inference_steps=150, preview_every=1) as stream:
         previews = 0

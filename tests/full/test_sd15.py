@@ -1,28 +1,41 @@
 """Stable Diffusion's whole geometry, with random weights, through what a user runs: ``make test-full``.
 
-Nothing here needs a GPU; the plans are compiled ahead of time. Each step's time and largest resident size are printed
-at the end, and the memory is held to its budget.
+Nothing here needs a GPU: the plans are compiled ahead of time, and a portrait is served on this CPU. Each step's time
+and largest resident size are printed at the end, and the memory is held to its budget.
 """
 
 from __future__ import annotations
 
+import io
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from icportrait_client import Portrait, PortraitClient
+from PIL import Image
 
 from engines.inspection import inspect
 from engines.network import parse
-from icportrait.contract import ENGINES, engine_specs
+from examples.comparison import psnr_db
+from icportrait.contract import ENGINES, Array, engine_specs
+from icportrait.deploy.stub_processes import descendants
 from icportrait.manifest import Manifest, file_sha256
 from icportrait.presets import SD15_512
-from icportrait.runtime.flavours import TENSORRT_RTX
-from icportrait.runtime.plans import PlanManifest
+from icportrait.runtime.tensorrt.plans import PlanManifest
+from icportrait.runtime.tensorrt.products import TENSORRT_RTX
 from tests.conftest import ROOT
-from tests.full.conftest import EXPORT, PLANS, Step
+from tests.e2e.supervised import supervised
+from tests.full.conftest import WHAT, Step, make, say
+from tests.full.paths import EXPORT, PLANS, REFERENCE_PORTRAIT, REPOSITORY
+from tests.full.reference import PROFILE, REFERENCE, SEED, STEPS
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(3600)]
 
-MEMORY_BUDGET_BYTES = 18 * 10**9
+MEMORY_BUDGET_BYTES, SERVED_MEMORY_BUDGET_BYTES = 18 * 10**9, 16 * 10**9
+LEAST_PSNR_DB = 40.0
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+READY_TIMEOUT_S, ANSWER_TIMEOUT_S = 600, 1200
 BATCHES = {
     "vae_encoder": [1, 2, 4, 8],
     "warping_network": [1, 2, 4],
@@ -39,7 +52,7 @@ def test_memory_stays_within_its_budget(steps: list[Step]) -> None:
 
 
 def test_the_second_step_builds_what_the_first_exported(steps: list[Step]) -> None:
-    """Else the first one's memory would be another export's."""
+    """Hold the two together, else the first one's memory would be another export's."""
     _, exported, built = steps
     assert f"{EXPORT.relative_to(ROOT)}: sd15-512, fp16" in exported.output
     assert "sd15-512, fp16" not in built.output
@@ -87,3 +100,54 @@ def test_a_graph_is_parsed_without_a_warning_in_fp16_and_with_whole_attentions(s
     assert parsed.warnings == []
     assert found.share("fp16") >= 0.95
     assert found.attentions == ATTENTIONS[name]
+
+
+# Served
+
+
+def png(pixels: Array) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, "PNG")
+    return data.getvalue()
+
+
+def ask(url: str) -> Portrait:
+    with PortraitClient(url, timeout_s=ANSWER_TIMEOUT_S) as client:
+        return client.generate(
+            profile=png(PROFILE),
+            reference=png(REFERENCE),
+            seed=SEED,
+            num_inference_steps=STEPS,
+            guidance_scale=1.0,
+            profile_box=WHOLE,
+            reference_box=WHOLE,
+        )
+
+
+def peak_bytes(pid: int) -> int:
+    """Sum the peaks of a process and of each process below; together they never took more."""
+    status = [Path(f"/proc/{each}/status").read_text() for each in (pid, *descendants(pid))]
+    return sum(int(text.partition("VmHWM:")[2].split()[0]) * 1024 for text in status)
+
+
+def test_a_served_portrait_is_the_reference_pipelines_and_the_same_twice(steps: list[Step], tmp_path: Path) -> None:
+    assert "openvino" in make("repository", *WHAT).output
+    began = time.monotonic()
+    with supervised(REPOSITORY, tmp_path, ready_timeout_s=READY_TIMEOUT_S) as server:
+        ready = time.monotonic()
+        first = ask(server.url)
+        answered = time.monotonic()
+        second = ask(server.url)
+        peak = peak_bytes(server.process.pid)
+    assert first.files == second.files
+    assert first.metadata.versions.engine.startswith("openvino-")
+    with Image.open(REFERENCE_PORTRAIT) as picture:
+        expected = np.asarray(picture)
+    likeness = psnr_db(first.image, Image.fromarray(expected))
+    say(
+        f"served: ready after {ready - began:.0f} s, {STEPS} steps in {answered - ready:.0f} s, "
+        f"all processes at most {peak / 1e9:.1f} GB, {likeness:.1f} dB to the reference pipeline"
+    )
+    assert expected.std() > 10, "or any two grey pictures would do"
+    assert likeness >= LEAST_PSNR_DB
+    assert peak <= SERVED_MEMORY_BUDGET_BYTES

@@ -1,4 +1,4 @@
-"""What the tests on a GPU share, and their reasons to skip: no GPU, or a library that isn't installed beside it."""
+"""Parts that tests on a GPU share, and their reasons to skip: no GPU, or a library that isn't installed beside it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,9 @@ def gpu() -> None:
 
 @pytest.fixture
 def on_product(gpu: None, request: pytest.FixtureRequest, tmp_path: Path) -> Callable[..., Any]:
-    """Calls a function with a TensorRT product's name, an export and a folder, in a process of its own: two TensorRTs
-    don't share one.
+    """Call a function with a TensorRT product's name, an export and a folder.
+
+    Each call has a process of its own, because two TensorRTs don't share one.
     """
 
     def call(product: str, function: Callable[..., Any], *arguments: Any) -> Any:

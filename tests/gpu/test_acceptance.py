@@ -1,4 +1,4 @@
-"""What ``python -m engines accept`` checks, on a small export with random weights; skipped without an NVIDIA GPU."""
+"""The checks of ``python -m engines accept``, on a small export with random weights; skipped without an NVIDIA GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from engines.acceptance_report import write_report
 from engines.checks import CHECKS
 from icportrait.contract import ENGINES
 from icportrait.errors import RuntimeNotAvailable
-from icportrait.runtime.flavours import FLAVOURS
+from icportrait.runtime.tensorrt.products import FLAVOURS
 
 pytestmark = pytest.mark.timeout(1800)
 

@@ -14,7 +14,7 @@ from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.runtime import load_engine
 from icportrait.runtime.cuda import find_gpu
-from icportrait.runtime.flavours import FLAVOURS
+from icportrait.runtime.tensorrt.products import FLAVOURS
 from tests.rows import rows_that_differ
 
 pytestmark = pytest.mark.timeout(1800)
@@ -22,7 +22,7 @@ Differing = dict[str, list[tuple[int, ...]]]
 
 
 def differing(runtime: str, directory: Path, manifest: Manifest) -> Differing:
-    """By engine."""
+    """List the differing rows by engine."""
     policy = ServingPolicy(runtime=runtime, deterministic=True)
     engines = {name: load_engine(name, directory, manifest, policy) for name in ENGINES}
     return {name: rows_that_differ(engine, range(1, engine.spec.batch.max + 1)) for name, engine in engines.items()}

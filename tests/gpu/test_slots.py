@@ -14,27 +14,29 @@ from engines.building import build_engine
 from icportrait.contract import engine_specs
 from icportrait.manifest import Manifest
 from icportrait.runtime.cuda import Stream, find_gpu
-from icportrait.runtime.flavours import FLAVOURS
-from icportrait.runtime.loading import load_plans
 from icportrait.runtime.placement import private_copy
-from icportrait.runtime.slots import DeviceSlots, HostSlots, Slots
+from icportrait.runtime.slots import HostSlots, Slots
+from icportrait.runtime.tensorrt.loading import load_plans
+from icportrait.runtime.tensorrt.products import FLAVOURS
+from icportrait.runtime.tensorrt.slots import DeviceSlots
+from tests.rows import step, warp
 
 pytestmark = pytest.mark.timeout(1800)
 ENGINES = ("warping_network", "unet")
 
 
 def rows_of_a_batch(slots: Slots, manifest: Manifest) -> list[np.ndarray]:
-    """Jobs that join, share, are guided and leave; what the UNet says after each."""
+    """Let jobs join, share, be guided and leave, and return the UNet's answer after each."""
     specs = engine_specs(manifest.preset, manifest.precision)
     given, canvas = specs["warping_network"].dummy_inputs(2), specs["unet"].dummy_inputs(4)
     jobs = [{name: array[index : index + 1] for name, array in given.items()} for index in range(2)]
 
     def predict(rows: int) -> np.ndarray:
-        return slots.predict(canvas["canvas_latent"][:rows], canvas["timestep"][:rows], lambda: None)
+        return step(slots, canvas["canvas_latent"][:rows], canvas["timestep"][:rows])
 
-    found = [slots.condition(jobs[:1], [[0]], lambda: None), predict(1)]
-    found += [slots.condition(jobs, [[0], [1]], lambda: None), predict(2)]
-    found += [slots.condition(jobs[::-1], [[1, 2], [3]], lambda: None), predict(4)]
+    found = [warp(slots, jobs[:1], [[0]]), predict(1)]
+    found += [warp(slots, jobs, [[0], [1]]), predict(2)]
+    found += [warp(slots, jobs[::-1], [[1, 2], [3]]), predict(4)]
     slots.clear([2])
     found.append(predict(4))
     slots.move(3, 0)
@@ -42,7 +44,7 @@ def rows_of_a_batch(slots: Slots, manifest: Manifest) -> list[np.ndarray]:
 
 
 def compare(product: str, export: Path, out: Path, layout: str) -> list[int]:
-    """Bytes that differ, after each step, between rows handed over to the same engines and rows that stay."""
+    """Count the bytes, after each step, that differ between rows handed over to the same engines and rows that stay."""
     flavour, manifest = FLAVOURS[product], Manifest.read(export)
     config = BuildConfig(layout=layout, compute_capabilities=(find_gpu().compute_capability,))
     for name in ENGINES:

@@ -1,4 +1,4 @@
-"""What the tests of training share: rendered pairs, kept from run to run, and runs without their pictures."""
+"""Parts that the tests of training share: rendered pairs, kept from run to run, and runs without their pictures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PAIRS = 64
 
 @pytest.fixture(scope="session")
 def pair_cache() -> Path:
-    """Where tiny rendered pairs are kept for as long as the code that renders them is the same."""
+    """Return the folder where tiny rendered pairs are kept for as long as the code that renders them is the same."""
     return ROOT / "build" / "test-pairs" / file_sha256(*sorted(ROOT.glob("training/*.py")))[:16]
 
 
@@ -37,12 +37,12 @@ def tiny_pairs(pair_cache: Path) -> RenderedPairs:
 
 @pytest.fixture
 def few_examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples show two pairs: eight take seconds to render."""
+    """Let samples show two pairs, because eight take seconds to render."""
     monkeypatch.setattr(data, "EXAMPLES", 2)
 
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs draw no loss curves and no samples, which take longer than a few steps do."""
+    """Let runs draw no loss curves and no samples, which take longer than a few steps do."""
     monkeypatch.setattr(trainer, "_plot", lambda losses, path: None)
     monkeypatch.setattr(trainer.Trainer, "_sample", lambda self: None)

@@ -78,6 +78,7 @@ def command(tmp_path: Path, tiny_pairs: RenderedPairs, pair_cache: Path) -> Call
     return run
 
 
+@pytest.mark.full
 @pytest.mark.usefixtures("no_pictures")
 def test_the_command_trains_and_compares_all_variants(
     command: Callable[..., int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from icportrait.diffusion.sampling import NoiseSchedule
 from icportrait.nn import random_checkpoint
 from icportrait.nn.engine_modules import decode
 from icportrait.nn.matching import split_canvas
 from icportrait.nn.random_weights import SCHEDULER_CONFIG
-from icportrait.sampling import NoiseSchedule
 from tests.tiny import TINY
 from tests.training.tiny import generator, stage, write_views
 from training import stages
@@ -37,14 +37,14 @@ def appearance(tiny_pairs: RenderedPairs) -> Callable[..., Any]:
 
 
 def levels(trained: Any, timestep: Tensor) -> tuple[Tensor, Tensor]:
-    """How much of the clean latent and of the noise each row has."""
+    """Return how much of the clean latent and of the noise each row has."""
     schedule = NoiseSchedule.from_config(trained.checkpoint.scheduler_config)
     signal = torch.tensor(schedule.alphas_cumprod)[timestep].view(-1, 1, 1, 1).sqrt().float()
     return signal, (1 - signal**2).sqrt()
 
 
 def latents_seen(trained: Any) -> dict[str, Tensor]:
-    """Latents by kind, once the stage has encoded them."""
+    """Return latents by kind, once the stage has encoded them."""
     seen: dict[str, Tensor] = {}
     encode = trained.encode_known
     trained.encode_known = lambda kind, *rest: seen.setdefault(kind, encode(kind, *rest))

@@ -1,4 +1,4 @@
-"""What training shows the networks is what serving shows them."""
+"""Training shows the networks the same as serving does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from icportrait.masking import hide, reference_visibility
+from icportrait.diffusion.masking import hide, reference_visibility
 from icportrait.nn.engine_modules import VaeEncoder
 from tests.tiny import TINY
 from tests.training.tiny import generator, stage, write_views
@@ -73,7 +73,7 @@ def test_samples_hide_as_much_as_training(tiny_pairs: RenderedPairs, monkeypatch
 
 
 def test_kept_latents_are_their_own_pictures(tiny_pairs: RenderedPairs) -> None:
-    """Neither another pair's, nor the mirrored picture's, nor the target's in place of the profile's."""
+    """Compare with a fresh encoding. Another pair's, the mirrored picture's or the target's latents would differ."""
     trained = stage("appearance", tiny_pairs, batch=16)
     for seed in range(3):
         batch, numbers = trained.draw(generator(seed))
@@ -116,7 +116,7 @@ def test_pairs_are_drawn_as_the_recipe_says(tiny_pairs: RenderedPairs) -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path, tiny_pairs: RenderedPairs) -> PictureFolder:
-    """Two views of each of eight people, and files that aren't pictures."""
+    """Write two views of each of eight people, and files that aren't pictures."""
     write_views(tmp_path, tiny_pairs.pairs[:8])
     (tmp_path / "ORIGIN.md").write_text("no person")
     (tmp_path / "00" / "notes.txt").write_text("no picture")

@@ -1,4 +1,4 @@
-"""What evaluation says of portraits: batches equal the reference pipeline, figures equal known values."""
+"""Evaluation of portraits: batches equal the reference pipeline, figures equal known values."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def pictures(count: int, seed: int = 0, side: int = SIDE) -> Tensor:
 
 
 def columns(pictures_: Tensor, start: int, stop: int) -> Tensor:
-    """A mask of whole columns, ``[N, h, w]`` bool."""
+    """Make a mask of whole columns, ``[N, h, w]`` bool."""
     mask = torch.zeros(len(pictures_), *pictures_.shape[2:], dtype=torch.bool)
     mask[:, :, start:stop] = True
     return mask

@@ -72,7 +72,7 @@ def test_the_light_comes_from_where_the_label_says() -> None:
 
 
 def test_the_head_turns_to_where_the_label_says() -> None:
-    """Brows and pupils, all that is dark at that height, move to the picture's right with the yaw."""
+    """Check that brows and pupils, all that is dark at that height, move to the picture's right with the yaw."""
     places = []
     for reference in YAWS:
         pixels = committed(SWEEP_FOLDER / reference.file_name)[40:60]

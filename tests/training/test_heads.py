@@ -39,12 +39,12 @@ def views() -> View:
 
 @pytest.fixture(scope="module")
 def frontal(people: Identity, views: View) -> Rendering:
-    """Four people who look at the camera, in flat light."""
+    """Render four people who look at the camera, in flat light."""
     return render(people, views.turned(0).in_flat_light())
 
 
 def _pixels(rendering: Rendering, item: int, part: Part) -> torch.Tensor:
-    """Colours ``[n, 3]`` of a part's pixels whose eight neighbours are of the part too."""
+    """Return colours ``[n, 3]`` of a part's pixels whose eight neighbours are of the part too."""
     mask = (rendering.part[item] == part).float()[None, None]
     inner = -torch.nn.functional.max_pool2d(-mask, 3, stride=1, padding=1)[0, 0] > 0.5
     return rendering.image[item].permute(1, 2, 0)[inner]

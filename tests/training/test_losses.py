@@ -69,7 +69,7 @@ def knowing(trained: Any, flows: list[Tensor], batch: Any) -> None:
 
 
 def moved(flows: list[Tensor], cells: int) -> list[Tensor]:
-    """The flows with every match so many cells too far to the right, round the edge."""
+    """Move every match of the flows so many cells too far to the right, round the edge."""
     return [flow // side * side + (flow % side + cells) % side for flow, side in zip(flows, LEVELS, strict=True)]
 
 

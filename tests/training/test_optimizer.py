@@ -23,7 +23,7 @@ def recipe(**settings: object) -> MatchingRecipe:
 
 
 def moved(model: nn.Sequential, optimizer: RecipeOptimizer) -> list[torch.Tensor]:
-    """How far one step moves each parameter."""
+    """Return how far one step moves each parameter."""
     before = [parameter.detach().clone() for parameter in model.parameters()]
     model(torch.arange(27.0).sin().view(1, 3, 3, 3)).square().sum().backward()
     optimizer.step()
@@ -65,7 +65,7 @@ def test_muon_moves_convolutions_as_matrices_and_adamw_the_rest() -> None:
 
 @pytest.mark.parametrize("shape", [(6, 20), (20, 6), (8, 8)])
 def test_muon_orthogonalises_as_torch_does(shape: tuple[int, int]) -> None:
-    """Over steps with momentum and decay, but for the rounding of torch's bfloat16, whatever else is trained."""
+    """Compare steps with momentum and decay, but for the rounding of torch's bfloat16, whatever else is trained."""
     torch.manual_seed(1)
     starts = [torch.randn(shape), torch.randn(4, 3), torch.randn(shape)]
     ours, torchs = ([nn.Parameter(start.clone()) for start in starts] for _ in range(2))

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from icportrait.errors import NotEnoughDisk
 from icportrait.nn import Checkpoint, load_checkpoint, random_checkpoint, save_checkpoint
+from tests.full_disk import full_disk
 from tests.tiny import TINY
 from tests.training.tiny import stage, write_views
 from tests.unit.test_checkpoint import StableDiffusion
@@ -44,7 +46,7 @@ def trainer_of(kind: str, source: RenderedPairs, directory: Path, **settings: An
 
 
 def resumed(kind: str, source: RenderedPairs, directory: Path, **settings: Any) -> Trainer:
-    """A run that goes on with nothing but the directory."""
+    """Run on with nothing but the directory."""
     trainer = trainer_of(kind, source, directory, **settings)
     trainer.resume()
     trainer.run()
@@ -58,7 +60,7 @@ def resumed(kind: str, source: RenderedPairs, directory: Path, **settings: Any) 
 def test_a_resumed_run_ends_as_an_unbroken_one(
     tiny_pairs: RenderedPairs, tmp_path: Path, kind: str, steps: int, optimizer: str
 ) -> None:
-    """To the bit, on one machine with one number of threads."""
+    """Compare to the bit, on one machine with one number of threads."""
     settings = {"steps": steps, "warmup_steps": steps // 3, "optimizer": optimizer}
     whole = trainer_of(kind, tiny_pairs, tmp_path / "whole", **settings)
     whole.run(steps // 2)
@@ -148,7 +150,7 @@ def parts(checkpoint: Checkpoint) -> dict[str, nn.Module]:
 
 
 def assert_trained(before: Checkpoint, out: Path, *expected: str) -> Checkpoint:
-    """Only these parts changed, and the run has all its records."""
+    """Check that only these parts changed, and that the run has all its records."""
     after = load_checkpoint(out / "checkpoint")
     changed = set()
     for name, part in parts(before).items():
@@ -200,6 +202,22 @@ def test_a_stable_diffusion_model_is_adapted_to_a_folder_of_pictures(tiny_pairs:
     assert command("appearance", tmp_path / "matching" / "checkpoint", out, data, options=options) == 0
     after = assert_trained(matched, out, "appearance_net", "zero_convs")
     assert after.scheduler_config["_class_name"] == "PNDMScheduler"
+
+
+@pytest.mark.usefixtures("no_pictures")
+def test_a_full_disk_ends_a_run_in_one_sentence_and_its_last_save_is_whole(
+    tiny_pairs: RenderedPairs, tmp_path: Path
+) -> None:
+    trainer = trainer_of("vae", tiny_pairs, tmp_path / "run", steps=2, save_every=1)
+    trainer.run(until=1)
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    largest = max(before, key=lambda path: len(before[path]))
+    assert largest.name == STATE
+    with full_disk(len(before[largest]) - 1), pytest.raises(NotEnoughDisk, match="too large while writing the run, "):
+        trainer.run()
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"checkpoint", STATE, LOSSES, "run.json"}
+    assert largest.read_bytes() == before[largest]
+    resumed("vae", tiny_pairs, tmp_path / "run", steps=2, save_every=1)
 
 
 def test_callers_never_see_a_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

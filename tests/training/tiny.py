@@ -19,13 +19,13 @@ from training.trainer import Trainer
 
 
 def stage(kind: str, source: Source, checkpoint: Checkpoint | None = None, **settings: Any) -> Any:
-    """A stage in float32, with batches of 4 where the settings don't say otherwise."""
+    """Make a stage in float32, with batches of 4 where the settings don't say otherwise."""
     recipe = STAGES[kind](**({"bf16": False, "batch": 4} | settings))
     return STAGE_CLASSES[kind](checkpoint or random_checkpoint(TINY), source, recipe)
 
 
 def train(trained: Any, directory: Path) -> list[dict[str, float]]:
-    """The losses of a run, up to the recipe's last step."""
+    """Run to the recipe's last step, and return the losses."""
     trainer = Trainer(trained, directory)
     trainer.run()
     return trainer.losses
@@ -40,7 +40,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def write_views(directory: Path, pairs: PairSet) -> None:
-    """Two views of each pair's identity, its profile and its target, as ``PictureFolder`` reads them."""
+    """Write two views of each pair's identity, its profile and its target, as ``PictureFolder`` reads them."""
     for number, views in enumerate(zip(pairs.profile, pairs.target, strict=True)):
         person = directory / f"{number:02}"
         person.mkdir(parents=True)

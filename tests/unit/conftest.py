@@ -1,4 +1,4 @@
-"""What several of the unit tests share."""
+"""Parts that several of the unit tests share."""
 
 from __future__ import annotations
 
@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 
-import icportrait.loop_times
-import icportrait.step_alarm
-from tests.label_slots import LabelSlots
-
 
 class Clock:
     """Seconds that only pass when they are said to, or slept."""
@@ -18,7 +14,7 @@ class Clock:
     def __init__(self) -> None:
         self.now_s = 1000.0
         self.late_ms = 0.0
-        """By which a sleep takes longer than it was asked for."""
+        """Milliseconds by which a sleep takes longer than asked for."""
 
     def __call__(self) -> float:
         return self.now_s
@@ -30,21 +26,10 @@ class Clock:
         self.pass_ms(1000 * seconds + self.late_ms if seconds else 0.001)
 
     def as_module(self) -> Any:
-        """What a module that imports ``time`` may be given for it."""
+        """Return a stand-in for ``time`` in a module that imports it."""
         return SimpleNamespace(perf_counter=self, sleep=self.sleep)
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    """By which the loop times its engines."""
-    made = Clock()
-    for module in (icportrait.loop_times, icportrait.step_alarm):
-        monkeypatch.setattr(module, "time", made.as_module())
-    return made
-
-
-@pytest.fixture(params=[False, True], ids=["waits", "overlaps"])
-def overlaps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the loop's thread is free while engines run; then it decides a step ahead."""
-    monkeypatch.setattr(LabelSlots, "overlaps", request.param)
-    return bool(request.param)
+def clock() -> Clock:
+    return Clock()

@@ -1,4 +1,4 @@
-"""Who is let in, and what a refusal says: against the scheduler that later decides, step by step, in made-up time."""
+"""Admission and its refusals, against the scheduler that later decides, step by step, in made-up time."""
 
 from __future__ import annotations
 
@@ -6,50 +6,41 @@ import math
 import random
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 
-import icportrait.admission
-from icportrait.admission import MARGIN, UNKNOWN_RETRY_MS, Admission, Demand, Lease, Limits, forecast
+import icportrait.serving.admission
 from icportrait.errors import Unavailable
-from icportrait.loop_times import Pace
+from icportrait.loop.job import Job, State
+from icportrait.loop.scheduler import Scheduler
+from icportrait.loop.times import Pace
 from icportrait.metrics import REFUSALS, Metrics
-from icportrait.scheduling import BATCHING_MODES, Scheduler
-from icportrait.ticket import Ticket
-from tests.label_slots import SCHEDULE, steps_of
+from icportrait.policy import BATCHING_MODES
+from icportrait.serving.admission import MARGIN, UNKNOWN_RETRY_MS, Admission, Lease, Limits, forecast
+from icportrait.serving.control import Demand
+from tests.label_slots import steps_of
+from tests.unit.test_scheduler import Request
 
 STEP_S = 0.1
 
 
-@dataclass(eq=False)
-class Waiting:
-    """A request in the scheduler's queue."""
-
-    rows: int
-    steps: int
-    arrived_s: float
-    priority: int = 1
-    deadline_s: float = float("inf")
-
-
 def simulated(running: Iterable[tuple[int, int]], queued: Sequence[tuple[int, int]], slots: int) -> list[int]:
-    """What ``forecast`` says, found out by stepping until all have joined."""
-    scheduler: Scheduler[Waiting] = Scheduler(BATCHING_MODES["in-flight"], slots, max_jobs=len(queued))
-    waiting = [Waiting(rows, steps, float(index)) for index, (rows, steps) in enumerate(queued)]
-    for item in waiting:
-        scheduler.push(item)
-    left, starts = [list(job) for job in running], {}
+    """Find ``forecast``'s answer by stepping until all have joined."""
+    scheduler = Scheduler(BATCHING_MODES["in-flight"], slots, max_jobs=len(queued), pace=Pace())
+    waiting = [Request("w", rows, steps, arrived_s=index) for index, (rows, steps) in enumerate(queued)]
+    scheduler.waiting += waiting
+    batch = [Request("r", rows, steps) for rows, steps in running]
+    starts: dict[Request, int] = {}
     step = 0
-    while len(scheduler):
-        if joining := scheduler.next_to_warp(0.0, sum(rows for rows, _ in left)):
-            starts |= dict.fromkeys(joining, step)
-            left += [[item.rows, item.steps] for item in joining]
+    while scheduler.waiting:
+        leaving, joining = scheduler.next_step(batch, 0.0)
+        starts |= dict.fromkeys(joining, step)
+        batch = [job for job in batch if job not in leaving] + joining
         step += 1
-        for job in left:
-            job[1] -= 1
-        left = [job for job in left if job[1]]
+        for job in batch:
+            job.steps -= 1
+            job.has_ended = not job.steps
     return [starts[item] for item in waiting]
 
 
@@ -91,10 +82,10 @@ class Server:
         return str(refusal.value)
 
     def run(self, key: str, rows: int, steps: int, done: int = 0) -> Lease:
-        """A request that has slots, and so many of its steps behind it."""
+        """Add a request that has slots, and so many of its steps behind it."""
         lease = self.lease(key, rows, steps)
-        lease.ticket = ticket()
-        lease.ticket.is_running, lease.ticket.steps_done = True, done
+        lease.job = waiting_job()
+        lease.job.state, lease.job.steps_done = State.RUNNING, done
         return lease
 
     @property
@@ -103,10 +94,9 @@ class Server:
         return {reason: series["refusals_total", (("reason", reason),)][1] for reason in REFUSALS}
 
 
-def ticket() -> Ticket:
-    """A job's at the loop's door."""
-    (job,) = steps_of(1)
-    return Ticket(job, SCHEDULE.plan("ddim", 1), job.profile_latent, print, None, 1, 0.0, 0.0, lambda: None, 0)
+def waiting_job() -> Job:
+    (entry,) = steps_of(1)
+    return Job(**vars(entry), on_done=print)
 
 
 def retry_after_ms(text: str) -> int:
@@ -151,7 +141,7 @@ def test_pictures_of_all_admitted_requests_count_until_they_are_answered() -> No
     text = server.refused(nbytes=400)
     assert text.startswith("the queue is full (601 of 1,000 bytes of pictures, and 400 more came)")
     assert retry_after_ms(text) == 1100  # when the first will have been answered
-    running.is_denoised = True
+    running.denoised_s = 0.0
     server.refused(nbytes=400)
     assert server.refusals == {"queue_slots": 0, "queue_bytes": 2, "deadline": 0}
     server.admission.release("a")
@@ -163,12 +153,12 @@ def test_a_request_that_was_denoised_waits_for_no_slot() -> None:
     server = Server(slots=4, limit=0)
     lease = server.run("a", rows=4, steps=10, done=10)
     server.refused()
-    lease.is_denoised = True
+    lease.denoised_s = 0.0
     server.lease("b", rows=4)
 
 
 def room_after_steps(running: list[tuple[int, int]], queued: list[tuple[int, int]], rows: int, limit: int) -> int:
-    """How many steps from now the loop would be before a request of so many rows finds room, at 4 slots."""
+    """Return how many steps from now a request of so many rows finds room, at 4 slots."""
     starts = simulated(running, queued, 4)
     jobs = [*((0, *job) for job in running), *((start, *job) for start, job in zip(starts, queued, strict=True))]
     step = 0
@@ -178,7 +168,7 @@ def room_after_steps(running: list[tuple[int, int]], queued: list[tuple[int, int
 
 
 def test_a_refusal_says_after_how_long_there_is_room() -> None:
-    """Not before: a caller that comes back then would be refused once more. Nor much later."""
+    """Check the hint from both sides. A caller that comes back earlier would be refused once more."""
     draw, refusals = random.Random(1), 0
     for _ in range(200):
         server, running, queued = Server(slots=4, limit=4), [], []
@@ -216,11 +206,11 @@ def test_before_any_step_was_measured_a_refusal_says_what_it_always_says() -> No
 
 @pytest.fixture
 def no_margin(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(icportrait.admission, "MARGIN", 1.0)
+    monkeypatch.setattr(icportrait.serving.admission, "MARGIN", 1.0)
 
 
 def test_a_promise_leaves_a_margin_of_what_lies_ahead() -> None:
-    """Not of what has gone by since the request arrived."""
+    """Check that the margin leaves out the time since the request arrived."""
     assert MARGIN > 1
     server = Server(slots=4)
     server.pace.answered(0.2)
@@ -234,7 +224,7 @@ def test_a_promise_leaves_a_margin_of_what_lies_ahead() -> None:
 
 @pytest.mark.usefixtures("no_margin")
 def test_a_deadline_that_cannot_be_kept_is_refused_with_what_it_would_take() -> None:
-    """10 steps of others, then one that waits for a running one, 5 of its own and what comes after."""
+    """Add up 10 steps of others, then a running one's, 5 of the request's own and the time after the last."""
     server = Server(slots=4)
     server.pace.answered(0.2)
     server.run("running", rows=4, steps=30, done=20)
@@ -273,7 +263,7 @@ def test_before_any_step_was_measured_every_deadline_is_let_in() -> None:
 
 @pytest.mark.usefixtures("no_margin")
 def test_a_deadline_that_was_promised_is_not_broken_for_a_nearer_one() -> None:
-    """Of one class the nearer deadline goes first; were it let in, the other would be late."""
+    """Ask for a nearer deadline, which goes first in its class: were it let in, the other would be late."""
     server = Server(slots=4)
     server.run("running", rows=4, steps=10)
     server.lease("promised", rows=4, steps=10, deadline_ms=2200)
@@ -302,7 +292,7 @@ def test_what_nothing_was_promised_to_or_is_late_anyway_is_no_reason_to_refuse()
     server.run("running", rows=4, steps=10)
     late = server.lease("late", rows=4, steps=10, deadline_ms=2200)
     server.lease("without", rows=4, steps=10)
-    late.ticket = ticket()  # it has come, and waits
+    late.job = waiting_job()  # it has come, and waits
     server.now_s += 0.5
     server.lease("new", rows=4, steps=3, deadline_ms=2000, priority=0)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from export.adapt import main as adapt
-from icportrait.errors import CheckpointError
+from icportrait.errors import CheckpointError, NotEnoughDisk
 from icportrait.nn import (
     Checkpoint,
     WarpingNetwork,
@@ -33,6 +33,7 @@ from icportrait.nn import (
 )
 from icportrait.nn.geometry import preset_from_configs, unet_config, unet_from_preset, vae_config, vae_from_preset
 from icportrait.presets import DEMO_128, SD15_512, Preset
+from tests.full_disk import full_disk
 from tests.tiny import TINY
 
 MODELS = ("unet", "vae", "warping_network")
@@ -58,7 +59,7 @@ def saved_once(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def saved(saved_once: Path, tmp_path: Path) -> Path:
-    """A checkpoint that the test may change."""
+    """Copy a checkpoint that the test may change."""
     return shutil.copytree(saved_once, tmp_path / "checkpoint")
 
 
@@ -513,7 +514,7 @@ def base(tmp_path: Path) -> StableDiffusion:
 
 
 def predict(checkpoint: Checkpoint, canvas: Tensor, timestep: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The prediction under the ``F_ref`` of random latents, and that ``F_ref``."""
+    """Predict under the ``F_ref`` of random latents, and return that ``F_ref`` too."""
     modules = engine_modules(checkpoint)
     latents = torch.randn(2, 2, 4, TINY.latent_size, TINY.latent_size)
     visibility = (torch.rand(2, 1, TINY.latent_size, TINY.latent_size) > 0.8).float()
@@ -605,9 +606,42 @@ def test_the_command_adapts_a_directory_of_the_fp16_variant(
     assert adapt(["--stable-diffusion", str(base.directory), "--out", str(tmp_path / "adapted")]) == 0
     assert "adapted: custom; F_ref is zero until the checkpoint is trained" in capsys.readouterr().out
     assert_same_weights(load_checkpoint(tmp_path / "adapted").unet, base.unet.float())
+    for model in MODELS:
+        stored = load_file(tmp_path / "adapted" / model / WEIGHTS)
+        assert {weight.dtype for weight in stored.values()} == {torch.float16}, model
     shutil.rmtree(base.directory / "vae")
     assert adapt(["--stable-diffusion", str(base.directory), "--out", str(tmp_path / "adapted")]) == 1
     assert capsys.readouterr().err.splitlines()[-1].startswith("error: ")
+
+
+def test_a_plain_vae_beside_an_fp16_unet_loses_no_bit(base: StableDiffusion, tmp_path: Path) -> None:
+    vae = load_file(base.directory / "vae" / WEIGHTS)
+    base.unet.half().save_pretrained(base.directory / "unet", variant="fp16")
+    (base.directory / "unet" / WEIGHTS).unlink()
+    assert adapt(["--stable-diffusion", str(base.directory), "--out", str(tmp_path / "adapted")]) == 0
+    for model, dtype in (("unet", torch.float16), ("warping_network", torch.float16), ("vae", torch.float32)):
+        stored = load_file(tmp_path / "adapted" / model / WEIGHTS)
+        assert {weight.dtype for weight in stored.values()} == {dtype}, model
+    assert all(torch.equal(stored[name], weight) for name, weight in vae.items())
+
+
+def test_a_full_disk_ends_an_adaptation_in_one_sentence_and_leaves_no_half(
+    base: StableDiffusion, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "new" / "adapted"
+    with full_disk(100_000):
+        assert adapt(["--stable-diffusion", str(base.directory), "--out", str(out)]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {out}: File too large while writing the checkpoint, about ")
+    assert not out.exists()
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_was_to_be_replaced(saved: Path) -> None:
+    before = {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()}
+    with full_disk(100_000), pytest.raises(NotEnoughDisk):
+        save_checkpoint(random_checkpoint(TINY, seed=1), saved)
+    assert {path: path.read_bytes() for path in saved.rglob("*") if path.is_file()} == before
+    assert not list(saved.glob(".saving-*"))
 
 
 @pytest.mark.parametrize("shape", [(6, 12), (1, 6, 12)])
@@ -667,7 +701,7 @@ def test_fp16_variants_are_adapted_as_fp32(base: StableDiffusion) -> None:
 
 
 def test_published_names_of_old_weights_are_understood(base: StableDiffusion) -> None:
-    """Stable Diffusion 1.5's files name the VAE's attention and the text encoder's weights in an older way."""
+    """Write the VAE's attention and the text encoder in the older way of Stable Diffusion 1.5's files."""
     old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
     def rename_vae(weights: dict[str, Tensor]) -> None:

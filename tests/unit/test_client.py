@@ -26,12 +26,14 @@ import pytest
 from icportrait_client import (
     DeadlineExceeded,
     InvalidRequest,
+    Metadata,
+    Portrait,
     PortraitClient,
     PortraitError,
     PortraitOptions,
-    Portraits,
     RequestCancelled,
     ServerError,
+    ServerOverloaded,
     ServerUnavailable,
 )
 from icportrait_client.cli import main
@@ -39,8 +41,13 @@ from PIL import Image
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from icportrait.errors import InvalidRequest as ServerInvalidRequest
+from icportrait.gateway.kserve import KserveModels
+from icportrait.policy import ServingPolicy
 from icportrait.request import INPUTS, MAX_SEED, client_contract_text
 
+PROFILE, REFERENCE = b"\xff\xd8\xff a profile", b"\xff\xd8\xff a reference"
+"""Bytes that the client takes for JPEGs, and can't read."""
+PICTURES: Any = {"profile": PROFILE, "reference": REFERENCE}
 STAGE_MS = {"preprocess": 12.34, "conditioning": 50.0, "denoise": 1800.25, "decode": 90.0, "postprocess": 7.5}
 METADATA = {"seed": 7, "steps": 20, "stage_ms": STAGE_MS, "versions": {"preset": "demo-128"}}
 
@@ -74,8 +81,8 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
         self.release = threading.Event()
         self.release.set()
 
-    def ServerLive(self, request: Any, context: Any) -> Any:  # noqa: N802 - the service's own name
-        return service_pb2.ServerLiveResponse(live=True)
+    def ModelMetadata(self, request: Any, context: Any) -> Any:  # noqa: N802 - the service's own name
+        return KserveModels(ServingPolicy()).metadata(request.name)
 
     def ModelInfer(self, request: Any, context: Any) -> Any:  # noqa: N802 - the service's own name
         self.requests.append(request)
@@ -90,7 +97,7 @@ class FakeTriton(service_pb2_grpc.GRPCInferenceServiceServicer):  # type: ignore
 
     @property
     def sent(self) -> dict[str, tuple[str, list[int], bytes]]:
-        """The only request's inputs by name: type, shape, raw bytes."""
+        """Return the only request's inputs by name: type, shape, raw bytes."""
         (request,) = self.requests
         assert len(request.inputs) == len(request.raw_input_contents)
         pairs = zip(request.inputs, request.raw_input_contents, strict=True)
@@ -130,7 +137,7 @@ def triton() -> Iterator[FakeTriton]:
 
 @pytest.fixture
 def client(triton: FakeTriton) -> Iterator[PortraitClient]:
-    with PortraitClient(triton.url, timeout_s=30) as client:
+    with PortraitClient(triton.url, timeout_s=30, attempts=1) as client:
         yield client
 
 
@@ -151,14 +158,14 @@ def test_contract_is_what_the_server_generates() -> None:
 
 @pytest.mark.parametrize(("call", "lacks"), [("generate", {"encoding", "preview_every"}), ("stream", {"encoding"})])
 def test_a_call_takes_every_input_of_the_contract(call: str, lacks: set[str]) -> None:
-    parameters = set(inspect.signature(getattr(PortraitClient, call)).parameters) - {"self", "options"}
+    parameters = set(inspect.signature(getattr(PortraitClient, call)).parameters) - {"self", "options", "timeout_s"}
     assert parameters | set(PortraitOptions.__annotations__) == {field.name for field in INPUTS} - lacks
 
 
 @pytest.mark.parametrize("name", ["preview_every", "encoding", "colour"])
 def test_generate_takes_nothing_else(triton: FakeTriton, client: PortraitClient, name: str) -> None:
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
-        client.generate(profile=b"p", reference=b"r", **{name: None})  # type: ignore[arg-type]
+        client.generate(**PICTURES, **{name: None})  # type: ignore[arg-type]
     assert not triton.requests
 
 
@@ -167,12 +174,15 @@ def test_generate_takes_nothing_else(triton: FakeTriton, client: PortraitClient,
 
 def test_files_and_bytes_are_sent_as_they_are(triton: FakeTriton, client: PortraitClient, tmp_path: Path) -> None:
     path = tmp_path / "a.jpg"
-    path.write_bytes(b"\xff\xd8 not decoded here \x00")
-    for source in (path, str(path), path.read_bytes(), bytearray(path.read_bytes())):
+    path.write_bytes(b"\xff\xd8\xff not decoded here \x00")
+    data = path.read_bytes()
+    for source in (path, str(path), data, bytearray(data), memoryview(data), io.BytesIO(data), path.open("rb")):
         triton.requests.clear()
-        client.generate(profile=source, reference=b"r")
-        assert triton.sent_picture("profile") == path.read_bytes()
-        assert triton.sent_picture("reference") == b"r"
+        client.generate(profile=source, reference=REFERENCE)
+        assert triton.sent_picture("profile") == data
+        assert triton.sent_picture("reference") == REFERENCE
+        if isinstance(source, io.BufferedReader):
+            source.close()
     assert triton.requests[0].model_name == "ic_portrait"
 
 
@@ -190,7 +200,7 @@ def test_array_arrives_without_loss(triton: FakeTriton, client: PortraitClient, 
 def test_image_arrives_without_loss(triton: FakeTriton, client: PortraitClient, mode: str) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).convert(mode)
-    client.generate(profile=image, reference=b"r")
+    client.generate(profile=image, reference=REFERENCE)
     arrived = decoded(triton.sent_picture("profile"))
     assert (arrived.format, arrived.mode) == ("PNG", mode)
     assert arrived.convert("RGBA").tobytes() == image.convert("RGBA").tobytes()
@@ -204,7 +214,7 @@ def test_image_of_a_mode_png_lacks_is_converted(
 ) -> None:
     image = Image.new("RGB", (3, 2), (200, 100, 50)).convert({"PA": "P", "RGBa": "RGBA"}.get(mode, mode)).convert(mode)
     image.info["icc_profile"] = b"of the old channels"
-    client.generate(profile=image, reference=b"r")
+    client.generate(profile=image, reference=REFERENCE)
     arrived = decoded(triton.sent_picture("profile"))
     assert arrived.mode == expected
     assert arrived.tobytes() == image.convert(expected).tobytes()
@@ -219,7 +229,7 @@ def test_image_is_sent_upright_and_without_its_exif(triton: FakeTriton, client: 
     exif[0x010F] = "maker"
     Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
     with Image.open(tmp_path / "a.png") as image:
-        client.generate(profile=image, reference=b"r")
+        client.generate(profile=image, reference=REFERENCE)
     arrived = decoded(triton.sent_picture("profile"))
     np.testing.assert_array_equal(np.asarray(arrived), np.rot90(pixels, -1))
     assert not dict(arrived.getexif())
@@ -249,7 +259,12 @@ def damaged_image() -> Image.Image:
         ("a\0b", "profile: .* can't be read"),
         (Path(), r"profile: '\.' can't be read \(Is a directory\)"),
         (b"", "profile: empty, expected the bytes of a JPEG, PNG, WebP, AVIF or HEIC picture"),
-        (None, "profile: type is NoneType, expected a path, encoded bytes, a PIL image or a uint8 array"),
+        (None, "profile: type is NoneType, expected a path, encoded bytes, a file opened with 'rb', a PIL image or"),
+        (io.StringIO("text"), "profile: the file gives str, expected bytes; open it with 'rb'"),
+        (b"GIF89a", "profile: it is a GIF, expected a JPEG, PNG, WebP, AVIF or HEIC picture"),
+        (b"/9j/4AAQ", "profile: it is base64 text; decode it first, expected a JPEG"),
+        (b"nothing", "profile: 7 bytes that begin with b'nothing', expected a JPEG"),
+        (PROFILE + bytes(20_000_000), "profile: 20,000,013 bytes, expected at most 20,000,000; scale"),
         ([1, 2], "profile: type is list, expected a path"),
     ],
 )
@@ -257,35 +272,47 @@ def test_what_is_no_picture_is_refused_and_not_sent(
     triton: FakeTriton, client: PortraitClient, source: Any, message: str
 ) -> None:
     with pytest.raises(InvalidRequest, match=f"^{message}"):
-        client.generate(profile=source, reference=b"r")
+        client.generate(profile=source, reference=REFERENCE)
     with pytest.raises(InvalidRequest, match=f"^{message.replace('profile:', 'reference:', 1)}"):
-        client.generate(profile=b"p", reference=source)
+        client.generate(profile=PROFILE, reference=source)
     assert not triton.requests
 
 
 def test_large_pictures_pass_both_ways(triton: FakeTriton, client: PortraitClient) -> None:
-    large = bytes(20_000_000)
+    large = PROFILE + bytes(20_000_000 - len(PROFILE))
     triton.images = (large, large)
     portraits = client.generate(profile=large, reference=large)
     assert triton.sent_picture("reference") == large
-    assert portraits.images == (large, large)
+    assert portraits.files == (large, large)
 
 
 # Options
 
 
 def test_only_given_options_are_sent(triton: FakeTriton, client: PortraitClient) -> None:
-    client.generate(profile=b"p", reference=b"r")
-    assert list(triton.sent) == ["profile", "reference"]
+    client.generate(**PICTURES)
+    assert list(triton.sent) == ["profile", "reference", "seed"]
     triton.requests.clear()
-    client.generate(profile=b"p", reference=b"r", seed=0, mask_ratio=0)
+    client.generate(**PICTURES, seed=0, mask_ratio=0)
     assert list(triton.sent) == ["profile", "reference", "seed", "mask_ratio"]
+    assert triton.sent["seed"] == ("INT64", [1], bytes(8))
+
+
+def test_a_seed_is_drawn_for_each_request_that_names_none(triton: FakeTriton, client: PortraitClient) -> None:
+    """Draw as the server would, because a second attempt has to be the same request."""
+    seeds = []
+    for _ in range(20):
+        client.generate(**PICTURES, seed=None)
+        seeds.append(struct.unpack("<q", triton.sent["seed"][2])[0])
+        triton.requests.clear()
+    assert len(set(seeds)) > 15
+    assert all(0 <= seed < 2**31 for seed in seeds)
 
 
 def test_every_option_arrives_in_the_contracts_type(triton: FakeTriton, client: PortraitClient) -> None:
     client.generate(
-        profile=b"p",
-        reference=b"r",
+        profile=PROFILE,
+        reference=REFERENCE,
         seed=MAX_SEED,
         num_portraits=8,
         num_inference_steps=np.int64(150),  # type: ignore[arg-type]
@@ -293,7 +320,7 @@ def test_every_option_arrives_in_the_contracts_type(triton: FakeTriton, client: 
         mask_ratio=np.float32(0.98),  # type: ignore[arg-type]
         scheduler="euler",
         priority=0,
-        deadline_ms=1500,
+        deadline_ms=1_500_000,
         profile_box=(0, 0.25, 0.5, 1),
         reference_box=np.array([0, 0, 1, 1]),  # type: ignore[arg-type]
         output_format="webp",
@@ -304,7 +331,10 @@ def test_every_option_arrives_in_the_contracts_type(triton: FakeTriton, client: 
         for field in INPUTS
         if field.name not in ("encoding", "preview_every")
     }
-    assert {name: raw for name, (_, _, raw) in sent.items() if name not in ("profile", "reference")} == {
+    (deadline_ms,) = struct.unpack("<i", sent["deadline_ms"][2])
+    assert 1_490_000 < deadline_ms <= 1_500_000, "what is left of it"
+    skipped = ("profile", "reference", "deadline_ms")
+    assert {name: raw for name, (_, _, raw) in sent.items() if name not in skipped} == {
         "seed": struct.pack("<q", MAX_SEED),
         "num_portraits": struct.pack("<i", 8),
         "num_inference_steps": struct.pack("<i", 150),
@@ -312,7 +342,6 @@ def test_every_option_arrives_in_the_contracts_type(triton: FakeTriton, client: 
         "mask_ratio": struct.pack("<f", 0.98),
         "scheduler": bytes_tensor(b"euler"),
         "priority": struct.pack("<i", 0),
-        "deadline_ms": struct.pack("<i", 1500),
         "profile_box": struct.pack("<4f", 0, 0.25, 0.5, 1),
         "reference_box": struct.pack("<4f", 0, 0, 1, 1),
         "output_format": bytes_tensor(b"webp"),
@@ -347,7 +376,7 @@ def test_value_out_of_the_contract_is_refused_and_not_sent(
     triton: FakeTriton, client: PortraitClient, option: str, value: Any, message: str
 ) -> None:
     with pytest.raises(InvalidRequest) as caught:
-        client.generate(profile=b"p", reference=b"r", **{option: value})
+        client.generate(**PICTURES, **{option: value})
     assert str(caught.value) == f"{option}: {message}"
     assert not triton.requests
 
@@ -360,7 +389,7 @@ def test_a_refusal_is_worded_as_the_servers(client: PortraitClient, option: str,
     with pytest.raises(ServerInvalidRequest) as servers:
         field.parse(np.array([value], field.dtype.numpy))
     with pytest.raises(InvalidRequest) as ours:
-        client.generate(profile=b"p", reference=b"r", **{option: value})  # type: ignore[arg-type]
+        client.generate(**PICTURES, **{option: value})  # type: ignore[arg-type]
     assert str(ours.value) == str(servers.value)
 
 
@@ -371,8 +400,8 @@ def test_a_refusal_is_worded_as_the_servers(client: PortraitClient, option: str,
     ("code", "error", "message"),
     [
         ("INVALID_ARGUMENT", InvalidRequest, "what the server says"),
-        ("UNAVAILABLE", ServerUnavailable, "{url}: what the server says"),
-        ("CANCELLED", RequestCancelled, "what the server says"),
+        ("UNAVAILABLE", ServerUnavailable, '{url}: no server answers (what the server says); "make serve" starts one'),
+        ("CANCELLED", RequestCancelled, "{url}: what the server says"),
         ("INTERNAL", ServerError, "{url}: INTERNAL: what the server says"),
         ("NOT_FOUND", ServerError, "{url}: NOT_FOUND: what the server says"),
     ],
@@ -382,7 +411,7 @@ def test_codes_become_exceptions(
 ) -> None:
     triton.failure = (grpc.StatusCode[code], "what the server says")
     with pytest.raises(PortraitError) as caught:
-        client.generate(profile=b"p", reference=b"r")
+        client.generate(**PICTURES)
     assert type(caught.value) is error
     assert str(caught.value) == message.format(url=triton.url)
 
@@ -390,9 +419,9 @@ def test_codes_become_exceptions(
 def test_a_full_server_says_when_to_try_again(triton: FakeTriton, client: PortraitClient) -> None:
     text = "UNAVAILABLE: the queue is full (64 of 64 slots); retry_after_ms: 340"
     triton.failure = (grpc.StatusCode.UNAVAILABLE, text)
-    with pytest.raises(ServerUnavailable) as caught:
-        client.generate(profile=b"p", reference=b"r")
-    assert caught.value.retry_after_ms == 340
+    with pytest.raises(ServerOverloaded) as caught:
+        client.generate(**PICTURES)
+    assert (caught.value.retry_after_ms, caught.value.has_answered) == (340, True)
     assert str(caught.value) == f"{triton.url}: {text}"
 
 
@@ -400,13 +429,13 @@ def test_a_full_server_says_when_to_try_again(triton: FakeTriton, client: Portra
 def test_without_a_hint_there_is_none(triton: FakeTriton, client: PortraitClient, text: str) -> None:
     triton.failure = (grpc.StatusCode.UNAVAILABLE, text)
     with pytest.raises(ServerUnavailable) as caught:
-        client.generate(profile=b"p", reference=b"r")
+        client.generate(**PICTURES)
     assert caught.value.retry_after_ms is None
 
 
 def test_refused_connection_names_the_url_and_the_way_out(free_url: str) -> None:
-    with PortraitClient(free_url) as client, pytest.raises(ServerUnavailable) as caught:
-        client.generate(profile=b"p", reference=b"r")
+    with PortraitClient(free_url, attempts=1) as client, pytest.raises(ServerUnavailable) as caught:
+        client.generate(**PICTURES)
     assert str(caught.value).startswith(f"{free_url}: no server answers (")
     assert str(caught.value).endswith('"make serve" starts one')
     assert caught.value.retry_after_ms is None
@@ -415,14 +444,14 @@ def test_refused_connection_names_the_url_and_the_way_out(free_url: str) -> None
 def test_deadline(triton: FakeTriton) -> None:
     triton.release.clear()
     with PortraitClient(triton.url, timeout_s=0.5) as client, pytest.raises(DeadlineExceeded) as caught:
-        client.generate(profile=b"p", reference=b"r")
+        client.generate(**PICTURES)
     assert str(caught.value) == f"{triton.url}: no answer within 0.5 s; allow more with timeout_s"
 
 
 def test_close_cancels_what_is_under_way(triton: FakeTriton) -> None:
     triton.release.clear()
     with PortraitClient(triton.url) as client, futures.ThreadPoolExecutor(1) as pool:
-        call = pool.submit(client.generate, profile=b"p", reference=b"r")
+        call = pool.submit(client.generate, **PICTURES)
         while not triton.requests:
             assert not call.done(), call.exception()
         client.close()
@@ -434,12 +463,12 @@ def test_closed_client_says_so(triton: FakeTriton) -> None:
     with PortraitClient(triton.url) as client:
         pass
     with pytest.raises(PortraitError, match="the client is closed"):
-        client.generate(profile=b"p", reference=b"r")
+        client.generate(**PICTURES)
 
 
-@pytest.mark.parametrize("url", ["http://localhost:8001", "HTTPS://host:1", "grpc://host:1", ""])
-def test_url_with_a_scheme_is_refused(url: str) -> None:
-    with pytest.raises(InvalidRequest, match=r"^url: .*, expected host:port without a scheme, such as localhost:8001$"):
+@pytest.mark.parametrize("url", ["http://localhost:8001", "localhost", "a b:1", "host:port", "dns:///name", ""])
+def test_what_is_no_address_is_refused(url: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"^url: .*, expected host:port of gRPC, such as localhost:8001 or https:"):
         PortraitClient(url)
 
 
@@ -455,7 +484,7 @@ def test_answer_that_is_none_of_ours(
 ) -> None:
     triton.images, triton.metadata = images, metadata
     with pytest.raises(ServerError, match="the answer has no portraits; is this an IC-Portrait Server"):
-        client.generate(profile=b"p", reference=b"r")
+        client.generate(**PICTURES)
 
 
 # Portraits
@@ -463,26 +492,34 @@ def test_answer_that_is_none_of_ours(
 
 def test_portraits_hold_the_answer(triton: FakeTriton, client: PortraitClient) -> None:
     triton.images = (png(), png((1, 2, 3)))
-    portraits = client.generate(profile=b"p", reference=b"r")
-    assert portraits.images == triton.images
-    assert portraits.metadata == METADATA
-    assert portraits.picture().getpixel((0, 0)) == (200, 100, 50)
-    assert portraits.picture(1).getpixel((0, 0)) == (1, 2, 3)
-    for i in (2, -1):
-        with pytest.raises(InvalidRequest, match=rf"^portrait: {i}, expected 0\.\.1$"):
-            portraits.picture(i)
+    portraits = client.generate(**PICTURES)
+    assert (portraits.files, portraits.bytes) == (triton.images, triton.images[0])
+    assert portraits.image.getpixel((0, 0)) == (200, 100, 50)
+    assert [image.getpixel((0, 0)) for image in portraits.images] == [(200, 100, 50), (1, 2, 3)]
+    metadata = portraits.metadata
+    assert (metadata.seed, metadata.steps, metadata.stage_ms, metadata.raw) == (7, 20, STAGE_MS, METADATA)
+    assert (metadata.versions.preset, metadata.versions.engine, metadata.numerics_id) == ("demo-128", "", None)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"steps": "many"}, {"stage_ms": 3}, {"crops": {"profile": 1}}, {"versions": []}, {"queue_ms": "soon"}]
+)
+def test_metadata_of_other_types_are_an_error(triton: FakeTriton, client: PortraitClient, wrong: Any) -> None:
+    triton.metadata = json.dumps({**METADATA, **wrong}).encode()
+    with pytest.raises(ServerError, match="the answer's metadata can't be read"):
+        client.generate(**PICTURES)
 
 
 def test_portraits_are_frozen_and_print_short() -> None:
-    portraits = Portraits((bytes(10_000),), {"seed": 7})
-    assert repr(portraits) == "Portraits(metadata={'seed': 7})"
+    portraits = Portrait((bytes(10_000),), Metadata.read({"seed": 7}))
+    assert len(repr(portraits)) < 600
     with pytest.raises(FrozenInstanceError):
-        portraits.images = ()  # type: ignore[misc]
+        portraits.files = ()  # type: ignore[misc]
 
 
 def test_save_numbers_several(tmp_path: Path) -> None:
-    assert Portraits((b"a",), {}).save(tmp_path / "one.png") == [tmp_path / "one.png"]
-    paths = Portraits((b"a", b"b"), {}).save(str(tmp_path / "two.v1.png"))
+    assert Portrait((b"a",), Metadata({})).save(tmp_path / "one.png") == [tmp_path / "one.png"]
+    paths = Portrait((b"a", b"b"), Metadata({})).save(str(tmp_path / "two.v1.png"))
     assert paths == [tmp_path / "two.v1-1.png", tmp_path / "two.v1-2.png"]
     assert [path.read_bytes() for path in paths] == [b"a", b"b"]
     assert len(list(tmp_path.iterdir())) == 3
@@ -493,9 +530,9 @@ def test_save_numbers_several(tmp_path: Path) -> None:
 
 @pytest.fixture
 def command(triton: FakeTriton, tmp_path: Path) -> list[str]:
-    """The command up to OUT."""
+    """Return the command up to OUT."""
     for name in ("profile", "reference"):
-        (tmp_path / f"{name}.jpg").write_bytes(name.encode())
+        (tmp_path / f"{name}.jpg").write_bytes(PICTURES[name])
     pictures = [f"--{name}={tmp_path / name}.jpg" for name in ("profile", "reference")]
     return ["generate", *pictures, "--url", triton.url, "-o"]
 
@@ -507,8 +544,8 @@ def test_command_writes_files_and_prints_a_table(
     out = tmp_path / "out.png"
     assert main([*command, str(out)]) == 0
     assert [(tmp_path / f"out-{number}.png").stat().st_size for number in (1, 2)] == [1500, 123_456]
-    assert triton.sent_picture("profile") == b"profile"
-    assert triton.sent_picture("reference") == b"reference"
+    assert triton.sent_picture("profile") == PROFILE
+    assert triton.sent_picture("reference") == REFERENCE
     width = len(str(out)) + 2
     assert capsys.readouterr().out.splitlines() == [
         f"{tmp_path / 'out-1.png'}     1.5 kB",
@@ -534,7 +571,7 @@ def test_command_prints_metadata_as_json(
 def test_command_passes_every_option(triton: FakeTriton, command: list[str], tmp_path: Path) -> None:
     options = (
         "--seed 7 --num-portraits 2 --steps 30 --guidance-scale 2.5 --mask-ratio 0.5 --scheduler ddim "
-        "--priority 2 --deadline-ms 900 "
+        "--priority 2 "
         "--profile-box 0 0 0.5 1 --reference-box 0.25 0 1 1 --format jpeg"
     )
     assert main([*command, str(tmp_path / "out.png"), *options.split()]) == 0
@@ -546,7 +583,6 @@ def test_command_passes_every_option(triton: FakeTriton, command: list[str], tmp
         "mask_ratio": struct.pack("<f", 0.5),
         "scheduler": bytes_tensor(b"ddim"),
         "priority": struct.pack("<i", 2),
-        "deadline_ms": struct.pack("<i", 900),
         "profile_box": struct.pack("<4f", 0, 0, 0.5, 1),
         "reference_box": struct.pack("<4f", 0.25, 0, 1, 1),
         "output_format": bytes_tensor(b"jpeg"),

@@ -17,9 +17,11 @@ import pytest
 from icportrait_client import (
     DeadlineExceeded,
     InvalidRequest,
+    Metadata,
+    Portrait,
     PortraitClient,
     PortraitError,
-    Portraits,
+    Preview,
     Progress,
     RequestCancelled,
     ServerError,
@@ -28,9 +30,8 @@ from icportrait_client import (
 from icportrait_client.cli import main
 from tritonclient.grpc import service_pb2
 
-from tests.unit.test_client import METADATA, FakeTriton, bytes_tensor, serving
+from tests.unit.test_client import METADATA, PICTURES, FakeTriton, bytes_tensor, serving
 
-PICTURES = {"profile": b"p", "reference": b"r"}
 FULL = "UNAVAILABLE: the queue is full (64 of 64 slots); retry_after_ms: 340"
 WAIT_S = 10
 
@@ -117,7 +118,7 @@ def triton() -> Iterator[FakeStreams]:
 
 @pytest.fixture
 def client(triton: FakeStreams) -> Iterator[PortraitClient]:
-    with PortraitClient(triton.url, timeout_s=30) as client:
+    with PortraitClient(triton.url, timeout_s=30, attempts=1) as client:
         yield client
 
 
@@ -125,19 +126,21 @@ def client(triton: FakeStreams) -> Iterator[PortraitClient]:
 
 
 def test_every_step_is_told_and_the_last_has_the_portraits(triton: FakeStreams, client: PortraitClient) -> None:
-    assert list(client.stream(**PICTURES)) == [
-        Progress(1, 4),
-        Progress(2, 4),
-        Progress(3, 4),
-        Progress(4, 4, portraits=Portraits((b"first", b"second"), METADATA)),
-    ]
+    *steps, portrait = client.stream(**PICTURES)
+    assert steps == [Progress(1, 4), Progress(2, 4), Progress(3, 4), Progress(4, 4)]
+    assert portrait == Portrait((b"first", b"second"), Metadata.read(METADATA))
     assert triton.requests[0].model_name == "ic_portrait_stream"
-    assert list(triton.sent) == ["profile", "reference"]
+    assert list(triton.sent) == ["profile", "reference", "seed"]
 
 
 def test_previews_come_with_their_steps(triton: FakeStreams, client: PortraitClient) -> None:
-    answers = list(client.stream(preview_every=2, **PICTURES))
-    assert [answer.previews for answer in answers] == [(), (b"first after 2", b"second after 2"), (), ()]
+    *steps, _ = client.stream(preview_every=2, **PICTURES)
+    assert steps == [
+        Progress(1, 4),
+        Preview(2, 4, (b"first after 2", b"second after 2")),
+        Progress(3, 4),
+        Progress(4, 4),
+    ]
     assert triton.sent["preview_every"] == ("INT32", [1], struct.pack("<i", 2))
 
 
@@ -146,7 +149,8 @@ def test_an_item_comes_as_soon_as_its_answer(triton: FakeStreams, client: Portra
     with closing(client.stream(**PICTURES)) as answers:
         assert next(answers).step == 1
         triton.release.set()
-        assert [answer.step for answer in answers] == [2, 3, 4]
+        *steps, _ = answers
+        assert [answer.step for answer in steps] == [2, 3, 4]
 
 
 def test_options_are_sent_as_by_generate(triton: FakeStreams, client: PortraitClient) -> None:
@@ -160,9 +164,8 @@ def test_options_are_sent_as_by_generate(triton: FakeStreams, client: PortraitCl
 
 
 def test_previews_are_saved_as_portraits_are(tmp_path: Path) -> None:
-    assert Progress(1, 2).save_previews(tmp_path / "a.png") == []
-    assert Progress(1, 2, (b"a",)).save_previews(tmp_path / "a.png") == [tmp_path / "a.png"]
-    paths = Progress(1, 2, (b"a", b"b")).save_previews(tmp_path / "b.png")
+    assert Preview(1, 2, (b"a",)).save(tmp_path / "a.png") == [tmp_path / "a.png"]
+    paths = Preview(1, 2, (b"a", b"b")).save(tmp_path / "b.png")
     assert paths == [tmp_path / "b-1.png", tmp_path / "b-2.png"]
     assert [path.read_bytes() for path in paths] == [b"a", b"b"]
 
@@ -194,14 +197,12 @@ def test_a_mistake_is_refused_by_the_call_and_not_sent(
 @pytest.mark.parametrize(
     ("text", "error", "message"),
     [
-        ("profile: no picture", InvalidRequest, "profile: no picture"),
+        ("profile: no picture", ServerError, "{url}: UNKNOWN: profile: no picture"),
         ("UNAVAILABLE: stopping", ServerUnavailable, "{url}: UNAVAILABLE: stopping"),
-        ("CANCELLED: the caller went away", RequestCancelled, "CANCELLED: the caller went away"),
+        ("CANCELLED: the caller went away", RequestCancelled, "{url}: the caller went away"),
         ("INTERNAL: its log has the cause", ServerError, "{url}: INTERNAL: its log has the cause"),
-        ("Request for unknown model: 'm' is not found", ServerError, "{url}: NOT_FOUND: Request for unknown model"),
-        ("Request for unknown model: 'm' has no available versions", ServerUnavailable, "{url}: Request for unknown"),
-        ("Server is stopping, scheduler for model has stopped", ServerUnavailable, "{url}: Server is stopping"),
-        ("unexpected inference input 'x' for model 'm'", InvalidRequest, "unexpected inference input 'x'"),
+        ("Request for unknown model: 'm' is not found", ServerError, "{url}: UNKNOWN: Request for unknown model"),
+        ("Server is stopping, scheduler for model has stopped", ServerError, "{url}: UNKNOWN: Server is stopping"),
     ],
 )
 def test_texts_of_errors_become_exceptions(
@@ -221,8 +222,8 @@ def test_texts_of_errors_become_exceptions(
     ("code", "error", "message"),
     [
         ("INVALID_ARGUMENT", InvalidRequest, "what is said"),
-        ("UNAVAILABLE", ServerUnavailable, "{url}: what is said"),
-        ("CANCELLED", RequestCancelled, "what is said"),
+        ("UNAVAILABLE", ServerUnavailable, '{url}: no server answers (what is said); "make serve" starts one'),
+        ("CANCELLED", RequestCancelled, "{url}: what is said"),
         ("INTERNAL", ServerError, "{url}: INTERNAL: what is said"),
         ("NOT_FOUND", ServerError, "{url}: NOT_FOUND: what is said"),
     ],
@@ -246,7 +247,10 @@ def test_a_full_server_says_when_to_try_again(triton: FakeStreams, client: Portr
 
 
 def test_no_server() -> None:
-    with PortraitClient("127.0.0.1:1") as client, pytest.raises(ServerUnavailable, match="no server answers") as caught:
+    with (
+        PortraitClient("127.0.0.1:1", attempts=1) as client,
+        pytest.raises(ServerUnavailable, match="no server answers") as caught,
+    ):
         next(client.stream(**PICTURES))
     assert caught.value.retry_after_ms is None
 
@@ -281,7 +285,7 @@ def test_an_answer_that_is_none_of_ours(triton: FakeStreams, client: PortraitCli
 
 def test_an_end_that_fails_takes_no_portraits_away(triton: FakeStreams, client: PortraitClient) -> None:
     triton.failure, triton.fails_after = (grpc.StatusCode.UNAVAILABLE, "the connection broke"), 4
-    assert list(client.stream(**PICTURES))[-1].portraits
+    assert isinstance(list(client.stream(**PICTURES))[-1], Portrait)
 
 
 # Leaving early
@@ -318,14 +322,15 @@ def test_one_left_early_disturbs_no_other(triton: FakeStreams, client: PortraitC
     left.close()
     assert triton.cancelled.wait(WAIT_S)
     triton.release.set()
-    assert [answer.step for answer in kept] == [2, 3, 4]
+    *steps, _ = kept
+    assert [answer.step for answer in steps] == [2, 3, 4]
 
 
 def test_what_has_ended_is_not_cancelled(triton: FakeStreams, client: PortraitClient) -> None:
     triton.free_steps = triton.steps
     triton.release.clear()
     for answer in client.stream(**PICTURES):
-        if answer.portraits:
+        if isinstance(answer, Portrait):
             # The server takes its time to end the stream.
             threading.Timer(0.2, triton.release.set).start()
     assert triton.ended.wait(WAIT_S)
@@ -357,8 +362,8 @@ def test_closing_the_client_cancels(triton: FakeStreams) -> None:
 
 @pytest.fixture
 def command(triton: FakeStreams, tmp_path: Path) -> list[str]:
-    """The command up to OUT, which is ``out.png`` in ``tmp_path``."""
-    (tmp_path / "in.jpg").write_bytes(b"a picture")
+    """Return the command up to OUT, which is ``out.png`` in ``tmp_path``."""
+    (tmp_path / "in.jpg").write_bytes(PICTURES["profile"])
     pictures = [f"--{name}={tmp_path / 'in.jpg'}" for name in ("profile", "reference")]
     return ["generate", *pictures, "--url", triton.url, "-o", str(tmp_path / "out.png")]
 
@@ -390,7 +395,9 @@ def test_progress_is_one_line_on_a_terminal(
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert main([*command, "--progress"]) == 0
-    assert capsys.readouterr().err == "step 1 of 4\rstep 2 of 4\rstep 3 of 4\rstep 4 of 4\n"
+    assert capsys.readouterr().err == "".join(
+        f"[{'#' * 6 * step:24}] step {step} of 4" + ("\n" if step == 4 else "\r") for step in range(1, 5)
+    )
 
 
 def test_the_latest_preview_lies_beside_the_output(
@@ -437,7 +444,7 @@ def test_an_interrupt_cancels_on_the_server(
         raise KeyboardInterrupt
 
     triton.release.clear()
-    monkeypatch.setattr(Progress, "save_previews", interrupted)
-    assert main([*command, "--progress"]) == 130
+    monkeypatch.setattr(Preview, "save", interrupted)
+    assert main([*command, "--preview-every", "1"]) == 130
     assert capsys.readouterr().err == "error: interrupted\n"
     assert triton.cancelled.wait(WAIT_S)

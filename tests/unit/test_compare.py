@@ -17,9 +17,9 @@ from benchmarks.__main__ import main
 from benchmarks.compare import estimated_capacity_per_s, mean_between, server_counters
 from benchmarks.compare_report import medians, ratios, table
 from benchmarks.settings import CompareSettings
+from icportrait.policy import BATCHING_MODES
 from icportrait.presets import DEMO_128
-from icportrait.runtime.simulated import LatencyTable
-from icportrait.scheduling import BATCHING_MODES
+from icportrait.runtime.latency_table import LatencyTable
 from tests.trivial_engines import write_trivial_export
 
 EXPORT = Path("export")
@@ -128,6 +128,8 @@ def test_counters_are_read_by_their_names(endpoint: str) -> None:
         "step_slots_sum": 320,
         "step_slots_count": 40,
         "step_outside_engine_ms_sum": 15,
+        'step_slots_bucket{le="16"}': 40,
+        'refusals_total{reason="deadline"}': 3,
     }
 
 

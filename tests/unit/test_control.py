@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 
-import icportrait.control
-from icportrait.control import (
+import icportrait.serving.control
+from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable, to_wire
+from icportrait.serving.control import (
     LENGTH,
     MAX_ASKED_BYTES,
     VERSION,
@@ -34,7 +35,6 @@ from icportrait.control import (
     Seen,
     frame,
 )
-from icportrait.errors import IcPortraitError, InvalidRequest, Unavailable, to_wire
 from tests.label_slots import BASE
 from tests.private_client import Line
 from tests.stage_front import until
@@ -44,7 +44,7 @@ DEMAND = {"rows": 2, "steps": 5, "priority": 1, "deadline_ms": None, "arrived_s"
 LEASE = {"op": "lease", "key": "a", **DEMAND}
 GATEWAY = """
 import socket, sys
-from icportrait.control import frame
+from icportrait.serving.control import frame
 
 line = socket.socket(socket.AF_UNIX)
 line.connect(sys.argv[1])
@@ -99,7 +99,7 @@ def line(path: Path, **options: Any) -> Iterator[Line]:
 
 
 def ends(gateway: Line) -> None:
-    """Waits for the line's end."""
+    """Wait for the line's end."""
     while gateway.said.get(timeout=10) is not None:
         pass
 
@@ -222,7 +222,7 @@ def test_the_loops_own_mistake_is_logged_and_the_line_goes_on(path: Path, caplog
 def test_a_line_that_is_not_read_keeps_nobody_waiting_and_is_closed_in_the_end(
     path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(icportrait.control, "MAX_UNREAD_BYTES", 4 * 2**20)
+    monkeypatch.setattr(icportrait.serving.control, "MAX_UNREAD_BYTES", 4 * 2**20)
     latent = {"op": "preview", "latent": "x" * 2**20}
     with loop(path) as server, line(path) as other, socket.socket(socket.AF_UNIX) as deaf:
         other.ping()

@@ -1,4 +1,4 @@
-"""What the TensorRT runner needs of CUDA, as far as it needs no GPU."""
+"""CUDA as the TensorRT runner needs it, as far as it needs no GPU."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_waiting_while_recording_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What a stream is asked for with events 1 and 2, in order."""
+    """Record what a stream is asked for with events 1 and 2, in order."""
     done: list[str] = []
     made = iter((1, 2))
     answers = {
@@ -154,7 +154,7 @@ def test_failed_work_leaves_no_event(events: list[str]) -> None:
 
 @pytest.fixture
 def driver(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
-    """What the driver answers, without one."""
+    """Return what the driver answers, without one."""
     properties = SimpleNamespace(name=b"NVIDIA Test", major=8, minor=9)
     answers: dict[str, tuple[Any, ...]] = {
         "cudaDriverGetVersion": (SUCCESS, 13010),

@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from icportrait.admission import Demand
-from icportrait.control import Asked, ControlServer, Hello, Peer, frame
 from icportrait.errors import DeadlineMissed, IcPortraitError, Unavailable, from_wire, to_wire
 from icportrait.gateway import engine as module
 from icportrait.gateway.engine import Engine, EngineLostError, Pong
+from icportrait.serving.control import Asked, ControlServer, Demand, Hello, Peer, frame
 
 SHAPE = (2, 3, 4)
 DEMAND = Demand(rows=2, steps=20, priority=1, deadline_ms=None, arrived_s=5.0, nbytes=7)
@@ -49,7 +48,7 @@ class Loop:
 
 
 class Heard:
-    """What the loop said of one request."""
+    """Messages of the loop about one request."""
 
     def __init__(self) -> None:
         self.said: list[Any] = []
@@ -169,7 +168,7 @@ def test_a_line_that_breaks_ends_the_engine_and_all_that_waits_for_it(run: Calla
 
 @asynccontextmanager
 async def loop_that_says(path: Path, data: bytes) -> AsyncIterator[None]:
-    """A loop that says the same whatever it is asked, to one gateway."""
+    """Start a loop that says the same whatever it is asked, to one gateway."""
     is_over = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -220,7 +219,7 @@ def test_a_deadline_that_was_missed_is_known_behind_triton_and_a_refused_one_is_
 
 
 def test_no_call_to_triton_is_cut_short() -> None:
-    """None gets a deadline, and no task or call of one is cancelled: Triton 2.51 doesn't outlive that."""
+    """Check that no call gets a deadline or is cancelled, because Triton 2.51 doesn't outlive that."""
     tree = ast.parse(inspect.getsource(module))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     to_triton = [call for call in calls if "_triton." in ast.unparse(call.func)]

@@ -1,4 +1,4 @@
-"""What a server says of itself, and of what it can't begin with."""
+"""A server's words about itself, and about settings that it can't begin with."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def test_samples_are_written_as_prometheus_reads_them() -> None:
 
 
 def ask(*requests: bytes, text: Callable[[], Awaitable[str]] | None = None) -> list[bytes]:
-    """What a door answers, each over a connection of its own."""
+    """Ask a door, each time over a connection of its own, and return the answers."""
 
     async def main() -> list[bytes]:
         async def body() -> str:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from icportrait.deploy.stub_processes import StubProcess
+from icportrait.deploy.supervisor import Ending
 from icportrait.errors import IcPortraitError, Unavailable
 from icportrait.gateway.engine import EngineLostError, Pong
 from icportrait.gateway.host import AT_LEAST_S, LATE_S, MANY_TIMES, EngineHost
-from icportrait.stub_processes import StubProcess
-from icportrait.supervisor import Ending
 
 WELL = Pong(is_busy=True, step_age_ms=5.0, expected_ms=5.0)
 
@@ -38,7 +38,7 @@ class Triton:
 
     @property
     def stubs(self) -> list[StubProcess]:
-        return [StubProcess("denoise", self.pid, "0")]
+        return [StubProcess("denoise", os.getpid(), "0")]
 
     def start(self) -> None:
         self.starts += 1
@@ -226,7 +226,7 @@ def test_one_slow_answer_costs_no_engine(run: Callable[..., None]) -> None:
 
 
 def test_an_event_loop_that_is_late_itself_costs_no_engine(run: Callable[..., None]) -> None:
-    """Whatever is done in one turn takes the loop longer than a probe."""
+    """Keep the loop longer in one turn than a probe waits."""
 
     async def test(world: World) -> None:
         world.host.start()
@@ -265,7 +265,7 @@ def test_a_process_that_is_stopped_is_seen_though_the_event_loop_is_late(run: Ca
 def test_a_restart_that_fails_is_followed_by_another_and_all_that_wait_are_served(
     run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("icportrait.supervisor.AGAIN_AFTER_S", 0.0)
+    monkeypatch.setattr("icportrait.deploy.supervisor.AGAIN_AFTER_S", 0.0)
 
     async def test(world: World) -> None:
         world.host.start()

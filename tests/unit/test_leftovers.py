@@ -1,4 +1,4 @@
-"""What a run keeps outside of its process goes with it, or at the next start where it was killed."""
+"""Files that a run keeps outside of its process go with it, or at the next start where it was killed."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from pathlib import Path
 
 import pytest
 
-import icportrait.leftovers
-from icportrait.leftovers import FOLDER_BYTES, Run, remove_leftovers
+import icportrait.deploy.leftovers
+from icportrait.deploy.leftovers import FOLDER_BYTES, Run, remove_leftovers
 
 RUN = """
 import pathlib, sys, tempfile
-import icportrait.leftovers
+import icportrait.deploy.leftovers
 
-tempfile.tempdir, icportrait.leftovers.SHM = sys.argv[1], pathlib.Path(sys.argv[2])
-icportrait.leftovers.FOLDER_BYTES = 1000
-run = icportrait.leftovers.Run()
-(icportrait.leftovers.SHM / (run.shm_prefix + "region")).touch()
+tempfile.tempdir, icportrait.deploy.leftovers.SHM = sys.argv[1], pathlib.Path(sys.argv[2])
+icportrait.deploy.leftovers.FOLDER_BYTES = 1000
+run = icportrait.deploy.leftovers.Run()
+(icportrait.deploy.leftovers.SHM / (run.shm_prefix + "region")).touch()
 (run.folder / "loop").touch()
 print(run.folder, flush=True)
 sys.stdin.read()
@@ -34,12 +34,12 @@ sys.stdin.read()
 
 @pytest.fixture(autouse=True)
 def shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Folders of the test's own for temporary files and for shared memory."""
+    """Make folders of the test's own for temporary files and for shared memory."""
     for name in ("tmp", "shm"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
-    monkeypatch.setattr(icportrait.leftovers, "SHM", tmp_path / "shm")
-    monkeypatch.setattr(icportrait.leftovers, "FOLDER_BYTES", 1000)
+    monkeypatch.setattr(icportrait.deploy.leftovers, "SHM", tmp_path / "shm")
+    monkeypatch.setattr(icportrait.deploy.leftovers, "FOLDER_BYTES", 1000)
     return tmp_path / "shm"
 
 
@@ -88,7 +88,7 @@ def test_a_living_runs_folder_stays_where_its_shared_memory_is_another_container
 ) -> None:
     with run_of_another_process(tmp_path) as (killed, folder):
         (tmp_path / "another").mkdir()
-        monkeypatch.setattr(icportrait.leftovers, "SHM", tmp_path / "another")
+        monkeypatch.setattr(icportrait.deploy.leftovers, "SHM", tmp_path / "another")
         assert remove_leftovers() == [] and (folder / "loop").exists()
         os.kill(killed.pid, signal.SIGKILL)
         killed.wait(10)
@@ -115,9 +115,9 @@ def test_where_a_sockets_path_would_be_too_long_the_folder_lies_elsewhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(icportrait.leftovers, "SHM", tmp_path)
+    monkeypatch.setattr(icportrait.deploy.leftovers, "SHM", tmp_path)
     with tempfile.TemporaryDirectory(prefix="ic-") as short:
-        monkeypatch.setattr(icportrait.leftovers, "SHORT", Path(short))
+        monkeypatch.setattr(icportrait.deploy.leftovers, "SHORT", Path(short))
         room = FOLDER_BYTES - len(f"{short}//icportrait-server-run-01234567")
         for length, expected in ((room, Path(short, room * "x")), (room + 1, Path(short))):
             folder = Path(short, length * "x")
@@ -138,7 +138,7 @@ def test_where_a_shell_would_read_something_into_its_path_the_folder_lies_elsewh
 ) -> None:
     (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / name))
-    monkeypatch.setattr(icportrait.leftovers, "SHORT", tmp_path / "tmp")
+    monkeypatch.setattr(icportrait.deploy.leftovers, "SHORT", tmp_path / "tmp")
     run = Run()
     assert run.folder.parent == tmp_path / "tmp"
     run._locks.close()
@@ -148,7 +148,7 @@ def test_where_a_shell_would_read_something_into_its_path_the_folder_lies_elsewh
 def test_a_folder_that_another_server_takes_for_a_leftover_is_followed_by_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other one looks between its making and its lock."""
+    """Let the other server look between the folder's making and its lock."""
     mkdir, removed = Path.mkdir, []
 
     def mkdir_and_lose(folder: Path, mode: int) -> None:
@@ -163,14 +163,14 @@ def test_a_folder_that_another_server_takes_for_a_leftover_is_followed_by_anothe
 
 
 def test_a_leftover_is_locked_while_it_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """So that nobody takes it for its own meanwhile."""
+    """Take the lock during the removal, because nobody may take the folder for a run's own meanwhile."""
     folder = tmp_path / "tmp" / "icportrait-server-run-0a1b2c3d"
     folder.mkdir()
     taken = []
     monkeypatch.setattr(
-        icportrait.leftovers.shutil,
+        icportrait.deploy.leftovers.shutil,
         "rmtree",
-        lambda path, **_: taken.append(icportrait.leftovers._take(path, os.O_DIRECTORY)),
+        lambda path, **_: taken.append(icportrait.deploy.leftovers._take(path, os.O_DIRECTORY)),
     )
     remove_leftovers()
     assert taken == [None]

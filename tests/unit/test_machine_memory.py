@@ -1,4 +1,4 @@
-"""What may be taken, as the kernel's files say it; the files are written here as it writes them."""
+"""Memory that may be taken, as the kernel's files say it; the files are written here as the kernel writes them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from icportrait.machine_memory import Room, oom_kills, room
+from icportrait.deploy.machine_memory import Room, oom_kills, room
 
 GB = 10**9
 
 
 @pytest.fixture
 def proc(tmp_path: Path) -> Path:
-    """A machine of 24 GB, of which 20 are available."""
+    """Describe a machine of 24 GB, of which 20 are available."""
     folder = tmp_path / "proc"
     (folder / "self").mkdir(parents=True)
     (folder / "meminfo").write_text(
@@ -31,7 +31,7 @@ def cgroups(tmp_path: Path) -> Path:
 
 
 def unified(folder: Path, limit: str, current: int = 0, inactive_file: int = 0) -> None:
-    """A group of version 2."""
+    """Write a group of version 2."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.max").write_text(f"{limit}\n")
     (folder / "memory.current").write_text(f"{current}\n")
@@ -39,7 +39,7 @@ def unified(folder: Path, limit: str, current: int = 0, inactive_file: int = 0) 
 
 
 def legacy(folder: Path, limit: int, usage: int = 0, inactive_file: int = 0) -> None:
-    """A group of version 1."""
+    """Write a group of version 1."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "memory.limit_in_bytes").write_text(f"{limit}\n")
     (folder / "memory.usage_in_bytes").write_text(f"{usage}\n")

@@ -1,15 +1,15 @@
 import numpy as np
 import pytest
 
+from icportrait.diffusion.masking import HIDDEN_LEVEL, hide, reference_visibility
 from icportrait.errors import InvalidRequest
-from icportrait.masking import HIDDEN_LEVEL, hide, reference_visibility
 from icportrait.presets import DEMO_128, SD15_512
 
 PRESETS = pytest.mark.parametrize("preset", [DEMO_128, SD15_512], ids=lambda preset: preset.name)
 
 
 def patches_of(preset, visibility):
-    """``[patches, cells]``: each patch's latent cells."""
+    """Return each patch's latent cells, ``[patches, cells]``."""
     across, cells = preset.image_size // preset.mask_patch_px, preset.mask_patch_px // preset.vae_factor
     blocks = visibility[0, 0].reshape(across, cells, across, cells).transpose(0, 2, 1, 3)
     return blocks.reshape(across * across, cells * cells)

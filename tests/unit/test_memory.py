@@ -1,4 +1,4 @@
-"""What a server needs, computed from its graphs; what is chosen where there is less; what is refused."""
+"""A server's need of memory, computed from its graphs; the choice where there is less; the refusal."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import icportrait.startup
+import icportrait.deploy.preflight
 from icportrait.contract import ENGINES
+from icportrait.deploy.graph_memory import GraphMemory, graph_memory
+from icportrait.deploy.machine_memory import Room
+from icportrait.deploy.memory import fit, needs, shared_memory, summary
+from icportrait.deploy.preflight import check_shared_memory, repository_policy
+from icportrait.deploy.repository import assemble, main
 from icportrait.errors import NotEnoughMemory
-from icportrait.graph_memory import GraphMemory, graph_memory
-from icportrait.machine_memory import Room
 from icportrait.manifest import EngineMemory, Manifest
-from icportrait.memory import fit, needs, shared_memory, summary
 from icportrait.policy import POLICY_VARIABLE, ServingPolicy, cpu_defaults
 from icportrait.presets import DEMO_128, SD15_512
-from icportrait.repository import assemble, main
-from icportrait.runtime.engine import compiled_folder, keeps_compiled
+from icportrait.runtime.load import compiled_folder, keeps_compiled
 from icportrait.server import main as serve
-from icportrait.startup import check_shared_memory, repository_policy
-from icportrait.triton_backend import ModelContext
+from icportrait.serving.triton_models import ModelContext
 from tests.trivial_engines import write_trivial_export
 
 GB = 10**9
@@ -32,7 +32,7 @@ PLENTY = Room(10**15, "this machine")
 
 
 def described(manifest: Manifest, weights_gb: float, row_gb: float) -> Manifest:
-    """The manifest, with engines that each take so much."""
+    """Return the manifest, with engines that each take so much."""
     runs = {2**power: int(2**power * row_gb * GB) for power in range(5)}
     memory = {name: EngineMemory(int(weights_gb * GB), runs) for name in ENGINES}
     return Manifest(**{**vars(manifest), "memory": memory})
@@ -58,7 +58,7 @@ def total_gb(manifest: Manifest, **policy: object) -> float:
 
 
 def test_a_graph_holds_a_tensor_from_its_maker_to_its_last_reader(tmp_path: Path) -> None:
-    """Of x (100) comes a (1000), of a b (40); a is read once more, by another name, for d (8)."""
+    """Read x (100) for a (1000), a for b (40), and a once more, by another name, for d (8)."""
     info = helper.make_tensor_value_info
     weights = [
         numpy_helper.from_array(np.ones((7, 11), np.float16), "w"),
@@ -84,7 +84,7 @@ def test_a_graph_holds_a_tensor_from_its_maker_to_its_last_reader(tmp_path: Path
 
 
 def test_sizes_that_the_exporter_left_out_are_found(tmp_path: Path) -> None:
-    """Attention's scores, [batch, 2, 16, 16], behind a reshape whose shape is computed."""
+    """Find the sizes of attention's scores, [batch, 2, 16, 16], behind a reshape whose shape is computed."""
     info = helper.make_tensor_value_info
     nodes = [
         helper.make_node("Shape", ["x"], ["shape"]),
@@ -261,7 +261,7 @@ def test_too_little_shared_memory_is_refused_with_both_numbers(
     policy = ServingPolicy(max_queued_slots=10_000)
     needed = shared_memory(Manifest.read(tmp_path / "repository" / "denoise" / "1"), policy)
     usage = shutil.disk_usage("/dev/shm")
-    monkeypatch.setattr(icportrait.startup.shutil, "disk_usage", lambda _: usage._replace(free=needed - 2**20))
+    monkeypatch.setattr(icportrait.deploy.preflight.shutil, "disk_usage", lambda _: usage._replace(free=needed - 2**20))
     with pytest.raises(NotEnoughMemory) as refusal:
         check_shared_memory(tmp_path / "repository", policy)
     text = str(refusal.value)
@@ -278,7 +278,7 @@ def test_a_server_that_does_not_fit_is_refused_in_one_line(
     export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assemble(export, tmp_path / "repository", ServingPolicy())
-    monkeypatch.setattr(icportrait.startup, "room", lambda: Room(GB // 10, "this machine"))
+    monkeypatch.setattr(icportrait.deploy.preflight, "room", lambda: Room(GB // 10, "this machine"))
     arguments = [f"--{name}-port={port}" for name, port in (("grpc", 17001), ("http", 17002), ("metrics", 17003))]
     assert serve(["--repository", str(tmp_path / "repository"), *arguments]) == 1
     (error,) = capsys.readouterr().err.splitlines()

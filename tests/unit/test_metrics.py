@@ -1,8 +1,9 @@
-"""What a server counts, and how it comes to Triton's metrics endpoint."""
+"""A server's counts, and their way to Triton's metrics endpoint."""
 
 from __future__ import annotations
 
 import math
+import subprocess
 import sys
 import threading
 import weakref
@@ -10,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
-import icportrait.triton_backend
+import icportrait.serving.triton_loop
 from icportrait.metrics import FAMILIES, LARGEST, REFUSALS, STAGES, Kind, Metrics, description
-from icportrait.triton_backend import MetricsPublisher
+from icportrait.serving.triton_loop import MetricsPublisher
 from tests.stage_front import until
 
 
@@ -140,7 +141,7 @@ class Family:
 def family(monkeypatch: pytest.MonkeyPatch) -> type[Family]:
     fresh = type("FreshFamily", (Family,), {"made": {}, "published": {}})
     monkeypatch.setitem(sys.modules, "triton_python_backend_utils", SimpleNamespace(MetricFamily=fresh))
-    monkeypatch.setattr(icportrait.triton_backend, "PUBLISH_EVERY_S", 0.005)
+    monkeypatch.setattr(icportrait.serving.triton_loop, "PUBLISH_EVERY_S", 0.005)
     return fresh
 
 
@@ -169,7 +170,7 @@ def test_the_publisher_brings_every_series_and_only_what_is_new(family: type[Fam
 
 
 def test_no_metric_lives_longer_than_its_publisher(family: type[Family]) -> None:
-    """Triton's would end the process."""
+    """Check that no metric is left, because Triton's would end the process."""
     publisher = MetricsPublisher(Metrics())
     until(lambda: ("icportrait_answers_total", ()) in family.published)
     publisher.close()
@@ -180,7 +181,7 @@ def test_no_metric_lives_longer_than_its_publisher(family: type[Family]) -> None
 
 
 def test_closing_publishes_what_was_counted_last(family: type[Family], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(icportrait.triton_backend, "PUBLISH_EVERY_S", 60)
+    monkeypatch.setattr(icportrait.serving.triton_loop, "PUBLISH_EVERY_S", 60)
     metrics = Metrics()
     publisher = MetricsPublisher(metrics)
     metrics.count("previews_total")
@@ -237,3 +238,29 @@ def test_what_was_measured_wrong_keeps_a_histogram_growing(value: float, kept: f
     metrics.observe("first_step_ms", value)
     assert values(metrics, "first_step_ms_sum") == {(): 5.0 + kept}
     assert values(metrics, "first_step_ms_count") == {(): 2}
+
+
+def test_a_process_ends_whose_metrics_call_never_returns() -> None:
+    """Run a process as where tritonserver has died: the call keeps Python's lock, and so every thread."""
+    program = """
+import ctypes, sys, time, types
+utils = types.ModuleType("triton_python_backend_utils")
+class Metric:
+    def increment(self, value): ctypes.PyDLL(None).sleep(60)
+    set = increment
+class MetricFamily:
+    COUNTER, GAUGE, HISTOGRAM = range(3)
+    def __init__(self, **_): pass
+    def Metric(self, labels): return Metric()
+utils.MetricFamily = MetricFamily
+sys.modules["triton_python_backend_utils"] = utils
+from icportrait.metrics import Metrics
+from icportrait.serving import triton_loop
+triton_loop.PUBLISH_TIMEOUT_S = 0.5
+metrics = Metrics()
+metrics.count("answers_total")
+triton_loop.MetricsPublisher(metrics)
+time.sleep(60)
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30)
+    assert run.returncode == 1 and "Timeout" in run.stderr

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from icportrait.contract import ENGINES, engine_specs
+from icportrait.diffusion.masking import hide, reference_visibility
+from icportrait.diffusion.randomness import canvas_noise
+from icportrait.diffusion.sampling import NoiseSchedule
 from icportrait.errors import ContractError, InvalidRequest
-from icportrait.masking import hide, reference_visibility
 from icportrait.nn import Checkpoint, ReferencePipeline, WarpingNetwork, engine_modules, random_checkpoint
 from icportrait.nn.control_unet import ControlUNet
 from icportrait.nn.engine_modules import VaeDecoder, VaeEncoder
@@ -20,8 +22,6 @@ from icportrait.nn.geometry import unet_from_preset, vae_from_preset
 from icportrait.nn.matching import best_match, cost_volume, gather_features, join_canvas, split_canvas
 from icportrait.nn.random_weights import SCHEDULER_CONFIG
 from icportrait.presets import DEMO_128, SD15_512, Preset
-from icportrait.randomness import canvas_noise
-from icportrait.sampling import NoiseSchedule
 from tests.tiny import TINY
 
 TINY_SIDE = TINY.latent_size
@@ -34,7 +34,7 @@ def tiny() -> Checkpoint:
 
 
 def weightless(preset: Preset) -> Checkpoint:
-    """A checkpoint on the meta device: shapes and types without memory or arithmetic."""
+    """Make a checkpoint on the meta device: shapes and types without memory or arithmetic."""
     with torch.device("meta"):
         prompt = torch.zeros(1, preset.prompt_tokens, preset.cross_attention_dim)
         network = WarpingNetwork(preset.to_dict())
@@ -330,7 +330,7 @@ def difference(first: np.ndarray, second: np.ndarray) -> float:
 
 
 def record_unet_calls(checkpoint: Checkpoint) -> list[tuple[Tensor, Tensor, tuple[Tensor, ...]]]:
-    """Every later call's canvas, timestep and ``F_ref`` that enters the checkpoint's UNet."""
+    """Record every later call's canvas, timestep and ``F_ref`` that enters the checkpoint's UNet."""
     calls: list[tuple[Tensor, Tensor, tuple[Tensor, ...]]] = []
 
     def record(_module: nn.Module, inputs: tuple[Tensor, ...], options: dict[str, Any]) -> None:
@@ -411,29 +411,29 @@ def test_guidance_runs_an_unconditional_row_of_the_same_canvas(tiny: Checkpoint)
 def test_the_left_half_is_held_at_every_step(tiny: Checkpoint, scheduler: str) -> None:
     calls = record_unet_calls(tiny)
     portraits(tiny, scheduler=scheduler, num_portraits=2)
-    plan = NoiseSchedule.from_config(tiny.scheduler_config).plan(scheduler, 3)
+    trajectory = NoiseSchedule.from_config(tiny.scheduler_config).trajectory(scheduler, 3)
     profile = run(VaeEncoder(tiny.vae), [torch.from_numpy(PROFILE)[None]])[0]
     for call, (canvas, timestep, _) in enumerate(calls):
         portrait, step = divmod(call, 3)
         left_noise, right_noise = split_canvas(torch.from_numpy(canvas_noise(TINY, 7 + portrait))[None])
         left, right = split_canvas(canvas)
-        held = float(plan.signal_level[step]) * profile + float(plan.noise_level[step]) * left_noise
+        held = float(trajectory.signal_level[step]) * profile + float(trajectory.noise_level[step]) * left_noise
         torch.testing.assert_close(left, held, rtol=1e-4, atol=1e-5)
-        assert timestep.tolist() == [plan.timesteps[step]]
+        assert timestep.tolist() == [trajectory.timesteps[step]]
         if step == 0:
-            torch.testing.assert_close(right, plan.initial_scale * right_noise)
+            torch.testing.assert_close(right, trajectory.initial_scale * right_noise)
 
 
 def test_the_samplers_updates_are_followed(tiny: Checkpoint) -> None:
-    """A UNet that finds the noise of a fixed latent exactly is led to it in a straight line."""
+    """Let the UNet find the noise of a fixed latent exactly. The canvas is then led there in a straight line."""
     tiny = dataclasses.replace(tiny, scheduler_config=tiny.scheduler_config | {"prediction_type": "epsilon"})
     calls = record_unet_calls(tiny)
     goal = torch.randn(1, 4, TINY_SIDE, 2 * TINY_SIDE)
-    plan = NoiseSchedule.from_config(tiny.scheduler_config).plan("dpmpp_2m", 4)
-    levels = list(zip(plan.signal_level.tolist(), plan.noise_level.tolist(), strict=True))
+    trajectory = NoiseSchedule.from_config(tiny.scheduler_config).trajectory("dpmpp_2m", 4)
+    levels = list(zip(trajectory.signal_level.tolist(), trajectory.noise_level.tolist(), strict=True))
 
     def exact_noise(_module: nn.Module, inputs: tuple[Tensor, ...], _output: Any) -> tuple[Tensor]:
-        signal, noise = levels[plan.timesteps.tolist().index(inputs[1].item())]
+        signal, noise = levels[trajectory.timesteps.tolist().index(inputs[1].item())]
         return ((inputs[0] - signal * goal) / noise,)
 
     tiny.unet.register_forward_hook(exact_noise)

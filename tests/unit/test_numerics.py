@@ -7,15 +7,15 @@ from pathlib import Path
 
 import pytest
 
-import icportrait.numerics
+import icportrait.serving.numerics
 from engines.build_config import BuildConfig
+from icportrait.deploy.repository import assemble
 from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest
-from icportrait.numerics import numerics_id
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
-from icportrait.repository import assemble
 from icportrait.runtime.cuda import Gpu
+from icportrait.serving.numerics import numerics_id
 from tests.fake_plans import write_fake_plans
 from tests.trivial_engines import write_trivial_export
 
@@ -27,7 +27,7 @@ def manifest(tmp_path: Path) -> Manifest:
 
 @pytest.fixture(autouse=True)
 def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Gpu | None]:
-    """What CUDA shows."""
+    """Return a list with the GPU that CUDA shows."""
     shown: list[Gpu | None] = [None]
 
     def find() -> Gpu:
@@ -35,7 +35,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> list[Gpu | None]:
             raise RuntimeNotAvailable("none")
         return shown[0]
 
-    monkeypatch.setattr(icportrait.numerics, "find_gpu", find)
+    monkeypatch.setattr(icportrait.serving.numerics, "find_gpu", find)
     return shown
 
 
@@ -63,9 +63,9 @@ def test_whatever_may_change_bytes_changes_it(
     cpu = tmp_path / "cpuinfo"
     for model in ("Zen", "Skylake"):
         cpu.write_text(f"processor\t: 0\nmodel name\t: {model}\nflags\t\t: avx2\nprocessor\t: 1\nmodel name\t: other\n")
-        monkeypatch.setattr(icportrait.numerics, "CPUINFO", cpu)
+        monkeypatch.setattr(icportrait.serving.numerics, "CPUINFO", cpu)
         found.append(named())
-    monkeypatch.setattr(icportrait.numerics.metadata, "version", lambda name: "99")
+    monkeypatch.setattr(icportrait.serving.numerics.metadata, "version", lambda name: "99")
     found.append(named())
     assert len(set(found)) == len(found) and "" not in found
 

@@ -6,12 +6,15 @@ import base64
 import io
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from icportrait_client.errors import InvalidRequest
 
-from benchmarks.perf_analyzer import PerfAnalyzerSettings, input_data, levels, request_counts, unstable_level
+from benchmarks.beside import compared, table
+from benchmarks.perf_analyzer import input_data, levels, request_counts, unstable_level
 from benchmarks.perf_analyzer_program import PerfAnalyzerError, Program, find_program
+from benchmarks.settings import PerfAnalyzerSettings
 
 CSV = """Concurrency,Inferences/Second,Client Send,p50 latency,p90 latency,p95 latency,p99 latency
 2,19.0398,23,103393,109690,112657,115829
@@ -88,7 +91,7 @@ def test_a_run_that_fails_or_falls_silent_is_one_line(script: str, message: str)
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where ``make setup`` would put perf_analyzer, in an environment that has none."""
+    """Return the path where ``make setup`` puts perf_analyzer, in an environment that has none."""
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     binary = tmp_path / "perf_analyzer" / "bin" / "perf_analyzer"
@@ -118,3 +121,28 @@ def test_a_missing_library_is_named_with_what_brings_it(
     with pytest.raises(PerfAnalyzerError) as raised:
         find_program(tmp_path)
     assert str(raised.value) == f"perf_analyzer lacks {library}; {remedy}"
+
+
+def figures(throughput_per_s: float, p50_ms: float) -> dict[str, Any]:
+    latency_ms = {"p50": p50_ms, "p99": 2 * p50_ms}
+    return {"count": 9, "throughput_per_s": throughput_per_s, "latency_ms": latency_ms, "fell_behind": False}
+
+
+@pytest.mark.parametrize(
+    ("throughput_per_s", "p50_ms", "agree"),
+    [(10.0, 100.0, True), (10.4, 91.0, True), (9.4, 100.0, False), (10.0, 111.0, False)],
+)
+def test_two_generators_agree_within_5_percent_of_calls_and_10_of_the_median(
+    throughput_per_s: float, p50_ms: float, agree: bool
+) -> None:
+    row = compared(2, figures(throughput_per_s, p50_ms), figures(10.0, 100.0))
+    assert row["agree"] is agree
+    assert row["ratio"] == pytest.approx({"throughput": throughput_per_s / 10, "p50": p50_ms / 100})
+    verdict = "they agree" if agree else "they don't agree"
+    assert table({"levels": [row], "agree": agree}).endswith(f"{verdict} within 5% of calls/s and 10% of the median")
+
+
+def test_windows_that_did_not_agree_leave_nothing_to_compare() -> None:
+    row = compared(2, figures(10.0, 100.0), None)
+    assert (row["agree"], row["ratio"]) == (False, {"throughput": None, "p50": None})
+    assert "perf_analyzer's windows didn't agree" in table({"levels": [row], "agree": False})

@@ -12,7 +12,7 @@ from engines.build_config import BuildConfig
 from icportrait.contract import engine_specs
 from icportrait.errors import PlanError
 from icportrait.presets import DEMO_128
-from icportrait.runtime.plans import PlanHost, PlanManifest, PlanTensor, buckets_of, read_plan
+from icportrait.runtime.tensorrt.plans import PlanHost, PlanManifest, PlanTensor, buckets_of, read_plan
 
 CONTENT = bytes(range(256)) * 4
 HOST = PlanHost("tensorrt-rtx", "1.7.1.116", "c0ffee", "8.9")

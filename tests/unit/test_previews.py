@@ -12,7 +12,7 @@ import pytest
 
 from icportrait.errors import Cancelled, DeadlineMissed
 from icportrait.request import PortraitRequest
-from tests.label_slots import BASE, alone, label_batcher, labelled, submit
+from tests.label_slots import BASE, alone, label_loop, labelled, submit
 from tests.stage_front import Front, metric, open_stage, until
 
 STREAM = replace(BASE, num_inference_steps=10, is_streamed=True)
@@ -20,7 +20,7 @@ PREVIEWED = replace(STREAM, preview_every=3)
 
 
 def steps_said(front: Front) -> list[int]:
-    """What came of ``a``; a preview's step is negative."""
+    """Return the steps that came of ``a``; a preview's step is negative."""
     messages = front.messages()
     assert all((message["key"], message["total_steps"]) == ("a", 10) for message in messages)
     return [message["step"] if message["op"] == "step" else -message["step"] for message in messages]
@@ -32,18 +32,18 @@ def run(front: Front, request: PortraitRequest, label: float = 1.0) -> queue.Sim
 
 
 def next_preview(front: Front) -> dict[str, Any]:
-    """The next preview; steps on the way to it are skipped."""
+    """Return the next preview; skip the steps on the way to it."""
     while (message := front.message())["op"] != "preview":
         assert message["op"] == "step"
     return message
 
 
 def expected_previews(request: PortraitRequest, label: float) -> dict[int, np.ndarray]:
-    """What the loop says that every step amounts to."""
+    """Return what the loop says that every step amounts to."""
     found: dict[int, np.ndarray] = {}
-    with label_batcher() as (_, batcher):
+    with label_loop() as (_, loop):
         submit(
-            batcher,
+            loop,
             labelled(request, label),
             lambda step, result: found.setdefault(step, result().portrait_latent),
         ).result(60)
@@ -64,7 +64,7 @@ def test_who_does_not_stream_is_told_of_none() -> None:
 
 
 def test_every_third_step_is_a_preview_and_the_request_waits_until_the_one_before_is_seen() -> None:
-    """It alone: another that came later goes by. Steps are told whether or not a preview was seen."""
+    """Check that this request alone waits: a later one goes by. Steps are told whether or not a preview was seen."""
     previews = expected_previews(PREVIEWED, 2.0)
     with open_stage() as (slots, stage), Front(stage) as front:
         answers = run(front, PREVIEWED, 2.0)
@@ -135,7 +135,7 @@ def test_two_streams_wait_each_for_its_own_preview() -> None:
 
 @pytest.mark.parametrize("ends", ["cancel", "deadline", "release"])
 def test_nothing_follows_the_last_answer_of_a_request_that_was_held(ends: str) -> None:
-    """Its next preview was ready when it ended: whoever sees the one before it asks for none any more."""
+    """End the request when its next preview is ready. A caller who sees the one before then asks for no more."""
     with open_stage() as (slots, stage), Front(stage) as front:
         request = front.arrived_now(replace(PREVIEWED, deadline_ms=60_000 if ends == "deadline" else None))
         answers = run(front, request)
@@ -146,7 +146,7 @@ def test_nothing_follows_the_last_answer_of_a_request_that_was_held(ends: str) -
         elif ends == "release":
             front.release("a")
         else:
-            stage._batcher._clock = lambda: request.deadline_s
+            stage._loop._clock = lambda: request.deadline_s
         outcome = answers.get(timeout=10)
         assert isinstance(outcome, DeadlineMissed if ends == "deadline" else Cancelled)
         assert steps_said(front) == [4, 5]

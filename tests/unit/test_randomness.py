@@ -4,16 +4,16 @@ import math
 import numpy as np
 import pytest
 
+from icportrait.diffusion.randomness import Stream, canvas_noise, raw_bits, unit_normal
 from icportrait.errors import InvalidRequest
 from icportrait.presets import DEMO_128, SD15_512
-from icportrait.randomness import Stream, canvas_noise, raw_bits, unit_normal
 
 WIDE_SEEDS = [0, 1, 2**32, 2**53, 2**53 + 1, 2**63 - 1, 2**63, 2**63 + 6, 2**64 - 1]
 WORD = 2**64 - 1
 
 
 def philox_4x64(key: tuple[int, int], counter: int) -> list[int]:
-    """Philox-4x64 with ten rounds in Python's integers, from the paper's definition."""
+    """Compute Philox-4x64 with ten rounds in Python's integers, from the paper's definition."""
     state, (key_0, key_1) = [counter, 0, 0, 0], key
     for _ in range(10):
         product_0, product_1 = 0xD2E7470EE14C6C93 * state[0], 0xCA5A826395121157 * state[2]
@@ -71,7 +71,7 @@ def test_normals_are_box_muller_on_53_bit_uniforms():
 
 def test_extreme_words_give_finite_normals(monkeypatch):
     words = np.array([0, 0, WORD, WORD, 0, WORD, WORD, 0, 2**63, 2**62, 2**63, 3 * 2**62], dtype=np.uint64)
-    monkeypatch.setattr("icportrait.randomness.raw_bits", lambda seed, stream, count: words[:count])
+    monkeypatch.setattr("icportrait.diffusion.randomness.raw_bits", lambda seed, stream, count: words[:count])
     normals = unit_normal(0, Stream.NOISE, (12,))
     farthest = math.sqrt(2 * 53 * math.log(2))
     np.testing.assert_allclose(normals[:4], [farthest, 0, 0, 0], atol=1e-6)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,19 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
+import icportrait.deploy.repository
+import icportrait.disk
 from engines.build_config import BuildConfig
 from icportrait.contract import ENGINES
-from icportrait.errors import CheckpointError, IcPortraitError, PlanError
+from icportrait.deploy.repository import assemble, main
+from icportrait.deploy.triton_config import PRIVATE_MODELS, STANDALONE_MODELS
+from icportrait.errors import CheckpointError, IcPortraitError, NotEnoughDisk, PlanError
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
-from icportrait.repository import assemble, main
-from icportrait.runtime.plans import PlanManifest, check_content, find_plans
-from icportrait.triton_config import PRIVATE_MODELS, STANDALONE_MODELS
+from icportrait.runtime.tensorrt.plans import PlanManifest, check_content, find_plans
 from tests.fake_plans import write_fake_plans
+from tests.full_disk import full_disk
 from tests.trivial_engines import write_trivial_export
 
 
@@ -84,7 +89,7 @@ def test_python_models_run_every_engine_on_tensorrt_rtx(export: Path, tmp_path: 
 
 
 def test_deterministic_python_models_run_every_engine_on_tensorrt_too(export: Path, tmp_path: Path) -> None:
-    """Triton's own backend runs the batches that come; our runner one and the same."""
+    """Compare runners: Triton's own backend runs the batches that come, our runner one and the same."""
     found = assembled(export, tmp_path, "tensorrt", BuildConfig(layout="static"), deterministic=True)
     for name in ("vae_encoder", "vae_decoder"):
         assert found[name] == PYTHON | with_manifest(*(f"{name}.batch{batch}.plan" for batch in (1, 2, 4, 8)))
@@ -208,3 +213,32 @@ def test_a_changed_graph_is_not_assembled(tmp_path: Path) -> None:
         file.write(b"\0")
     with pytest.raises(CheckpointError, match=r"unet.onnx: hash is .*, manifest.json says .*; export again"):
         assemble(export, tmp_path / "repository", ServingPolicy())
+
+
+def test_a_full_disk_leaves_no_half_of_a_copied_repository(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EXDEV, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    arguments = ["--export", str(export), "--out", str(tmp_path / "repository")]
+    assert main(arguments) == 0
+    with full_disk(100):
+        assert main(arguments) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {tmp_path / 'repository'}: File too large while writing the repository, about ")
+    assert not (tmp_path / "repository").exists()
+    assert main(arguments) == 0
+
+
+def test_a_copy_that_has_no_room_leaves_the_old_repository(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assemble(export, tmp_path / "repository", ServingPolicy())
+    before = files(tmp_path / "repository")
+    monkeypatch.setattr(icportrait.disk, "free_bytes", lambda _: 0)
+    monkeypatch.setattr(icportrait.deploy.repository, "_copied_bytes", lambda *_: 10**9)
+    with pytest.raises(NotEnoughDisk, match=r"about 1\.0 GB of disk are needed for the repository, and"):
+        assemble(export, tmp_path / "repository", ServingPolicy())
+    assert files(tmp_path / "repository") == before

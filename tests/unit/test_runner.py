@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-import icportrait.runtime.loading
-import icportrait.runtime.tensorrt
+import icportrait.runtime.tensorrt.engine
+import icportrait.runtime.tensorrt.loading
 from engines.build_config import LAYOUTS, BuildConfig
 from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.errors import PlanError, RuntimeNotAvailable
@@ -23,11 +23,11 @@ from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.runtime import load_engine, load_slots
 from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Gpu, Stream
-from icportrait.runtime.flavours import FLAVOURS, TENSORRT_RTX, Flavour
-from icportrait.runtime.loading import load_plans
-from icportrait.runtime.plans import PlanManifest
-from icportrait.runtime.slots import DeviceSlots
-from icportrait.runtime.tensorrt import TensorRtEngine, share_scratch
+from icportrait.runtime.tensorrt.engine import TensorRtEngine, share_scratch
+from icportrait.runtime.tensorrt.loading import load_plans
+from icportrait.runtime.tensorrt.plans import PlanManifest
+from icportrait.runtime.tensorrt.products import FLAVOURS, TENSORRT_RTX, Flavour
+from icportrait.runtime.tensorrt.slots import DeviceSlots
 from tests.fake_plans import VERSIONS, write_fake_plans
 from tests.host_cuda import HostCuda, view
 from tests.trivial_engines import write_trivial_export
@@ -38,7 +38,7 @@ WARPING = SPECS["warping_network"]
 
 
 def computed(spec: ModelSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """What the stand-in for an engine computes: an output's row is a number that all of the inputs' rows make."""
+    """Compute what the stand-in for an engine gives: an output's row is a number that all of the inputs' rows make."""
     rows = sum(
         (index + 1) * array.reshape(len(array), -1).sum(axis=1, dtype=np.float64)
         for index, array in enumerate(inputs.values())
@@ -126,7 +126,7 @@ class RuntimeConfig(SimpleNamespace):
 
 @pytest.fixture
 def engines(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> dict[str, Engine]:
-    """What the stand-ins deserialised, by the plan's content, which is its name."""
+    """Return the stand-ins that were deserialised, by the plan's content, which is its name."""
     made: dict[str, Engine] = {}
 
     def deserialize(content: bytes) -> Engine:
@@ -155,7 +155,7 @@ def engines(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> dict[str, Engine
 def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
     emulated = HostCuda()
     emulated.install(monkeypatch)
-    for module in (icportrait.runtime.loading, icportrait.runtime.tensorrt):
+    for module in (icportrait.runtime.tensorrt.loading, icportrait.runtime.tensorrt.engine):
         monkeypatch.setattr(
             module, "find_gpu", lambda: Gpu("NVIDIA Test", "8.9", 8 * 10**9, emulated.free_bytes, "13.0")
         )
@@ -231,7 +231,7 @@ def test_deterministic_slots_run_one_bucket_that_holds_them_all(
 def test_a_row_has_the_same_bits_beside_any_number_of_others_if_deterministic(
     deterministic: bool, plans, export, engines, cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On an engine whose rows depend on how many are computed, as a GPU's kernels may."""
+    """Use an engine whose rows depend on how many are computed, as a GPU's kernels may."""
     exact = computed
 
     def rounded(spec: ModelSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -311,7 +311,7 @@ def test_f_ref_of_half_precision_lies_in_half_the_bytes(
 
 @pytest.fixture
 def warping(plans, export, engines, cuda) -> TensorRtEngine:
-    """In buckets of 1, 2, 4 and 8, nothing of it run yet."""
+    """Load the warping network in buckets of 1, 2, 4 and 8, none of which has run yet."""
     loaded = load_plans(["warping_network"], plans(), export, FULL)["warping_network"]
     loaded.stream.synchronize()
     cuda.log.clear()
@@ -319,7 +319,7 @@ def warping(plans, export, engines, cuda) -> TensorRtEngine:
 
 
 def jobs(batch: int, seed: int = 0) -> dict[str, Array]:
-    """Inputs with which all sums are exact."""
+    """Make inputs with which all sums are exact."""
     generator = np.random.default_rng(seed)
     return {spec.name: generator.integers(-8, 9, spec.shape(batch=batch)).astype(np.float32) for spec in WARPING.inputs}
 
@@ -334,12 +334,12 @@ def rows_of(arrays: Mapping[str, DeviceArray], first: int, count: int) -> dict[s
 
 
 def untouched(arrays: Mapping[str, Array]) -> bool:
-    """They are as fresh memory and ``fill_outputs(0xFF)`` leave them."""
+    """Tell whether arrays are as fresh memory and ``fill_outputs(0xFF)`` leave them."""
     return all((array.view(np.uint8) == 0xFF).all() for array in arrays.values())
 
 
 def enqueued(engine: Engine) -> list[int]:
-    """How often each bucket was put on the stream, to be done or recorded."""
+    """Count how often each bucket was put on the stream, to be done or recorded."""
     return [len(context.bound) for context in engine.contexts]
 
 
@@ -367,7 +367,7 @@ def test_inputs_on_the_device_are_copied_there(warping: TensorRtEngine, cuda) ->
 
 
 def test_the_first_run_of_a_bucket_records_and_later_ones_replay(warping: TensorRtEngine, engines, cuda) -> None:
-    """A run that records runs directly before that; replaying reaches TensorRT no more."""
+    """Count runs: one that records runs directly before that, and one that replays reaches TensorRT no more."""
     done = []
     for seed, batch in enumerate((4, 3, 4, 1, 4, 1)):
         cuda.log.clear()
@@ -420,7 +420,7 @@ def test_graphs_write_to_the_engines_own_outputs_whatever_was_bound(
 
 
 def test_with_other_scratch_memory_a_bucket_is_recorded_again(warping: TensorRtEngine, engines, cuda) -> None:
-    """A graph keeps the address of the scratch memory that it was recorded with."""
+    """Change the scratch memory, because a graph keeps the address of the memory that it was recorded with."""
     first = share_scratch([warping])
     given = jobs(1)
     warping.run(given)
@@ -475,7 +475,7 @@ def test_scratch_memory_that_does_not_fit_is_refused(plans, export, engines, cud
 
 def test_a_plan_for_another_gpu_never_reaches_tensorrt(plans, export, engines, cuda, monkeypatch) -> None:
     other = Gpu("NVIDIA Other", "9.0", 8 * 10**9, 8 * 10**9, "13.0")
-    monkeypatch.setattr(icportrait.runtime.tensorrt, "find_gpu", lambda: other)
+    monkeypatch.setattr(icportrait.runtime.tensorrt.engine, "find_gpu", lambda: other)
     with pytest.raises(PlanError, match=r"compute capability 8\.9, and this one has 9\.0"):
         TensorRtEngine(plans() / "unet.plan", SPECS["unet"], export.contract_hash, FULL, Stream())
     assert not engines

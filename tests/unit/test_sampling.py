@@ -1,4 +1,4 @@
-"""``icportrait.sampling`` against diffusers' own schedulers, and what in-flight batching asks of it."""
+"""``icportrait.diffusion.sampling`` against diffusers' own schedulers, and what in-flight batching asks of it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 
-from icportrait import sampling
+from icportrait.diffusion import sampling
+from icportrait.diffusion.sampling import NoiseSchedule, Trajectory, advance, foreign_sampler, guide
 from icportrait.errors import CheckpointError, InvalidRequest
-from icportrait.sampling import SCHEDULERS, NoiseSchedule, StepPlan, advance, foreign_sampler, guide
+from icportrait.request import SCHEDULERS
 
 REFERENCE = {"ddim": DDIMScheduler, "euler": EulerDiscreteScheduler, "dpmpp_2m": DPMSolverMultistepScheduler}
 SPACINGS = (None, "leading", "linspace", "trailing")
@@ -44,18 +45,18 @@ def make_noise(seed: int = 0, shape: tuple[int, ...] = SHAPE) -> torch.Tensor:
 
 
 def stand_in_unet(latent: torch.Tensor, timestep: float) -> torch.Tensor:
-    """Bounded, nonlinear, different at every timestep, and coupling neighbouring columns."""
+    """Return numbers that are bounded, nonlinear, different at every timestep, and couple neighbouring columns."""
     return torch.tanh(1.3 * latent + np.cos(timestep / 40)) + 0.3 * torch.sin(2 * latent.roll(1, -1))
 
 
-def rows_of(plan: StepPlan, step: int, rows: int = SHAPE[0]) -> torch.Tensor:
-    return torch.from_numpy(np.repeat(plan.coefficients[step : step + 1], rows, axis=0))
+def rows_of(trajectory: Trajectory, step: int, rows: int = SHAPE[0]) -> torch.Tensor:
+    return torch.from_numpy(np.repeat(trajectory.coefficients[step : step + 1], rows, axis=0))
 
 
-def sample(plan: StepPlan, noise: torch.Tensor) -> torch.Tensor:
-    latent, history = plan.initial_scale * noise, torch.zeros_like(noise)
-    for step, timestep in enumerate(plan.timesteps):
-        latent, history = advance(latent, stand_in_unet(latent, float(timestep)), history, rows_of(plan, step))
+def sample(trajectory: Trajectory, noise: torch.Tensor) -> torch.Tensor:
+    latent, history = trajectory.initial_scale * noise, torch.zeros_like(noise)
+    for step, timestep in enumerate(trajectory.timesteps):
+        latent, history = advance(latent, stand_in_unet(latent, float(timestep)), history, rows_of(trajectory, step))
     return latent
 
 
@@ -78,16 +79,16 @@ def relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_each_step_is_diffusers_step(name: str, prediction: str, spacing: str | None, steps: int) -> None:
-    """Every step of a trajectory from the same input, so that errors can't hide behind or feed on each other."""
+    """Start every step of a trajectory from the same input, so that errors can't hide behind or feed on each other."""
     config = make_config(spacing, prediction_type=prediction)
-    plan = NoiseSchedule.from_config(config).plan(name, steps)
+    trajectory = NoiseSchedule.from_config(config).trajectory(name, steps)
     scheduler = REFERENCE[name].from_config(config)
     scheduler.set_timesteps(steps)
-    np.testing.assert_array_equal(plan.timesteps, scheduler.timesteps.numpy().astype(np.float32))
+    np.testing.assert_array_equal(trajectory.timesteps, scheduler.timesteps.numpy().astype(np.float32))
     history = torch.zeros(SHAPE)
     for step, timestep in enumerate(scheduler.timesteps):
         z, noise, mistake = make_noise(step, (3, *SHAPE))
-        signal, level = float(plan.signal_level[step]), float(plan.noise_level[step])
+        signal, level = float(trajectory.signal_level[step]), float(trajectory.noise_level[step])
         latent = signal * z + level * noise
         truth = noise if prediction == "epsilon" else signal * noise - level * z
         model_output = truth + 0.1 * mistake
@@ -95,8 +96,8 @@ def test_each_step_is_diffusers_step(name: str, prediction: str, spacing: str | 
         scheduler.scale_model_input(theirs, timestep)
         expected = scheduler.step(model_output, timestep, theirs).prev_sample
         if name == "euler" and step + 1 < steps:
-            expected = expected * float(plan.signal_level[step + 1])
-        found, history = advance(latent, model_output, history, rows_of(plan, step))
+            expected = expected * float(trajectory.signal_level[step + 1])
+        found, history = advance(latent, model_output, history, rows_of(trajectory, step))
         assert relative_error(found, expected) < 1e-5, f"step {step}"
 
 
@@ -107,7 +108,7 @@ def test_each_step_is_diffusers_step(name: str, prediction: str, spacing: str | 
 def test_closed_loop_is_diffusers_loop(name: str, prediction: str, spacing: str | None, steps: int) -> None:
     config = make_config(spacing, prediction_type=prediction)
     expected = sample_with_diffusers(name, config, steps, make_noise())
-    found = sample(NoiseSchedule.from_config(config).plan(name, steps), make_noise())
+    found = sample(NoiseSchedule.from_config(config).trajectory(name, steps), make_noise())
     assert found.dtype == torch.float32
     assert relative_error(found, expected) < 1e-4
 
@@ -131,7 +132,7 @@ def test_what_a_config_says_about_the_noise_is_heeded(name: str, changes: dict[s
     # lose three digits in float32.
     config = make_config("leading", **changes)
     expected = sample_with_diffusers(name, config, 20, make_noise())
-    found = sample(NoiseSchedule.from_config(config).plan(name, 20), make_noise())
+    found = sample(NoiseSchedule.from_config(config).trajectory(name, 20), make_noise())
     assert relative_error(found, expected) < 1e-4
 
 
@@ -148,25 +149,28 @@ def test_every_step_count_has_a_plan(name: str, spacing: str | None) -> None:
     schedule = NoiseSchedule.from_config(make_config(spacing))
     scheduler = REFERENCE[name].from_config(make_config(spacing))
     for steps in range(1, 151):
-        plan = schedule.plan(name, steps)
+        trajectory = schedule.trajectory(name, steps)
         scheduler.set_timesteps(steps)
         # For some counts diffusers' trailing spacing has one timestep more, -1.
-        np.testing.assert_array_equal(plan.timesteps, scheduler.timesteps.numpy().astype(np.float32)[:steps])
-        assert plan.coefficients.shape == (steps, 5)
-        assert np.isfinite(plan.coefficients).all()
-        np.testing.assert_allclose(plan.signal_level**2 + plan.noise_level**2, np.ones(steps), atol=3e-7)
-        assert all(array.dtype == np.float32 for array in (plan.timesteps, plan.signal_level, plan.coefficients))
+        np.testing.assert_array_equal(trajectory.timesteps, scheduler.timesteps.numpy().astype(np.float32)[:steps])
+        assert trajectory.coefficients.shape == (steps, 5)
+        assert np.isfinite(trajectory.coefficients).all()
+        np.testing.assert_allclose(trajectory.signal_level**2 + trajectory.noise_level**2, np.ones(steps), atol=3e-7)
+        assert all(
+            array.dtype == np.float32
+            for array in (trajectory.timesteps, trajectory.signal_level, trajectory.coefficients)
+        )
 
 
 @pytest.mark.parametrize("spacing", SPACINGS)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_held_half_gets_the_noise_diffusers_adds(name: str, spacing: str | None) -> None:
-    plan = NoiseSchedule.from_config(make_config(spacing)).plan(name, 12)
+    trajectory = NoiseSchedule.from_config(make_config(spacing)).trajectory(name, 12)
     scheduler = REFERENCE[name].from_config(make_config(spacing))
     scheduler.set_timesteps(12)
     z, noise = make_noise(1, (12, 3)), make_noise(2, (12, 3))
     expected = scheduler.add_noise(z, noise, scheduler.timesteps)
-    signal, level = torch.tensor(plan.signal_level)[:, None], torch.tensor(plan.noise_level)[:, None]
+    signal, level = torch.tensor(trajectory.signal_level)[:, None], torch.tensor(trajectory.noise_level)[:, None]
     found = signal * z + level * noise
     torch.testing.assert_close(found, signal * expected if name == "euler" else expected, atol=1e-6, rtol=1e-5)
 
@@ -174,38 +178,42 @@ def test_held_half_gets_the_noise_diffusers_adds(name: str, spacing: str | None)
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_perfect_unet_leads_to_the_portrait(name: str, prediction: str) -> None:
-    plan = NoiseSchedule.from_config(make_config(prediction_type=prediction, set_alpha_to_one=True)).plan(name, 10)
+    trajectory = NoiseSchedule.from_config(make_config(prediction_type=prediction, set_alpha_to_one=True)).trajectory(
+        name, 10
+    )
     z = make_noise(5).numpy()
-    latent, history = plan.initial_scale * make_noise(6).numpy(), np.zeros(SHAPE, np.float32)
+    latent, history = trajectory.initial_scale * make_noise(6).numpy(), np.zeros(SHAPE, np.float32)
     for step in range(10):
-        signal, level = plan.signal_level[step], plan.noise_level[step]
+        signal, level = trajectory.signal_level[step], trajectory.noise_level[step]
         noise = (latent - signal * z) / level
         model_output = noise if prediction == "epsilon" else signal * noise - level * z
-        latent, history = advance(latent, model_output, history, rows_of(plan, step).numpy())
+        latent, history = advance(latent, model_output, history, rows_of(trajectory, step).numpy())
     np.testing.assert_allclose(latent, z, atol=1e-4)
 
 
 def test_looking_back_pays() -> None:
-    """On data that are normal with deviation 0.5 the exact trajectory is known: latent / deviation stays constant."""
+    """Use data that are normal with deviation 0.5, because their exact trajectory keeps latent / deviation constant."""
     errors = {}
     for name in SCHEDULERS:
-        plan = NoiseSchedule.from_config(make_config("trailing", set_alpha_to_one=True)).plan(name, 40)
-        variance = plan.signal_level**2 * 0.25 + plan.noise_level**2
+        trajectory = NoiseSchedule.from_config(make_config("trailing", set_alpha_to_one=True)).trajectory(name, 40)
+        variance = trajectory.signal_level**2 * 0.25 + trajectory.noise_level**2
         latent, history = np.ones((1, 1), np.float32), np.zeros((1, 1), np.float32)
         for step in range(40):
-            model_output = latent * plan.noise_level[step] / variance[step]
-            latent, history = advance(latent, model_output, history, plan.coefficients[step : step + 1])
+            model_output = latent * trajectory.noise_level[step] / variance[step]
+            latent, history = advance(latent, model_output, history, trajectory.coefficients[step : step + 1])
         errors[name] = abs(float(latent[0, 0]) * np.sqrt(variance[0]) / 0.5 - 1)
     assert errors["dpmpp_2m"] < 0.6 * min(errors["ddim"], errors["euler"])
 
 
 def mixed_rows() -> tuple[np.ndarray, np.ndarray]:
-    """Rows of every sampler at different steps of different schedules, and latent, model output and history."""
+    """Return rows of every sampler at different steps of different schedules, and latent, model output and history."""
     epsilon = NoiseSchedule.from_config(SD15)
     velocity = NoiseSchedule.from_config(make_config("trailing", prediction_type="v_prediction"))
     choices = [(epsilon, "ddim", 20, 3), (velocity, "euler", 10, 0), (epsilon, "dpmpp_2m", 15, 7)]
     choices += [(velocity, "dpmpp_2m", 4, 3), (epsilon, "euler", 50, 49), (velocity, "ddim", 1, 0)]
-    coefficients = np.stack([schedule.plan(name, steps).coefficients[step] for schedule, name, steps, step in choices])
+    coefficients = np.stack(
+        [schedule.trajectory(name, steps).coefficients[step] for schedule, name, steps, step in choices]
+    )
     return coefficients, make_noise(3, (3, len(choices), 4, 7, 13)).numpy()
 
 
@@ -244,11 +252,11 @@ def test_guidance(as_kind: Any) -> None:
 
 
 def test_equal_requests_share_a_plan_that_nobody_can_change() -> None:
-    plan = NoiseSchedule.from_config(SD15).plan("ddim", 20)
-    assert NoiseSchedule.from_config(dict(SD15)).plan("ddim", 20) is plan
-    assert NoiseSchedule.from_config(make_config(set_alpha_to_one=True)).plan("ddim", 20) is not plan
+    trajectory = NoiseSchedule.from_config(SD15).trajectory("ddim", 20)
+    assert NoiseSchedule.from_config(dict(SD15)).trajectory("ddim", 20) is trajectory
+    assert NoiseSchedule.from_config(make_config(set_alpha_to_one=True)).trajectory("ddim", 20) is not trajectory
     with pytest.raises(ValueError, match="read-only"):
-        plan.coefficients[0, 0] = 0
+        trajectory.coefficients[0, 0] = 0
 
 
 @pytest.mark.parametrize(
@@ -264,20 +272,20 @@ def test_equal_requests_share_a_plan_that_nobody_can_change() -> None:
 )
 def test_impossible_plans_are_the_callers_mistake(name: str, steps: int, message: str) -> None:
     with pytest.raises(InvalidRequest, match=message):
-        NoiseSchedule.from_config(SD15).plan(name, steps)
+        NoiseSchedule.from_config(SD15).trajectory(name, steps)
 
 
 @pytest.mark.parametrize("writer", [DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler])
 @pytest.mark.parametrize("live", [False, True], ids=["file", "live"])
 def test_configs_of_every_known_class_are_read(writer: Any, live: bool) -> None:
-    """Files name every key; a live ``scheduler.config`` also says which of them nobody set."""
+    """Read files, which name every key, and a live ``scheduler.config``, which also says which keys nobody set."""
     written = writer(beta_start=0.00085, beta_end=0.012, **({"clip_sample": False} if writer is DDIMScheduler else {}))
     config = dict(written.config) if live else json.loads(written.to_json_string())
     assert ("_use_default_values" in config) is live
     schedule = NoiseSchedule.from_config(config)
     for name in SCHEDULERS:
         expected = sample_with_diffusers(name, {**config, "clip_sample": False}, 7, make_noise())
-        assert relative_error(sample(schedule.plan(name, 7), make_noise()), expected) < 1e-4
+        assert relative_error(sample(schedule.trajectory(name, 7), make_noise()), expected) < 1e-4
 
 
 def test_clip_sample_may_be_absent_where_its_writer_never_clips() -> None:
@@ -290,7 +298,7 @@ def test_clip_sample_may_be_absent_where_its_writer_never_clips() -> None:
 @pytest.mark.parametrize("writer", sampling._FOREIGN)
 @pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_another_samplers_file_says_what_noise_the_model_knows(writer: str, spacing: str) -> None:
-    """A file as diffusers writes it for each of them, with all that is its own."""
+    """Read a file as diffusers writes it for each of them, with all that is its own."""
     ours = {**SD15, "timestep_spacing": spacing, "clip_sample": False}
     if writer == "LMSDiscreteScheduler":  # needs scipy, to be made
         written = {**ours, "_class_name": writer}
@@ -358,19 +366,19 @@ def test_what_changes_nothing_is_ignored() -> None:
 
 
 def test_serving_needs_neither_torch_nor_diffusers() -> None:
-    check = "import sys, icportrait.sampling; sys.exit(bool({'torch', 'diffusers'} & set(sys.modules)))"
+    check = "import sys, icportrait.diffusion.sampling; sys.exit(bool({'torch', 'diffusers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", check], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_a_right_prediction_leaves_the_clean_latent_in_the_history(name: str, prediction_type: str) -> None:
-    """It is what a preview shows."""
-    plan = NoiseSchedule.from_config(SD15 | {"prediction_type": prediction_type}).plan(name, 12)
+    """Check the history's latent, because a preview shows it."""
+    trajectory = NoiseSchedule.from_config(SD15 | {"prediction_type": prediction_type}).trajectory(name, 12)
     clean, noise = make_noise(8, (2, 1, 4, 3, 5)).numpy()
     for step in (0, 5, 11):
-        signal, noise_level = plan.signal_level[step], plan.noise_level[step]
+        signal, noise_level = trajectory.signal_level[step], trajectory.noise_level[step]
         latent = signal * clean + noise_level * noise
         right = noise if prediction_type == "epsilon" else signal * noise - noise_level * clean
-        _, history = advance(latent, right, np.zeros_like(latent), plan.coefficients[step : step + 1])
+        _, history = advance(latent, right, np.zeros_like(latent), trajectory.coefficients[step : step + 1])
         np.testing.assert_allclose(history, clean, atol=2e-4)

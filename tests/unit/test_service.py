@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import io
 import json
 from collections.abc import Awaitable, Callable, Iterator
@@ -14,18 +15,20 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from icportrait.admission import Demand
 from icportrait.contract import Array
 from icportrait.errors import DeadlineMissed, IcPortraitError, InvalidRequest, PermissionDenied, Unavailable
-from icportrait.gateway import service
+from icportrait.gateway import c2pa_signing, service
 from icportrait.gateway.api import Caller, Event, Portraits
 from icportrait.gateway.engine import EngineLostError
 from icportrait.gateway.service import ENCODED_ASIDE_BYTES, TOLD_APART, Service
 from icportrait.gateway.settings import Settings
 from icportrait.manifest import Manifest
-from icportrait.pictures import Kept
+from icportrait.pictures.imaging import DIGITAL_SOURCE_TYPE, encode_picture
+from icportrait.pictures.prepare import Kept
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
+from icportrait.serving.control import Demand
+from tests.certificates import Chain, captured, make_chain, report
 from tests.trivial_engines import write_trivial_export
 
 SIDE = DEMO_128.image_size
@@ -46,7 +49,7 @@ REPORT = {
 
 
 class Engine:
-    """What the service knows of an engine; the test says when it answers."""
+    """The part of an engine that the service knows; the test says when it answers."""
 
     def __init__(self) -> None:
         self.lost = asyncio.get_running_loop().create_future()
@@ -122,13 +125,16 @@ class Workers:
         self.gate = asyncio.Event()
         self.gate.set()
         self.runs: list[str] = []
+        self.fails: dict[str, IcPortraitError] = {}
 
     async def run(
         self, owner: Any, function: Callable[..., Any], *arguments: Any, on_waited: Callable[[int], None], **_: Any
     ) -> Any:
         self.runs.append(function.__name__)
         await self.gate.wait()
-        on_waited(WAITED_NS[function.__name__])
+        if error := self.fails.get(function.__name__):
+            raise error
+        on_waited(WAITED_NS.get(function.__name__, 0))
         return function(*arguments)
 
 
@@ -141,6 +147,8 @@ class World:
         parts: Any = self.engines, self.workers
         self.service = Service(Manifest.read(folder), policy, Settings(**settings), *parts)
         self.events: list[Event] = []
+        self.files: dict[str, bytes] = {}
+        """Inputs that aren't ``picture``."""
 
     @property
     def engine(self) -> Engine:
@@ -153,7 +161,7 @@ class World:
         types = {"seed": np.int64, "deadline_ms": np.int32}
         inputs = {name: np.array([value], types.get(name, np.int32)) for name, value in values.items()}
         for name in ("profile", "reference"):
-            inputs[name] = np.array([picture()], np.object_)
+            inputs[name] = np.array([self.files.get(name, picture())], np.object_)
         return asyncio.create_task(self.service.generate(inputs, caller, on_event))
 
     async def denoising(self, count: int = 1) -> None:
@@ -229,6 +237,60 @@ def test_small_portraits_are_encoded_without_a_process(
     run(test)
 
 
+@pytest.fixture(scope="module")
+def chain() -> Iterator[Chain]:
+    """Make the chain that this process signs with."""
+    made = make_chain()
+    c2pa_signing.begin(c2pa_signing.Credentials(made.certificates, made.key, "es256", None))
+    yield made
+    c2pa_signing.begin(None)
+
+
+def test_with_a_certificate_portraits_and_previews_are_signed(run: Callable[..., None], chain: Chain) -> None:
+    async def test(world: World) -> None:
+        world.files["profile"] = captured(chain)
+        call = world.call(on_event=world.tell, num_portraits=2, num_inference_steps=2, preview_every=1)
+        await world.denoising()
+        world.engine.listener.on_preview(1, 2, LATENT)
+        world.engine.answer(2)
+        portraits = await call
+        for image in (*portraits.images, *world.events[0].images):
+            found = report(image, "image/png")
+            assert (found["validation_state"], len(found["manifests"])) == ("Valid", 2)
+        said = json.loads(portraits.metadata)["c2pa"]
+        unsigned = hashlib.sha256(encode_picture(np.zeros((SIDE, SIDE, 3), np.uint8), "png")).hexdigest()
+        ingredients = {"profile": "kept", "reference": "no manifest"}
+        assert said == {"unsigned_sha256": [unsigned] * 2, "ingredients": ingredients}
+        assert world.workers.runs.count("read_ingredient") == 1  # of the input that has a manifest
+
+    run(test, c2pa_certificate=Path("chain.pem"))
+
+
+def test_a_manifest_that_takes_too_long_to_read_costs_nobody_a_portrait(run: Callable[..., None], chain: Chain) -> None:
+    async def test(world: World) -> None:
+        world.files["reference"] = captured(chain)
+        world.workers.fails["read_ingredient"] = InvalidRequest("reference: the picture takes more than 2 s")
+        world.engine.answer()
+        portraits = await world.call()
+        assert len(report(portraits.images[0], "image/png")["manifests"]) == 1
+        said = json.loads(portraits.metadata)["c2pa"]["ingredients"]
+        assert said == {"profile": "no manifest", "reference": "ignored: it takes too much time to be read"}
+
+    run(test, c2pa_certificate=Path("chain.pem"))
+
+
+def test_without_a_certificate_inputs_manifests_are_not_looked_for(run: Callable[..., None], chain: Chain) -> None:
+    async def test(world: World) -> None:
+        world.files["profile"] = captured(chain)
+        world.engine.answer()
+        portraits = await world.call()
+        assert "c2pa" not in json.loads(portraits.metadata)
+        assert "read_ingredient" not in world.workers.runs
+        assert b"jumb" not in portraits.images[0]
+
+    run(test)
+
+
 def test_a_stream_tells_every_step_and_its_previews_before_the_portraits(run: Callable[..., None]) -> None:
     async def test(world: World) -> None:
         call = world.call(on_event=world.tell, num_inference_steps=4, preview_every=2)
@@ -244,6 +306,7 @@ def test_a_stream_tells_every_step_and_its_previews_before_the_portraits(run: Ca
             (3, 4, 0),
         ]
         assert world.engine.said.count(("seen",)) == 1
+        assert DIGITAL_SOURCE_TYPE.encode() in world.events[1].images[0]
 
     run(test)
 

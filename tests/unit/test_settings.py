@@ -54,6 +54,11 @@ def test_variables_that_name_no_setting_are_let_pass() -> None:
         (["--grpc-port", "8000"], {}, r"expected three different ports"),
         (["--tls-key", "/none"], {}, "tls_certificate, tls_key: only one is given"),
         (["--api-keys", "/none"], {}, "api_keys: /none isn't a file"),
+        (["--c2pa-key", __file__], {}, "c2pa_certificate, c2pa_key: only one is given"),
+        (["--c2pa-certificate", "/none", "--c2pa-key", __file__], {}, "c2pa_certificate: /none isn't a file"),
+        (["--c2pa-algorithm", "rsa"], {}, "c2pa_algorithm: 'rsa', expected es256, es384"),
+        (["--c2pa-timestamp-url", "tsa.org"], {}, "c2pa_timestamp_url: 'tsa.org', expected http://"),
+        (["--c2pa-timestamp-url", "http://tsa.org"], {}, "c2pa_timestamp_url: given without c2pa_certificate"),
     ],
 )
 def test_an_error_names_the_setting_and_where_it_came_from(

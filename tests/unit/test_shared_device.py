@@ -26,7 +26,8 @@ import sys, time
 from pathlib import Path
 from icportrait.contract import engine_specs
 from icportrait.runtime.shared_device import SharedDevice
-from icportrait.runtime.simulated import LatencyTable, SimulatedEngine
+from icportrait.runtime.latency_table import LatencyTable
+from icportrait.runtime.simulated import SimulatedEngine
 from tests.tiny import TINY
 table, folder, runs = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 spec = engine_specs(TINY)["vae_encoder"]
@@ -35,7 +36,9 @@ print("ready", flush=True)
 sys.stdin.readline()
 had_it_s = []
 for _ in range(runs):
-    engine.run(inputs, lambda: had_it_s.append(time.monotonic()))
+    engine.launch(inputs)
+    had_it_s.append(time.monotonic())
+    engine.wait()
 print(*had_it_s, flush=True)
 """
 """Runs when it is told to, and says when it had the device."""
@@ -98,8 +101,10 @@ def test_a_process_that_dies_gives_the_device_back(tmp_path: Path) -> None:
         taken = threading.Event()
 
         def take() -> None:
-            with SharedDevice(folder).held():
-                taken.set()
+            device = SharedDevice(folder)
+            device.acquire()
+            taken.set()
+            device.release()
 
         thread = threading.Thread(target=take, daemon=True)
         thread.start()
@@ -119,24 +124,26 @@ def is_locked(file: Any) -> bool:
 
 
 def test_who_waits_goes_before_who_has_just_computed(tmp_path: Path) -> None:
-    """Whoever waits holds the turn, so that nobody else can ask for the device before it has it."""
+    """Let the waiting device hold the turn, so that no other can ask for the device before it has it."""
     loop, waiter, got, done = SharedDevice(tmp_path), SharedDevice(tmp_path), threading.Event(), threading.Event()
 
     def wait() -> None:
-        with waiter.held():
-            got.set()
-            done.wait(10)
+        waiter.acquire()
+        got.set()
+        done.wait(10)
+        waiter.release()
 
     thread = threading.Thread(target=wait)
     with (tmp_path / "turn").open() as turn:
-        with loop.held():
-            assert not is_locked(turn)
-            thread.start()
-            deadline = time.monotonic() + 10
-            while not is_locked(turn):
-                assert time.monotonic() < deadline, "it waits for the device without holding the turn"
-                time.sleep(0.001)
-            assert not got.is_set()
+        loop.acquire()
+        assert not is_locked(turn)
+        thread.start()
+        deadline = time.monotonic() + 10
+        while not is_locked(turn):
+            assert time.monotonic() < deadline, "it waits for the device without holding the turn"
+            time.sleep(0.001)
+        assert not got.is_set()
+        loop.release()
         assert got.wait(10) and not is_locked(turn)
     done.set()
     thread.join()
@@ -147,11 +154,12 @@ def test_threads_that_share_a_handle_take_turns_too(tmp_path: Path) -> None:
 
     def use() -> None:
         for _ in range(5):
-            with device.held():
-                inside[0] += 1
-                most[0] = max(most[0], inside[0])
-                time.sleep(0.002)
-                inside[0] -= 1
+            device.acquire()
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.002)
+            inside[0] -= 1
+            device.release()
 
     threads = [threading.Thread(target=use) for _ in range(3)]
     for thread in threads:

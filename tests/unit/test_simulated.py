@@ -13,24 +13,26 @@ import pytest
 
 from icportrait.contract import ENGINES, engine_specs
 from icportrait.errors import ContractError, LatencyTableError
-from icportrait.imaging import encode_picture
 from icportrait.manifest import Manifest
+from icportrait.pictures.imaging import encode_picture
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128, PRESETS, Preset
 from icportrait.runtime import Slots, load_engine, load_slots, simulated
-from icportrait.runtime.simulated import LatencyTable
+from icportrait.runtime.latency_table import LatencyTable
 from tests.conftest import ROOT
+from tests.rows import step as run_step
+from tests.rows import warp
 from tests.tiny import TINY
 from tests.trivial_engines import write_trivial_export
 from tests.unit.conftest import Clock
 
-EXAMPLE = ROOT / "benchmarks" / "latency" / "h200-like.json"
+TABLES = ROOT / "benchmarks" / "latency"
 FIVE_MS = {"device": "test device", "engines": {name: {"1": 5.0} for name in ENGINES}}
 
 
 @pytest.fixture(autouse=True)
 def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Devices of repositories that no server serves lie in a folder of the test's."""
+    """Put the devices of repositories that no server serves in a folder of the test's."""
     folder = tmp_path / "temporary"
     folder.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(folder))
@@ -69,21 +71,27 @@ def test_a_table_is_linear_between_its_sizes(tmp_path: Path, points: Any, batch:
     assert found.of("vae_decoder", batch) == 5.0
 
 
-def test_the_example_is_a_table_that_says_it_is_assumed() -> None:
-    example = LatencyTable.read(EXAMPLE)
-    assert "assumed" in example.device
-    ends = {name: (example.of(name, 1), example.of(name, 8)) for name in ENGINES if name != "unet"}
-    assert ends == {"vae_encoder": (2, 10), "warping_network": (4, 20), "vae_decoder": (4, 24)}
-    assert (example.of("unet", 1), example.of("unet", 16)) == (10, 14)
-
-
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=lambda preset: preset.name)
 def test_a_measured_table_reaches_every_largest_batch_and_states_its_conditions(preset: Preset) -> None:
-    path = EXAMPLE.with_name(f"h200-torch-{preset.name}.json")
-    table, conditions = LatencyTable.read(path), json.loads(path.read_text())["conditions"]
-    assert "assumed" not in table.device and preset.name in conditions
+    path = TABLES / f"h200-torch-{preset.name}.json"
+    table, fields = LatencyTable.read(path), json.loads(path.read_text())
+    assert fields["preset"] == preset.name and preset.name in fields["conditions"]
     largest = {name: max(sizes) for name, sizes in table.latency_ms.items()}
     assert largest == {name: spec.batch.max for name, spec in engine_specs(preset).items()}
+
+
+def test_a_table_faster_than_its_device_can_be_is_refused(tmp_path: Path) -> None:
+    """Refuse too short a time: 16 rows of 1.849 TFLOP are 29.9 ms at an H100's 989 TFLOP/s."""
+    slow = {name: {"1": 1000.0} for name in ENGINES}
+    fields = {"device": "NVIDIA H100 80GB", "preset": "sd15-512", "engines": slow | {"unet": {"1": 10.0, "16": 30.0}}}
+    LatencyTable.read(write(tmp_path / "table.json", fields))
+    fields["engines"]["unet"]["16"] = 14.0
+    with pytest.raises(LatencyTableError) as refused:
+        LatencyTable.read(write(tmp_path / "table.json", fields))
+    text = "unet: batch 16 in 14 ms is 2113 TFLOP/s, and H100 has 989 at most; expected 29.9 ms or more"
+    assert str(refused.value) == f"{tmp_path / 'table.json'}: {text}"
+    for other in ({"device": "a device of our own"}, {"preset": None}):
+        LatencyTable.read(write(tmp_path / "table.json", fields | other))
 
 
 def with_unet(points: object) -> dict[str, Any]:
@@ -100,6 +108,7 @@ def with_unet(points: object) -> dict[str, Any]:
         (FIVE_MS | {"engines": {}}, "engines is empty, expected an object with vae_encoder, warping_network, unet, "),
         (FIVE_MS | {"engines": {"unet": {"1": 1.0}}}, "engines is unet, expected an object with vae_encoder"),
         (FIVE_MS | {"engines": FIVE_MS["engines"] | {"vae": {"1": 1}}}, "vae_decoder, vae, expected an object"),
+        (FIVE_MS | {"preset": "sdxl"}, 'preset is "sdxl", expected one of demo-128, sd15-512'),
         (with_unet({}), "unet is {}, expected milliseconds by batch size"),
         (with_unet(5.0), "unet is 5.0, expected milliseconds by batch size"),
         (with_unet({"0": 1.0}), 'unet: batch size is "0", expected a whole number from 1'),
@@ -149,6 +158,7 @@ def test_outputs_are_what_the_contract_says_and_nobody_can_change_them(name: str
             assert (array.shape, str(array.dtype)) == (tensor.shape(batch=batch), tensor.dtype.numpy)
             assert np.isfinite(array.astype(np.float32)).all()
             assert not array.flags.writeable and array.flags.c_contiguous
+            assert all(np.array_equal(row, array[0]) for row in array), "a row depends on no other"
 
 
 @pytest.mark.parametrize(("batch", "expected_ms"), [(1, 3.0), (8, 10.0)])
@@ -156,13 +166,15 @@ def test_outputs_are_what_the_contract_says_and_nobody_can_change_them(name: str
 def test_a_run_takes_the_batchs_time_and_no_less(
     batch: int, expected_ms: float, meanwhile_ms: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The host's own work goes on within that time; more of it than that takes its own."""
+    """Let the host work within that time; more work than that takes its own time."""
     clock = Clock()
     monkeypatch.setattr(simulated, "time", clock.as_module())
     monkeypatch.setattr(simulated, "_WAIT", simulated._Wait())
     unet = engine("unet", write(tmp_path / "table.json", with_unet({"1": 3.0, "16": 18.0})))
     inputs, began_s = engine_specs(TINY)["unet"].dummy_inputs(batch), clock.now_s
-    unet.run(inputs, lambda: clock.pass_ms(meanwhile_ms))
+    unet.launch(inputs)
+    clock.pass_ms(meanwhile_ms)
+    unet.wait()
     assert clock.now_s - began_s == pytest.approx(max(expected_ms, meanwhile_ms) / 1000, abs=1e-5)
 
 
@@ -203,14 +215,14 @@ def test_slots_step_without_copying_any_f_ref(table: Path) -> None:
     rows, specs = slots(table), engine_specs(DEMO_128, "fp16")
     assert (rows.rows, rows.max_jobs, rows.version) == (12, 8, "simulated-test device")
     job = specs["warping_network"].dummy_inputs(1)
-    confidence = rows.condition([job, job], [[0, 1], [2]], lambda: None)
+    confidence = warp(rows, [job, job], [[0, 1], [2]])
     assert confidence.shape == (2,) and confidence.dtype == np.float32
     rows.clear([3])
     rows.move(2, 0)
     step = specs["unet"].dummy_inputs(3)
-    noise_pred = rows.predict(step["canvas_latent"], step["timestep"], lambda: None)
+    noise_pred = run_step(rows, step["canvas_latent"], step["timestep"])
     assert noise_pred.shape == step["canvas_latent"].shape and np.isfinite(noise_pred).all()
     f_ref = vars(rows)["_f_ref"]
     assert f_ref and all(set(array.strides) == {0} for array in f_ref.values())
     with pytest.raises(ContractError, match="visibility"):
-        rows.condition([job | {"visibility": job["visibility"][:, :, 1:]}], [[0]], lambda: None)
+        warp(rows, [job | {"visibility": job["visibility"][:, :, 1:]}], [[0]])

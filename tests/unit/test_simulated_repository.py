@@ -12,16 +12,16 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from icportrait.contract import ENGINES
+from icportrait.contract import ENGINES, bytes_tensor
+from icportrait.deploy.preflight import simulation_note
+from icportrait.deploy.repository import assemble, main
+from icportrait.deploy.triton_config import PRIVATE_MODELS
 from icportrait.errors import CheckpointError, IcPortraitError, LatencyTableError
 from icportrait.manifest import MANIFEST_NAME, Manifest
 from icportrait.policy import ServingPolicy
-from icportrait.repository import assemble, main
 from icportrait.runtime import load_slots
-from icportrait.runtime.simulated import LATENCY_TABLE_NAME
-from icportrait.serving import PostprocessStage, bytes_tensor
-from icportrait.startup import simulation_note
-from icportrait.triton_config import PRIVATE_MODELS
+from icportrait.runtime.latency_table import LATENCY_TABLE_NAME
+from icportrait.serving.stages import PostprocessStage
 from tests.tiny import TINY
 from tests.trivial_engines import write_trivial_export
 

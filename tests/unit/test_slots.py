@@ -12,9 +12,12 @@ from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.errors import ContractError
 from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Stream
 from icportrait.runtime.placement import join
-from icportrait.runtime.plans import BUCKETS
-from icportrait.runtime.slots import DeviceSlots, HostSlots
+from icportrait.runtime.slots import HostSlots
+from icportrait.runtime.tensorrt.plans import BUCKETS
+from icportrait.runtime.tensorrt.slots import DeviceSlots
 from tests.host_cuda import HostCuda, view
+from tests.rows import step
+from tests.rows import warp as run_warping
 from tests.tiny import TINY
 
 SPECS = engine_specs(TINY)
@@ -24,7 +27,7 @@ Function = Callable[[Mapping[str, Array]], dict[str, Array]]
 
 
 def warp(inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Every output of a row tells the row's inputs, and its own name, from all others."""
+    """Return outputs of which each tells the row's inputs, and its own name, from all others."""
     mark = inputs["profile_latent"][:, 0, 0, 0] + 10 * inputs["reference_latent"][:, 0, 0, 0]
     outputs = {}
     for index, spec in enumerate(WARPING.outputs):
@@ -112,7 +115,7 @@ class OnDevice:
         self.slots = DeviceSlots(*engines, rows)
 
     def f_ref(self, row: int) -> list[float]:
-        """One value of each residual in a row."""
+        """Return one value of each residual in a row."""
         self.stream.synchronize()
         return [float(host(self.unet.inputs[name].rows(row, 1)).flat[-1]) for name in F_REF]
 
@@ -137,7 +140,7 @@ def canvas(rows: int, seed: int = 0) -> tuple[Array, Array]:
 
 
 def moved(cuda: HostCuda) -> dict[str, int]:
-    """How many bytes went which way since the last time."""
+    """Count how many bytes went which way since the last time."""
     totals = {name: sum(nbytes for entry, nbytes in cuda.log if entry == name) for name, _ in cuda.log}
     cuda.log.clear()
     return totals
@@ -145,7 +148,7 @@ def moved(cuda: HostCuda) -> dict[str, int]:
 
 @pytest.mark.parametrize("pinned", [False, True], ids=["buckets", "one bucket"])
 def test_rows_on_the_device_hold_what_rows_on_the_host_hold(cuda: HostCuda, pinned: bool) -> None:
-    """Random joining, leaving and compacting, as an in-flight batcher does it; a row in use is never another's."""
+    """Join, leave and compact at random, as an in-flight batcher does; a row in use is never another's."""
     device = OnDevice(cuda, pinned=pinned)
     reference = HostSlots(HostEngine(WARPING, warp), HostEngine(UNET, denoise), 16)
     generator, used = np.random.default_rng(3), 0
@@ -155,7 +158,7 @@ def test_rows_on_the_device_hold_what_rows_on_the_host_hold(cuda: HostCuda, pinn
             jobs = [job(*generator.integers(0, 50, 2)) for _ in counts]
             ends = used + np.cumsum(counts)
             rows = [list(range(end - count, end)) for count, end in zip(counts, ends, strict=True)]
-            found, expected = (slots.condition(jobs, rows, lambda: None) for slots in (device.slots, reference))
+            found, expected = (run_warping(slots, jobs, rows) for slots in (device.slots, reference))
             assert np.array_equal(found, expected)
             used = int(ends[-1])
             if generator.random() < 0.5:
@@ -167,13 +170,13 @@ def test_rows_on_the_device_hold_what_rows_on_the_host_hold(cuda: HostCuda, pinn
             if leaving != used:
                 for slots in (device.slots, reference):
                     slots.move(used, leaving)
-        found, expected = (slots.predict(*canvas(used, turn), lambda: None) for slots in (device.slots, reference))
+        found, expected = (step(slots, *canvas(used, turn)) for slots in (device.slots, reference))
         assert np.isfinite(found).all() and np.array_equal(found, expected)
 
 
 def test_a_full_bucket_is_warped_straight_into_its_rows(device: OnDevice, cuda: HostCuda) -> None:
-    device.slots.condition([job(1.0)], [[0]], lambda: None)
-    device.slots.condition([job(2.0), job(3.0)], [[4], [5]], lambda: None)
+    run_warping(device.slots, [job(1.0)], [[0]])
+    run_warping(device.slots, [job(2.0), job(3.0)], [[4], [5]])
     assert device.warping.bound == [set(F_REF), set(F_REF)]
     assert "copy" not in moved(cuda)
     assert [device.f_ref(row) for row in (0, 4, 5)] == [f_ref_of(value) for value in (1.0, 2.0, 3.0)]
@@ -181,8 +184,8 @@ def test_a_full_bucket_is_warped_straight_into_its_rows(device: OnDevice, cuda: 
 
 @pytest.mark.parametrize("rows", [[[0], [1], [2]], [[2], [0]], [[0, 1], [2]]], ids=["padding", "order", "shared"])
 def test_what_cannot_be_bound_writes_no_row_but_its_own(device: OnDevice, rows: list[list[int]]) -> None:
-    device.slots.condition([job(9.0)], [[3]], lambda: None)
-    device.slots.condition([job(float(index)) for index in range(len(rows))], rows, lambda: None)
+    run_warping(device.slots, [job(9.0)], [[3]])
+    run_warping(device.slots, [job(float(index)) for index in range(len(rows))], rows)
     assert device.warping.bound[-1] == set()
     assert device.f_ref(3) == f_ref_of(9.0)
     for index, targets in enumerate(rows):
@@ -190,24 +193,28 @@ def test_what_cannot_be_bound_writes_no_row_but_its_own(device: OnDevice, rows: 
 
 
 def test_portraits_of_one_request_share_one_conditioning(device: OnDevice, cuda: HostCuda) -> None:
-    device.slots.condition([job(7.0, 2.0)], [[1, 4, 6]], lambda: None)
+    run_warping(device.slots, [job(7.0, 2.0)], [[1, 4, 6]])
     assert [name for name, _ in cuda.log].count("execute") == 1
     assert moved(cuda)["copy"] == 2 * sum(spec.nbytes(1) for spec in WARPING.outputs if spec.name in F_REF)
     assert all(device.f_ref(row) == f_ref_of(7.0, 2.0) for row in (1, 4, 6))
 
 
 def test_a_step_uploads_latents_and_timesteps_and_copies_nothing_else(device: OnDevice, cuda: HostCuda) -> None:
-    device.slots.condition([job(1.0), job(2.0)], [[0], [1]], lambda: None)
+    run_warping(device.slots, [job(1.0), job(2.0)], [[0], [1]])
     moved(cuda)
     latent, timestep = canvas(2)
-    device.slots.predict(latent, timestep, lambda: None)
+    step(device.slots, latent, timestep)
     assert moved(cuda) == {"upload": latent.nbytes + timestep.nbytes, "execute": 0, "download": latent.nbytes}
 
 
-def test_what_is_done_meanwhile_is_done_while_an_engine_runs(device: OnDevice, cuda: HostCuda) -> None:
-    device.slots.condition([job(1.0)], [[0]], lambda: cuda.log.append(("meanwhile", 0)))
-    device.slots.predict(*canvas(1), lambda: cuda.log.append(("meanwhile", 0)))
-    names = [name for name, _ in cuda.log if name in ("execute", "meanwhile", "download")]
+def test_engines_run_from_their_launch_on(device: OnDevice, cuda: HostCuda) -> None:
+    device.slots.launch_warping([job(1.0)], [[0]])
+    cuda.log.append(("meanwhile", 0))
+    device.slots.wait_warping()
+    device.slots.launch(*canvas(1))
+    cuda.log.append(("meanwhile", 0))
+    device.slots.wait()
+    names = [name for name, _ in cuda.log if name in ("execute", "meanwhile", "download", "synchronize")]
     assert names == 2 * ["execute", "meanwhile", "download"]
 
 
@@ -215,7 +222,7 @@ def test_a_latent_that_is_on_the_device_stays_there(device: OnDevice, cuda: Host
     placed = job(5.0, 1.0)
     placed["profile_latent"] = join([placed["profile_latent"]], device.stream)
     moved(cuda)
-    device.slots.condition([placed], [[0]], lambda: None)
+    run_warping(device.slots, [placed], [[0]])
     totals = moved(cuda)
     assert totals["copy"] == placed["profile_latent"].nbytes
     assert totals["upload"] == placed["reference_latent"].nbytes + placed["visibility"].nbytes
@@ -224,9 +231,9 @@ def test_a_latent_that_is_on_the_device_stays_there(device: OnDevice, cuda: Host
 
 
 def test_rows_that_tensorrt_could_not_write_to_are_copied(device: OnDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row need not begin where TensorRT wants an output to begin."""
-    monkeypatch.setattr("icportrait.runtime.slots.ALIGNMENT_BYTES", 1 << 30)
-    device.slots.condition([job(1.0)], [[1]], lambda: None)
+    """Let no row begin where TensorRT wants an output to begin."""
+    monkeypatch.setattr("icportrait.runtime.tensorrt.slots.ALIGNMENT_BYTES", 1 << 30)
+    run_warping(device.slots, [job(1.0)], [[1]])
     assert device.warping.bound == [set()]
     assert device.f_ref(1) == f_ref_of(1.0)
 
@@ -236,9 +243,9 @@ def test_what_breaks_the_contract_is_refused_before_anything_runs(device: OnDevi
     moved(cuda)
     for slots in (device.slots, HostSlots(HostEngine(WARPING, warp), HostEngine(UNET, denoise), 16)):
         with pytest.raises(ContractError, match="visibility"):
-            slots.condition([wrong], [[0]], lambda: None)
+            run_warping(slots, [wrong], [[0]])
         with pytest.raises(ContractError, match="timestep is float64"):
-            slots.predict(canvas(1)[0], np.zeros(1), lambda: None)
+            step(slots, canvas(1)[0], np.zeros(1))
     assert "execute" not in moved(cuda)
 
 

@@ -1,4 +1,4 @@
-"""What is refused before tritonserver is started. The TensorRT that is asked for its version is a real one."""
+"""Refusals before tritonserver is started. The TensorRT that is asked for its version is a real one."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 import pytest
 
-import icportrait.installation
-import icportrait.startup
+import icportrait.deploy.installation
+import icportrait.deploy.preflight
+from icportrait.deploy.installation import Installation, find_installation
+from icportrait.deploy.preflight import backend_version, check_plans, repository_policy
+from icportrait.deploy.repository import assemble
+from icportrait.deploy.triton_server import TritonServer
 from icportrait.errors import IcPortraitError, RuntimeNotAvailable
 from icportrait.gateway.access import Access
-from icportrait.installation import Installation, find_installation
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
-from icportrait.repository import assemble
 from icportrait.runtime.cuda import Gpu
-from icportrait.runtime.flavours import Flavour
-from icportrait.runtime.plans import PlanManifest
+from icportrait.runtime.tensorrt.plans import PlanManifest
+from icportrait.runtime.tensorrt.products import Flavour
 from icportrait.server import HOST, Ports, main
-from icportrait.startup import backend_version, check_plans, repository_policy
-from icportrait.triton_server import TritonServer
 from tests.fake_plans import VERSIONS, write_fake_plans
 from tests.trivial_engines import write_trivial_export
 
@@ -51,13 +51,13 @@ def trivial(tmp_path: Path) -> Path:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Gpu("NVIDIA Test", "8.9", 8 * 10**9, 8 * 10**9, "13.0")
-    monkeypatch.setattr(icportrait.startup, "find_gpu", lambda: found)
+    monkeypatch.setattr(icportrait.deploy.preflight, "find_gpu", lambda: found)
     monkeypatch.setattr(Flavour, "version", lambda self: VERSIONS[self.name])
 
 
 @pytest.fixture
 def container(tmp_path: Path) -> Installation:
-    """A server with a TensorRT backend, beside which lies TensorRT-RTX's library in place of TensorRT's."""
+    """Make a server with a TensorRT backend, beside which lies TensorRT-RTX's library in place of TensorRT's."""
     backend = tmp_path / "opt" / "backends" / "tensorrt"
     backend.mkdir(parents=True)
     (backend / "libtriton_tensorrt.so").touch()
@@ -114,7 +114,7 @@ def test_plans_without_a_gpu_are_refused_by_the_server_and_its_command(
     def no_gpu() -> Gpu:
         raise RuntimeNotAvailable("no NVIDIA GPU was found (a test)")
 
-    monkeypatch.setattr(icportrait.startup, "find_gpu", no_gpu)
+    monkeypatch.setattr(icportrait.deploy.preflight, "find_gpu", no_gpu)
     expected = f"{repository}: was assembled for {runtime}, and no NVIDIA GPU was found (a test)"
     with pytest.raises(RuntimeNotAvailable) as refused:
         TritonServer(repository, tmp_path / "log").start()
@@ -204,7 +204,7 @@ def test_tensorrt_takes_the_server_on_path_and_the_others_the_embedded_one(on_pa
 
 
 def test_without_the_wheel_the_server_on_path_serves_all(on_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(icportrait.installation.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(icportrait.deploy.installation.importlib.util, "find_spec", lambda name: None)
     assert find_installation("onnxruntime").binary == on_path
     monkeypatch.setenv("PATH", "")
     with pytest.raises(RuntimeNotAvailable, match=r"\(nvidia-pytriton\) is not installed"):
@@ -229,7 +229,7 @@ def test_a_plan_for_something_else_is_refused_whoever_loads_it(
     expected: str,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(icportrait.startup, "backend_version", lambda *_: "11.4.0")
+    monkeypatch.setattr(icportrait.deploy.preflight, "backend_version", lambda *_: "11.4.0")
     check_plans(repository, "tensorrt", container)
     plan = repository / model / "1" / ("unet.plan" if model == "denoise" else "model.plan")
     rewrite(plan, **changes)
@@ -242,18 +242,18 @@ def test_a_plan_for_something_else_is_refused_whoever_loads_it(
 def test_a_plan_that_is_missing_is_refused(
     gpu: None, repository: Path, container: Installation, plan: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(icportrait.startup, "backend_version", lambda *_: "11.4.0")
+    monkeypatch.setattr(icportrait.deploy.preflight, "backend_version", lambda *_: "11.4.0")
     (repository / plan).unlink()
     assert f"{plan} is missing" in refusal(repository, "tensorrt", container)
 
 
 def test_the_gpu_is_asked_for_in_a_process_that_ends() -> None:
-    """Its refusal comes back as it is; nothing of CUDA stays in this process."""
+    """Check that the refusal comes back unchanged, while nothing of CUDA stays in this process."""
     if gpu_here():
-        assert icportrait.startup.find_gpu().total_bytes > 0
+        assert icportrait.deploy.preflight.find_gpu().total_bytes > 0
     else:
         with pytest.raises(RuntimeNotAvailable, match="no NVIDIA GPU was found"):
-            icportrait.startup.find_gpu()
+            icportrait.deploy.preflight.find_gpu()
 
 
 def gpu_here() -> bool:

@@ -1,4 +1,4 @@
-"""When a server is restarted and when no more, on a server that is none and a clock that is set."""
+"""Restarts of a server, and their end, on a server that is none and a clock that is set."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from unittest.mock import Mock
 
 import pytest
 
-import icportrait.triton_server
+import icportrait.deploy.triton_server
+from icportrait.deploy.machine_memory import oom_kills
+from icportrait.deploy.stub_processes import STUB, StubProcess, is_stopped, stub_processes
+from icportrait.deploy.supervisor import AGAIN_WITHIN_S, MAX_RESTARTS, WITHIN_S, Ending, keep_running
+from icportrait.deploy.triton_server import KILL_TAKES_S, TritonServer
 from icportrait.errors import IcPortraitError, NotEnoughMemory
-from icportrait.machine_memory import oom_kills
-from icportrait.stub_processes import STUB, StubProcess, is_stopped, stub_processes
-from icportrait.supervisor import AGAIN_WITHIN_S, MAX_RESTARTS, WITHIN_S, Ending, keep_running
-from icportrait.triton_server import KILL_TAKES_S, TritonServer
 
 
 class Stopped(BaseException):
-    """As a signal's handler raises it."""
+    """An end such as a signal's handler raises."""
 
 
 class FakeServer:
@@ -33,7 +33,7 @@ class FakeServer:
         self.on_stop: Callable[[], None] = lambda: None
         self.ending = Ending("a part ended")
         self.failures: dict[int, Exception] = {}
-        """What the start of that number fails with."""
+        """Errors that the start of a number fails with."""
 
     def start(self) -> None:
         self.calls.append("start")
@@ -55,7 +55,7 @@ class FakeServer:
 
 
 def run(server: FakeServer) -> list[str]:
-    """Keep it running until it is stopped; what was said."""
+    """Keep the server running until it is stopped, and return what was said."""
     said: list[str] = []
     with pytest.raises(Stopped):
         keep_running(server, said.append, "ready", lambda: server.now, server.sleep)
@@ -164,7 +164,7 @@ def test_a_signal_while_the_broken_server_stops_stops_it_all_the_same() -> None:
 
 @pytest.fixture
 def stub(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that looks like a model's, and ends with the status that it reads."""
+    """Start a process that looks like a model's, and ends with the status that it reads."""
     (tmp_path / STUB).symlink_to("/bin/sh")
     model = tmp_path / "repository" / "denoise" / "1" / "model.py"
     model.parent.mkdir(parents=True)
@@ -212,7 +212,7 @@ def test_what_the_kernel_killed_for_memory_is_named_as_that(
         assert server.what_ended() is None
         stub.send_signal(sent)
         os.waitid(os.P_PID, stub.pid, os.WEXITED | os.WNOWAIT)
-        monkeypatch.setattr(icportrait.triton_server, "oom_kills", lambda: before + kills)
+        monkeypatch.setattr(icportrait.deploy.triton_server, "oom_kills", lambda: before + kills)
         assert server.what_ended() == ending
         triton.communicate()
 
@@ -221,8 +221,8 @@ def test_a_kill_long_after_another_process_was_killed_for_memory_is_a_kill(
     stub: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before, now = oom_kills(), [0.0]
-    monkeypatch.setattr(icportrait.triton_server.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(icportrait.triton_server, "oom_kills", lambda: before + 1)
+    monkeypatch.setattr(icportrait.deploy.triton_server.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(icportrait.deploy.triton_server, "oom_kills", lambda: before + 1)
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as triton:
         server = TritonServer(
             Path("repository"), _process=triton, _stubs=stub_processes(os.getpid()), _oom_kills=before
@@ -237,7 +237,7 @@ def test_a_kill_long_after_another_process_was_killed_for_memory_is_a_kill(
 
 def test_a_start_during_which_the_kernel_killed_for_memory_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     before = oom_kills()
-    monkeypatch.setattr(icportrait.triton_server, "oom_kills", lambda: before + 1)
+    monkeypatch.setattr(icportrait.deploy.triton_server, "oom_kills", lambda: before + 1)
     with subprocess.Popen(["false"]) as triton:
         triton.wait()
         server = TritonServer(Path("repository"), _process=triton, _oom_kills=before)
@@ -252,7 +252,7 @@ def test_a_process_that_got_the_number_later_is_another_one() -> None:
 def test_a_process_that_cannot_be_looked_at_has_not_ended(
     stub: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where there are too many open files."""
+    """Let every read fail, as where there are too many open files."""
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as triton:
         server = TritonServer(Path("repository"), _process=triton, _stubs=stub_processes(os.getpid()))
         with monkeypatch.context() as patch:
@@ -283,7 +283,7 @@ def test_a_start_during_which_a_part_is_stopped_by_a_signal_says_so(tmp_path: Pa
 def test_a_start_during_which_a_models_process_is_stopped_by_a_signal_says_so(
     stub: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(icportrait.triton_server, "stub_processes", lambda _: stub_processes(os.getpid()))
+    monkeypatch.setattr(icportrait.deploy.triton_server, "stub_processes", lambda _: stub_processes(os.getpid()))
     server = TritonServer(Path("repository"), ready_timeout_s=5, _run=Mock(folder=tmp_path))
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as server._process:
         stub.send_signal(signal.SIGSTOP)

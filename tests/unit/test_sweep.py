@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from icportrait_client import PortraitClient, Portraits, ServerUnavailable
+from icportrait_client import Metadata, Portrait, PortraitClient, ServerUnavailable
 from icportrait_client.cli import main
 from icportrait_client.sweep import CALLS_AT_ONCE, LIGHTS, ROWS, YAWS, strip, sweep
 from PIL import Image, PngImagePlugin
@@ -44,7 +44,7 @@ class FakeClient:
         self.before_answer = lambda count: None
         self._lock = threading.Lock()
 
-    def generate(self, **request: Any) -> Portraits:
+    def generate(self, **request: Any) -> Portrait:
         with self._lock:
             self.requests.append(request)
             count = len(self.requests)
@@ -52,7 +52,8 @@ class FakeClient:
         mark = PngImagePlugin.PngInfo()
         mark.add_itxt("XML:com.adobe.xmp", XMP)
         image = encoded(Image.new("RGB", (SIDE, SIDE), colour(NUMBER[request["reference"]])), pnginfo=mark)
-        return Portraits((image,), {"seed": request["seed"], "crops": {"profile": {"box": [0.5, 0.0, 1.0, 1.0]}}})
+        crops = {"profile": {"box": [0.5, 0.0, 1.0, 1.0], "source": "given"}}
+        return Portrait((image,), Metadata.read({"seed": request["seed"], "crops": crops}))
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ def client(monkeypatch: pytest.MonkeyPatch) -> FakeClient:
 
 @pytest.fixture
 def profile(tmp_path: Path) -> Path:
-    """Two squares side by side: red and blue."""
+    """Draw two squares side by side: red and blue."""
     picture = Image.new("RGB", (64, 32), "red")
     picture.paste("blue", (32, 0, 64, 32))
     picture.save(tmp_path / "profile.png")
@@ -72,7 +73,7 @@ def profile(tmp_path: Path) -> Path:
 
 
 def cell(row: int, column: int) -> tuple[int, int]:
-    """The middle of a portrait in the strip."""
+    """Return the middle of a portrait in the strip."""
     return LARGE + GAP + column * SIDE + SIDE // 2, row * (SIDE + LABEL) + LABEL + SIDE // 2
 
 
@@ -220,7 +221,7 @@ def test_an_option_out_of_range_is_told_in_one_line(profile: Path, capsys: pytes
 def test_a_profile_that_only_the_server_could_read(
     client: FakeClient, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "odd").write_bytes(b"no picture")
+    (tmp_path / "odd").write_bytes(b"\xff\xd8\xff no picture")
     assert main(["sweep", "--profile", str(tmp_path / "odd"), "-o", str(tmp_path / "o.png")]) == 1
     assert "\nerror: profile: the server could read it, this computer can't (" in capsys.readouterr().err
 

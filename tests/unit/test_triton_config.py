@@ -7,12 +7,7 @@ from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
 from icportrait.contract import ENSEMBLE, MODEL_ENGINES, STANDALONE_ENSEMBLE
-from icportrait.errors import IcPortraitError
-from icportrait.policy import PLAN_RUNTIMES, RUNTIMES, ServingPolicy
-from icportrait.presets import DEMO_128, SD15_512
-from icportrait.request import INPUTS, OUTPUTS
-from icportrait.runtime.flavours import FLAVOURS
-from icportrait.triton_config import (
+from icportrait.deploy.triton_config import (
     PRIVATE_MODELS,
     PUBLIC_MODELS,
     STANDALONE_MODELS,
@@ -20,6 +15,11 @@ from icportrait.triton_config import (
     public_configs,
     to_pbtxt,
 )
+from icportrait.errors import IcPortraitError
+from icportrait.policy import PLAN_RUNTIMES, RUNTIMES, ServingPolicy
+from icportrait.presets import DEMO_128, SD15_512
+from icportrait.request import INPUTS, OUTPUTS
+from icportrait.runtime.tensorrt.products import FLAVOURS
 
 CONFIGS = model_configs(DEMO_128, "fp32", ServingPolicy())
 RANGES = [(1, 1), (2, 2), (3, 4), (5, 8)]
@@ -49,7 +49,7 @@ def test_public_models_state_the_public_contract_and_triton_has_none_of_them() -
 
 
 def test_nothing_is_decoupled_or_has_a_queue_policy() -> None:
-    """Tritonserver 2.51 keeps for ever what a decoupled ensemble's early end leaves."""
+    """Check every model, because tritonserver 2.51 keeps for ever what a decoupled ensemble's early end leaves."""
     for config in CONFIGS.values():
         assert not config.model_transaction_policy.decoupled
         assert not config.dynamic_batching.HasField("default_queue_policy")
@@ -117,7 +117,7 @@ def test_a_truth_value_that_is_none_is_refused() -> None:
 
 
 def test_the_encoders_cache_is_ours_and_as_large_as_the_policy_says() -> None:
-    """Triton's response cache keeps failures too (ADR 0008)."""
+    """Check that Triton's response cache is off, because it keeps failures too (ADR 0008)."""
     configs = model_configs(DEMO_128, "fp32", ServingPolicy(cache_bytes=12345))
     assert configs["vae_encoder"].parameters["cache_bytes"].string_value == "12345"
     assert not any(config.response_cache.enable for config in (*configs.values(), *TENSORRT.values()))

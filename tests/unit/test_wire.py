@@ -148,7 +148,7 @@ def test_elements_beyond_any_request_are_refused() -> None:
 
 
 def test_damaged_messages_are_refused_or_read_but_never_break(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is read whole is read alike as it comes."""
+    """Check that a message that is read whole is read alike as it comes."""
     monkeypatch.setattr(wire, "_WHOLE_BYTES", -1)
     chance = random.Random(1)
     whole = [form(b"p" * size).SerializeToString() for form in (request, typed) for size in (3, 5000)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import mmap
+import multiprocessing
 import os
 import signal
 import time
@@ -18,9 +19,11 @@ import pytest
 from PIL import Image
 
 from icportrait.errors import IcPortraitError, InvalidRequest
+from icportrait.gateway.c2pa_signing import Credentials, Ingredient, encode_and_sign
 from icportrait.gateway.workers import LARGE_BYTES, Workers
-from icportrait.imaging import encode_picture
-from icportrait.pictures import prepare
+from icportrait.pictures.imaging import encode_picture
+from icportrait.pictures.prepare import prepare
+from tests.certificates import make_chain, report
 
 Result = TypeVar("Result")
 MEMORY = 2**30
@@ -41,8 +44,10 @@ def now(priority: int = 1) -> Owner:
 
 
 def wait_for(_: bytes, folder: str, name: str) -> int:
-    """Says that it has begun, and ends when it is told to."""
-    Path(folder, f"{name}.begun").write_text(str(os.getpid()))
+    """Say that the work has begun, and end when the test says so."""
+    unseen = Path(folder, f"{name}.written")
+    unseen.write_text(str(os.getpid()))
+    unseen.rename(Path(folder, f"{name}.begun"))
     while not Path(folder, f"{name}.end").exists():
         time.sleep(0.01)
     return os.getpid()
@@ -85,10 +90,14 @@ def spin(_: bytes, cpu_s: float, folder: str = "") -> str:
 
 
 def run(
-    test: Callable[[Workers], Awaitable[Result]], count: int = 2, timeout_s: float = 20.0, cpu_s: float = 10.0
+    test: Callable[[Workers], Awaitable[Result]],
+    count: int = 2,
+    timeout_s: float = 20.0,
+    cpu_s: float = 10.0,
+    credentials: Credentials | None = None,
 ) -> Result:
     async def main() -> Result:
-        workers = Workers(count, cpu_s, MEMORY, timeout_s)
+        workers = Workers(count, cpu_s, MEMORY, timeout_s, credentials)
         await workers.start()
         try:
             return await test(workers)
@@ -115,6 +124,22 @@ def test_a_picture_comes_back_as_its_crop_and_a_broken_one_as_the_callers_mistak
         assert (await workers.run(now(), encode_picture, pixels, "png")).startswith(b"\x89PNG")
 
     run(test)
+
+
+def test_a_process_signs_and_so_does_the_one_that_takes_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    chain = make_chain()
+
+    async def test(workers: Workers) -> None:
+        pixels, inputs = np.zeros((32, 32, 3), np.uint8), (Ingredient("profile"), Ingredient("reference"))
+        for _ in range(2):
+            signed = await workers.run(now(), encode_and_sign, pixels, "png", inputs)
+            assert report(signed.file, "image/png")["validation_state"] == "Valid"
+            with pytest.raises(InvalidRequest):
+                await workers.run(now(), die, b"")
+            await until(lambda: workers.lost and len(workers._free) == 1)
+
+    run(test, count=1, credentials=Credentials(chain.certificates, chain.key, "es256", None))
+    assert "PRIVATE KEY" not in caplog.text
 
 
 def test_how_long_work_has_waited_for_a_process_is_told(tmp_path: Path) -> None:
@@ -173,6 +198,24 @@ def test_processes_that_are_killed_while_they_wait_cost_nothing() -> None:
         await until(lambda: not killed & set(workers.pids))
 
     run(test)
+
+
+def test_a_process_that_is_killed_while_it_starts_is_started_again() -> None:
+    async def main() -> None:
+        workers = Workers(1, 10.0, MEMORY, 20.0, None)
+        starting = asyncio.ensure_future(workers.start())
+        await until(multiprocessing.active_children)
+        (killed,) = (child.pid for child in multiprocessing.active_children())
+        assert killed
+        os.kill(killed, signal.SIGKILL)
+        await starting
+        try:
+            assert killed not in workers.pids
+            assert await workers.run(now(), length, b"x") == 1
+        finally:
+            await workers.stop()
+
+    asyncio.run(main())
 
 
 def test_a_process_that_is_stopped_is_replaced_and_its_work_done(tmp_path: Path) -> None:

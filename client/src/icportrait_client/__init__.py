@@ -5,22 +5,28 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from icportrait_client.errors import (
+    ContractMismatch,
     DeadlineExceeded,
     InvalidRequest,
     NotAllowed,
     PortraitError,
     RequestCancelled,
     ServerError,
+    ServerOverloaded,
     ServerUnavailable,
 )
 
 if TYPE_CHECKING:
-    from icportrait_client.client import PortraitClient
-    from icportrait_client.options import PortraitOptions
+    from icportrait_client.aio import AsyncPortraitClient, AsyncPortraitHandle
+    from icportrait_client.attempts import Counts
+    from icportrait_client.client import PortraitClient, PortraitHandle
+    from icportrait_client.options import PortraitOptions, PortraitRequest
     from icportrait_client.pictures import PictureSource
-    from icportrait_client.portraits import Portraits, Progress
+    from icportrait_client.portraits import Crop, Metadata, Portrait, Preview, Progress, Versions
+    from icportrait_client.settings import ClientOptions
+    from icportrait_client.transport import Tls, Transport
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 DEFAULT_URL = "localhost:8001"
 DEFAULT_TIMEOUT_S = 120.0
@@ -28,28 +34,54 @@ DEFAULT_TIMEOUT_S = 120.0
 __all__ = [
     "DEFAULT_TIMEOUT_S",
     "DEFAULT_URL",
+    "AsyncPortraitClient",
+    "AsyncPortraitHandle",
+    "ClientOptions",
+    "ContractMismatch",
+    "Counts",
+    "Crop",
     "DeadlineExceeded",
     "InvalidRequest",
+    "Metadata",
     "NotAllowed",
     "PictureSource",
+    "Portrait",
     "PortraitClient",
     "PortraitError",
+    "PortraitHandle",
     "PortraitOptions",
-    "Portraits",
+    "PortraitRequest",
+    "Preview",
     "Progress",
     "RequestCancelled",
     "ServerError",
+    "ServerOverloaded",
     "ServerUnavailable",
+    "Tls",
+    "Transport",
+    "Versions",
     "__version__",
 ]
 
-# These modules pull in NumPy, Pillow and gRPC. They are loaded on first use, so that `icportrait --help` is instant.
+# These modules pull in Pillow and gRPC. They are loaded on first use, so that `icportrait --help` is instant.
 _LAZY = {
-    "PictureSource": "icportrait_client.pictures",
-    "PortraitClient": "icportrait_client.client",
-    "PortraitOptions": "icportrait_client.options",
-    "Portraits": "icportrait_client.portraits",
-    "Progress": "icportrait_client.portraits",
+    "AsyncPortraitClient": "aio",
+    "AsyncPortraitHandle": "aio",
+    "ClientOptions": "settings",
+    "Counts": "attempts",
+    "Crop": "portraits",
+    "Metadata": "portraits",
+    "PictureSource": "pictures",
+    "Portrait": "portraits",
+    "PortraitClient": "client",
+    "PortraitHandle": "client",
+    "PortraitOptions": "options",
+    "PortraitRequest": "options",
+    "Preview": "portraits",
+    "Progress": "portraits",
+    "Tls": "transport",
+    "Transport": "transport",
+    "Versions": "portraits",
 }
 
 
@@ -58,4 +90,4 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     import importlib
 
-    return getattr(importlib.import_module(_LAZY[name]), name)
+    return getattr(importlib.import_module(f"icportrait_client.{_LAZY[name]}"), name)

@@ -1,25 +1,16 @@
-"""The command ``icportrait``."""
+"""The command ``icportrait``: its arguments. What a command does is in ``commands``."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import random
 import sys
-import time
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from icportrait_client import DEFAULT_TIMEOUT_S, DEFAULT_URL, __version__
 from icportrait_client.contract import InputSpec, load_contract
 from icportrait_client.errors import InvalidRequest, PortraitError
-
-if TYPE_CHECKING:
-    from icportrait_client.client import PortraitClient
-    from icportrait_client.portraits import Portraits
 
 # Flag, the contract's name, what it is. Types, ranges, choices and defaults come from the contract.
 _OPTIONS = (
@@ -33,15 +24,17 @@ _OPTIONS = (
     ("--deadline-ms", "deadline_ms", "after which the server drops the request"),
     ("--profile-box", "profile_box", "the profile's crop, as shares of its width and height"),
     ("--reference-box", "reference_box", "the reference's crop, likewise"),
-    ("--format", "output_format", "how OUT is encoded"),
 )
-_SET_BY_SWEEP = ("num_portraits", "reference_box", "output_format")
-"""What is the same in all requests of a sweep. ``--format`` is the strip's."""
-_DRAWN_SEEDS = 2**31
-_SUFFIX_FORMATS = {"jpg": "jpeg"}
-_INTERRUPTED = 130
-_KEY_VARIABLE = "ICPORTRAIT_API_KEY"
-"""On the command line every user of the machine could read it."""
+_ERROR, _INTERRUPTED = 1, 130
+_KINDS = "JPEG, PNG, WebP, AVIF, HEIC"
+_CONCURRENCY = 8
+_PORT = 8010
+_HEALTH_TIMEOUT_S = 5.0
+_CODES = (
+    "Exit codes: 0 done; 1 an error, in one line; 2 a wrong command line; 3 the answer isn't all well: a pair failed, "
+    "a server isn't ready, a picture isn't marked; 130 interrupted, and cancelled on the server."
+)
+_KEY = "An API key, where the server asks for one, is read from the environment: ICPORTRAIT_API_KEY."
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,35 +46,70 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        0, or 1 after an error. A wrong command line ends the process with 2, as argparse does.
+        0, 1 after an error, 3 where the answer isn't all well, or 130 when interrupted. A wrong command line ends the
+        process with 2, as argparse does.
     """
     parser = _parser()
     args = parser.parse_args(argv)
+    from icportrait_client import commands
+
     try:
-        if args.output_format is None:
-            args.output_format = _format_of(args.output)
+        if getattr(args, "output_format", "") is None and args.command != "batch":
+            args.output_format = commands.format_of(args.output)
     except InvalidRequest as error:
         parser.error(str(error))
     try:
-        args.run(args)
+        code: int = getattr(commands, args.command)(args)
     except (PortraitError, OSError) as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
+        return _ERROR
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return _INTERRUPTED
-    return 0
+    return code
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="icportrait", description="Personalised portraits from an IC-Portrait Server.")
+    parser = _Parser(prog="icportrait", description="Personalised portraits from an IC-Portrait Server.", epilog=_CODES)
     parser.add_argument("--version", action="version", version=f"icportrait {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
-    generate = commands.add_parser("generate", help="two pictures in, portraits out")
-    generate.set_defaults(run=_generate)
-    generate.add_argument("--profile", required=True, metavar="PICTURE", help="who it is: JPEG, PNG, WebP, AVIF, HEIC")
-    generate.add_argument("--reference", required=True, metavar="PICTURE", help="the view and the light")
-    generate.add_argument(
+    _add_generate(commands.add_parser("generate", help="two pictures in, portraits out"))
+    _add_batch(commands.add_parser("batch", help="many pairs of pictures, and a folder of portraits"))
+    _add_sweep(commands.add_parser("sweep", help="one picture of a profile under eight lights and in eight views"))
+    health = commands.add_parser("health", help="whether each server takes requests")
+    _add_connection(health, _HEALTH_TIMEOUT_S)
+    _add_json(health, "print what each server says as JSON")
+    info = commands.add_parser("info", help="versions and limits of each server")
+    _add_connection(info)
+    info.add_argument(
+        "--portrait",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="ask for a portrait of one step, which names the engines and the weights (default: yes)",
+    )
+    _add_json(info, "print the versions and limits as JSON")
+    verify = commands.add_parser("verify", help="whether pictures are marked as generated, and by what")
+    verify.add_argument("pictures", nargs="+", type=Path, metavar="PICTURE", help="a file; no server is asked")
+    _add_json(verify, "print the marks as JSON")
+    playground = commands.add_parser("playground", help="a page to try a server with, in a browser of this machine")
+    _add_connection(playground)
+    playground.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; others than this machine's own let others in (default: %(default)s)",
+    )
+    playground.add_argument(
+        "--port", default=_PORT, type=int, metavar="N", help="port to listen on, 0 for any (default: %(default)s)"
+    )
+    for command in commands.choices.values():
+        command.epilog = " ".join(filter(None, (command.epilog, _CODES)))
+    return parser
+
+
+def _add_generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--profile", required=True, metavar="PICTURE", help=f"who it is: {_KINDS}")
+    command.add_argument("--reference", required=True, metavar="PICTURE", help="the view and the light")
+    command.add_argument(
         "-o",
         "--output",
         required=True,
@@ -89,16 +117,51 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT",
         help="file to write; several portraits get -1, -2 and so on before the suffix",
     )
-    _add_connection(generate)
-    _add_options(generate)
-    generate.add_argument("--progress", action="store_true", help="say on standard error which step is done")
+    _add_connection(command)
+    _add_options(command)
+    _add_progress(command, "which step is done")
     preview_every = load_contract().inputs["preview_every"]
     meaning = "steps between previews; the latest is in OUT with -preview before the suffix, written over each time"
-    generate.add_argument("--preview-every", **_argument(preview_every, meaning))
-    sweep = commands.add_parser("sweep", help="one picture of a profile under eight lights and in eight views")
-    sweep.set_defaults(run=_sweep)
-    sweep.add_argument("--profile", required=True, metavar="PICTURE", help="who it is: JPEG, PNG, WebP, AVIF, HEIC")
-    sweep.add_argument(
+    command.add_argument("--preview-every", **_argument(preview_every, meaning))
+    command.add_argument(
+        "--preview-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="keep every preview there, numbered by its step; each fifth step's without --preview-every",
+    )
+
+
+def _add_batch(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "pairs",
+        type=Path,
+        metavar="PAIRS",
+        help="a CSV with the columns profile and reference, and maybe name, seed or other options; "
+        "or a folder with NAME-profile.jpg beside NAME-reference.jpg",
+    )
+    command.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        type=Path,
+        metavar="FOLDER",
+        help="where portraits go; a second run makes only what is missing, failed or changed",
+    )
+    command.add_argument(
+        "--concurrency",
+        default=_CONCURRENCY,
+        type=int,
+        metavar="N",
+        help="requests under way at once (default: %(default)s)",
+    )
+    _add_connection(command)
+    _add_options(command, by_suffix=False)
+    _add_progress(command, "how many portraits there are")
+
+
+def _add_sweep(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--profile", required=True, metavar="PICTURE", help=f"who it is: {_KINDS}")
+    command.add_argument(
         "-o",
         "--output",
         "--out",
@@ -107,16 +170,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="OUT",
         help="file to write (default: %(default)s)",
     )
-    _add_connection(sweep)
-    _add_options(sweep, without=("num_portraits", "reference_box"))
-    return parser
+    _add_connection(command)
+    _add_options(command, without=("num_portraits", "reference_box"))
 
 
-def _add_connection(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--url", default=DEFAULT_URL, help="the server's gRPC address (default: %(default)s)")
+def _add_connection(command: argparse.ArgumentParser, timeout_s: float = DEFAULT_TIMEOUT_S) -> None:
+    command.add_argument(
+        "--url",
+        default=DEFAULT_URL,
+        type=_servers,
+        help="the server's gRPC address, or several with commas between them (default: %(default)s)",
+    )
     command.add_argument(
         "--timeout",
-        default=DEFAULT_TIMEOUT_S,
+        default=timeout_s,
         type=float,
         metavar="SECONDS",
         help="how long to wait for an answer (default: %(default)g)",
@@ -129,29 +196,43 @@ def _add_connection(command: argparse.ArgumentParser) -> None:
         metavar="PEM",
         help="speak TLS; with the file of an authority where the server's certificate is signed by your own",
     )
-    command.epilog = f"An API key, where the server asks for one, is read from the environment: {_KEY_VARIABLE}."
+    command.epilog = _KEY
 
 
-def _connect(args: argparse.Namespace) -> PortraitClient:
-    from icportrait_client.client import PortraitClient
-
-    return PortraitClient(args.url, timeout_s=args.timeout, api_key=os.environ.get(_KEY_VARIABLE), tls=args.tls)
-
-
-def _add_options(command: argparse.ArgumentParser, without: Sequence[str] = ()) -> None:
+def _add_options(command: argparse.ArgumentParser, without: Sequence[str] = (), *, by_suffix: bool = True) -> None:
     for flag, name, meaning in _OPTIONS:
         if name not in without:
             command.add_argument(flag, dest=name, **_argument(load_contract().inputs[name], meaning))
-    command.add_argument("--json", action="store_true", help="print the metadata as JSON instead of a table")
+    spec = load_contract().inputs["output_format"]
+    default = f"by OUT's suffix, else {spec.default}" if by_suffix else spec.default
+    meaning = f"how the portraits are encoded (default: {default})"
+    command.add_argument("--format", dest="output_format", choices=spec.choices, help=meaning)
+    _add_json(command, "print the metadata as JSON instead of a table")
+
+
+def _add_json(command: argparse.ArgumentParser, meaning: str) -> None:
+    command.add_argument("--json", action="store_true", help=meaning)
+
+
+def _add_progress(command: argparse.ArgumentParser, meaning: str) -> None:
+    command.add_argument(
+        "--progress",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=f"say on standard error {meaning} (default: on a terminal)",
+    )
+
+
+def _servers(text: str) -> str | list[str]:
+    addresses = [address.strip() for address in text.split(",")]
+    return addresses if len(addresses) > 1 else text
 
 
 def _argument(spec: InputSpec, meaning: str) -> dict[str, Any]:
-    """The keywords of ``add_argument`` for one input."""
+    """Return the keywords of ``add_argument`` for one input."""
     default = "chosen by the server" if spec.default is None else spec.default
     if spec.name == "seed":
         default = "drawn at random"
-    if spec.name == "output_format":
-        default = f"by OUT's suffix, else {spec.default}"
     if spec.choices:
         return {"choices": spec.choices, "help": f"{meaning} (default: {default})"}
     keywords: dict[str, Any] = {
@@ -162,96 +243,3 @@ def _argument(spec: InputSpec, meaning: str) -> dict[str, Any]:
     if spec.size == 4:
         keywords |= {"nargs": 4, "metavar": ("X0", "Y0", "X1", "Y1")}
     return keywords
-
-
-def _format_of(output: Path) -> str | None:
-    suffix = output.suffix.lower().removeprefix(".")
-    if not suffix:
-        return None
-    spec = load_contract().inputs["output_format"]
-    name = _SUFFIX_FORMATS.get(suffix, suffix)
-    if name not in spec.choices:
-        raise InvalidRequest(f"--output: suffix is .{suffix}, expected {spec.expected}, or the format with --format")
-    return name
-
-
-def _generate(args: argparse.Namespace) -> None:
-    _check_output(args.output)
-    options = {name: getattr(args, name) for _, name, _ in _OPTIONS}
-    with _connect(args) as client:
-        if args.progress or args.preview_every is not None:
-            portraits = _streamed(client, args, options)
-        else:
-            portraits = client.generate(profile=args.profile, reference=args.reference, **options)
-    paths = portraits.save(args.output)
-    if args.json:
-        print(json.dumps({"files": [str(path) for path in paths], **portraits.metadata}, indent=2))
-    else:
-        print(_table([*_file_rows(paths), *_stage_rows(portraits)]))
-
-
-def _streamed(client: PortraitClient, args: argparse.Namespace, options: dict[str, Any]) -> Portraits:
-    preview_path = args.output.with_stem(f"{args.output.stem}-preview")
-    request = {"profile": args.profile, "reference": args.reference, "preview_every": args.preview_every, **options}
-    with closing(client.stream(**request)) as answers:
-        for progress in answers:
-            progress.save_previews(preview_path)
-            if args.progress:
-                last = progress.portraits is not None
-                _show_progress(f"step {progress.step:{len(str(progress.total_steps))}} of {progress.total_steps}", last)
-    # The last of a stream that ended without an error.
-    assert progress.portraits
-    return progress.portraits
-
-
-def _sweep(args: argparse.Namespace) -> None:
-    _check_output(args.output)
-    from icportrait_client.sweep import ROWS, save_strip, strip, sweep
-
-    options = {name: getattr(args, name) for _, name, _ in _OPTIONS if name not in _SET_BY_SWEEP}
-    if options["seed"] is None:
-        options["seed"] = random.randrange(_DRAWN_SEEDS)
-    count, started = sum(map(len, ROWS)), time.monotonic()
-    with _connect(args) as client:
-        portraits = sweep(
-            client.generate,
-            args.profile,
-            options,
-            lambda answered: _show_progress(f"{answered:2} of {count} portraits", answered == count),
-        )
-    save_strip(strip(args.profile, portraits), args.output, args.output_format or "png")
-    if args.json:
-        answers = [{reference.kind: reference.degrees, **portraits[reference].metadata} for reference in portraits]
-        print(json.dumps({"files": [str(args.output)], "portraits": answers}, indent=2))
-    else:
-        elapsed_s = time.monotonic() - started
-        rows = [(f"{count} portraits", f"{elapsed_s:.1f}", "s"), ("seed", str(options["seed"]), "")]
-        print(_table([*_file_rows([args.output]), *rows]))
-
-
-def _check_output(output: Path) -> None:
-    # Found before the portrait is paid for, not after.
-    if output.is_dir() or not output.parent.is_dir():
-        raise InvalidRequest(f"--output: '{output}', expected a file's path in a directory that exists")
-
-
-def _show_progress(text: str, last: bool) -> None:
-    """A line that is written over on a terminal, and lines in a log."""
-    end = "\r" if sys.stderr.isatty() and not last else "\n"
-    print(text, end=end, file=sys.stderr, flush=True)
-
-
-def _file_rows(paths: Iterable[Path]) -> list[tuple[str, str, str]]:
-    return [(str(path), f"{path.stat().st_size / 1000:.1f}", "kB") for path in paths]
-
-
-def _stage_rows(portraits: Portraits) -> list[tuple[str, str, str]]:
-    stage_ms = portraits.metadata.get("stage_ms", {})
-    stages = [*stage_ms.items(), ("total", sum(stage_ms.values()))]
-    unit = "ms, simulated" if portraits.metadata.get("simulated") else "ms"
-    return [(stage, f"{duration_ms:.1f}", unit) for stage, duration_ms in stages]
-
-
-def _table(rows: Sequence[tuple[str, str, str]]) -> str:
-    names, figures = (max(len(row[column]) for row in rows) for column in (0, 1))
-    return "\n".join(f"{name:<{names}}  {figure:>{figures}} {unit}".rstrip() for name, figure, unit in rows)

@@ -1,97 +1,91 @@
-"""The client: one gRPC channel, a call that answers once and a call that answers as it goes."""
+"""The client for threads: an asyncio client on an event loop of its own, in a thread of its own."""
 
 from __future__ import annotations
 
-import json
-import math
+import asyncio
+import atexit
+import contextlib
 import os
-import re
-from collections.abc import Generator
-from pathlib import Path
+import threading
+from collections import deque
+from collections.abc import Callable, Coroutine, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, CancelledError, Future, wait
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import grpc
-import numpy as np
-from tritonclient.grpc import InferResult, service_pb2, service_pb2_grpc
-from tritonclient.utils import serialize_byte_tensor, triton_to_np_dtype
-
-from icportrait_client import DEFAULT_TIMEOUT_S, DEFAULT_URL
-from icportrait_client.contract import InputSpec, load_contract
-from icportrait_client.errors import (
-    DeadlineExceeded,
-    InvalidRequest,
-    NotAllowed,
-    PortraitError,
-    RequestCancelled,
-    ServerError,
-    ServerUnavailable,
-)
-from icportrait_client.options import PortraitOptions
-from icportrait_client.pictures import PictureSource, picture_bytes
-from icportrait_client.portraits import Portraits, Progress
+from icportrait_client import DEFAULT_URL
+from icportrait_client.aio import AHEAD, AsyncPortraitClient
+from icportrait_client.attempts import Counts
+from icportrait_client.errors import PortraitError, RequestCancelled
+from icportrait_client.messages import Event, Request
+from icportrait_client.options import PortraitOptions, PortraitRequest
+from icportrait_client.pictures import PictureSource
+from icportrait_client.portraits import Portrait
+from icportrait_client.progress import Bar
+from icportrait_client.settings import ClientOptions, check_concurrency
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_PROBE_TIMEOUT_S = 1.0
-_RETRY_AFTER = re.compile(r"\bretry_after_ms: (\d+)\s*$")
-# An error on Triton's stream is a text without a code. (Its header triton_grpc_error would bring the code, but there
-# an error after a first answer can crash Triton 2.51.) The server puts the code before whatever isn't the caller's
-# mistake; the rest are Triton's own words.
-_CODES_OF_TEXTS = (
-    (re.compile(r"^UNAVAILABLE: |is stopping|has no available versions|is not ready|not healthy"), "UNAVAILABLE"),
-    (re.compile(r"unknown model"), "NOT_FOUND"),
-    *((re.compile(f"^{code.name}: "), code.name) for code in grpc.StatusCode),
-)
+Result = TypeVar("Result")
+
+
+class PortraitHandle:
+    """A request under way, of ``PortraitClient.submit``.
+
+    >>> handle = client.submit(profile=profile, reference=reference, seed=7)
+    >>> handle.result().metadata.seed
+    7
+    >>> handle.done
+    True
+    """
+
+    def __init__(self, future: Future[Portrait]) -> None:
+        self._future = future
+
+    @property
+    def done(self) -> bool:
+        """Tell whether there is a portrait, or an error."""
+        return self._future.done()
+
+    def cancel(self) -> None:
+        """Cancel the request on the server; ``result`` then raises ``RequestCancelled``."""
+        self._future.cancel()
+
+    def result(self) -> Portrait:
+        """Wait for the portrait.
+
+        Raises:
+            PortraitError: as ``PortraitClient.generate`` does.
+        """
+        return _result(self._future)
 
 
 class PortraitClient:
-    """A connection to one IC-Portrait Server.
+    """Connections to one or several IC-Portrait Servers. Threads may share a client.
 
-    Use as a context manager, or call ``close``. The connection is made at the first request and may be shared by
-    threads.
+    Use as a context manager, or call ``close``. Connections are made at the first request; a client that was made but
+    not used before a fork works in each process.
+
+    >>> with PortraitClient(server.address, timeout_s=60) as client:
+    ...     portrait = client.generate(profile=profile, reference=reference, seed=7)
+    >>> portrait.metadata.seed
+    7
     """
 
-    def __init__(
-        self,
-        url: str = DEFAULT_URL,
-        *,
-        timeout_s: float = DEFAULT_TIMEOUT_S,
-        api_key: str | None = None,
-        tls: bool | str | os.PathLike[str] = False,
-    ) -> None:
-        """Prepare the connection.
+    def __init__(self, servers: str | Sequence[str] = DEFAULT_URL, **options: Unpack[ClientOptions]) -> None:
+        """Prepare the connections.
 
         Args:
-            url: the server's gRPC address, ``host:port``.
-            timeout_s: how long one request may take, from sending to the whole answer.
-            api_key: for a server that asks for one.
-            tls: whether the server speaks TLS; a PEM file where its certificate is signed by an authority of your own.
+            servers: ``host:port`` of gRPC, ``https://host:port``, several of them, or ``dns:///name:port`` for all
+                servers behind a name.
+            options: what ``ClientOptions`` has.
 
         Raises:
-            InvalidRequest: the url, the time or the key isn't of that form.
-            OSError: the PEM file can't be read.
+            InvalidRequest: an argument isn't of its form, or a certificate can't be read.
         """
-        if not url or url.lower().startswith(("http:", "https:", "grpc:")):
-            raise InvalidRequest(f"url: {url!r}, expected host:port without a scheme, such as {DEFAULT_URL}")
-        if not (math.isfinite(timeout_s) and timeout_s > 0):
-            raise InvalidRequest(f"timeout_s: {timeout_s:g}, expected a number of seconds above 0")
-        if api_key is not None and not re.fullmatch(r"[!-~]+", api_key):
-            raise InvalidRequest("api_key: has a character that no key has, such as a space")
-        self._url = url
-        self._metadata = None if api_key is None else [("authorization", f"Bearer {api_key}")]
-        self._timeout_s = timeout_s
-        self._contract = load_contract()
-        # Triton's own client has one stream for all; its generated stub has one a call, so that each ends by itself.
-        if tls is False:
-            self._channel = grpc.insecure_channel(url, options=_channel_args(url))
-        else:
-            authority = None if tls is True else Path(tls).read_bytes()
-            self._channel = grpc.secure_channel(
-                url, grpc.ssl_channel_credentials(authority), options=_channel_args(url)
-            )
-        self._service = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
+        self._client = AsyncPortraitClient(servers, **options)
+        self._loop = _Loop()
         self._closed = False
 
     def __enter__(self) -> PortraitClient:
@@ -102,35 +96,41 @@ class PortraitClient:
     ) -> None:
         self.close()
 
+    @property
+    def counts(self) -> Counts:
+        """Return the numbers of requests, attempts, retries and hedges by now."""
+        return self._client.counts
+
     def close(self) -> None:
-        """Close the connection; what is under way is cancelled."""
+        """Close the connections; what is under way is cancelled."""
         self._closed = True
-        self._channel.close()
+        self._loop.close(self._client.close)
 
     def generate(
-        self, *, profile: PictureSource, reference: PictureSource, **options: Unpack[PortraitOptions]
-    ) -> Portraits:
-        """The person of ``profile`` in the view and the light of ``reference``.
+        self,
+        *,
+        profile: PictureSource,
+        reference: PictureSource,
+        timeout_s: float | None = None,
+        **options: Unpack[PortraitOptions],
+    ) -> Portrait:
+        """Make portraits of the person of ``profile`` in the view and the light of ``reference``.
 
         Args:
-            profile: who it is.
+            profile: the person.
             reference: the view and the light.
+            timeout_s: for this request, over all attempts; None is the client's.
             options: what ``PortraitOptions`` has.
 
         Raises:
             InvalidRequest: a picture or an option can't be served.
-            ServerUnavailable: no server answers, or it takes no request now.
+            ServerUnavailable: no server answers, or none takes a request now.
             NotAllowed: the server asks for an API key, or the key doesn't allow the request.
-            RequestCancelled: the call was cancelled.
-            DeadlineExceeded: ``timeout_s`` passed.
-            ServerError: the server failed.
+            DeadlineExceeded: ``timeout_s`` or ``deadline_ms`` passed.
+            RequestCancelled: the server, or the closing of the client, cancelled the call.
+            ServerError: the server failed, or is of another version.
         """
-        request = self._request(self._contract.model, profile, reference, options)
-        try:
-            answer = self._service.ModelInfer(request, timeout=self._timeout_s, metadata=self._metadata)
-        except grpc.RpcError as error:
-            raise self._translated(error) from error
-        return self._portraits(InferResult(answer))
+        return self.submit(profile=profile, reference=reference, timeout_s=timeout_s, **options).result()
 
     def stream(
         self,
@@ -138,18 +138,20 @@ class PortraitClient:
         profile: PictureSource,
         reference: PictureSource,
         preview_every: int | None = None,
+        timeout_s: float | None = None,
         **options: Unpack[PortraitOptions],
-    ) -> Generator[Progress, None, None]:
-        """What ``generate`` does, with an item for each step; the last has the portraits.
+    ) -> Generator[Event, None, None]:
+        """Make portraits as ``generate`` does, and yield a ``Progress`` or ``Preview`` for each step before them.
 
-        The request is sent when the first item is asked for. Closing the generator cancels the request on the server;
+        The request is sent when the first event is asked for. Closing the generator cancels the request on the server;
         ``contextlib.closing`` does so however its block is left. A loop that is left closes a generator that nothing
-        else refers to. Several streams of one client don't disturb one another.
+        else refers to. Any number of streams may be open at once.
 
         Args:
-            profile: who it is.
+            profile: the person.
             reference: the view and the light.
             preview_every: steps between previews; each preview costs the server a decoding. None or 0 is without.
+            timeout_s: for the whole stream; None is the client's.
             options: what ``PortraitOptions`` has.
 
         Returns:
@@ -158,126 +160,215 @@ class PortraitClient:
         Raises:
             InvalidRequest: a picture or an option can't be served, as far as that is found before sending.
         """
-        return self._answers(
-            self._request(self._contract.stream_model, profile, reference, options, preview_every=preview_every)
-        )
+        self._check_open()
+        return self._events(self._client.prepare(profile, reference, options, preview_every), timeout_s)
 
-    def _request(
+    def submit(
         self,
-        model: str,
+        *,
         profile: PictureSource,
         reference: PictureSource,
-        options: PortraitOptions,
-        preview_every: int | None = None,
-    ) -> service_pb2.ModelInferRequest:
-        self._check_open()
-        if unknown := options.keys() - PortraitOptions.__annotations__:
-            raise TypeError(f"got an unexpected keyword argument {min(unknown)!r}")
-        values = {
-            "profile": picture_bytes(profile, "profile"),
-            "reference": picture_bytes(reference, "reference"),
-            **options,
-            "preview_every": preview_every,
-        }
-        request = service_pb2.ModelInferRequest(model_name=model)
-        for name, value in values.items():
-            if value is not None:
-                spec = self._contract.inputs[name]
-                request.inputs.add(name=name, datatype=spec.dtype, shape=[spec.size])
-                request.raw_input_contents.append(_raw(spec, value))
-        return request
+        timeout_s: float | None = None,
+        **options: Unpack[PortraitOptions],
+    ) -> PortraitHandle:
+        """Begin what ``generate`` does, and return at once.
 
-    def _answers(self, request: service_pb2.ModelInferRequest) -> Generator[Progress, None, None]:
+        Returns:
+            The request under way.
+
+        Raises:
+            InvalidRequest: a picture or an option can't be served, as far as that is found before sending.
+        """
         self._check_open()
-        answers = self._service.ModelStreamInfer(iter([request]), timeout=self._timeout_s, metadata=self._metadata)
-        portraits = None
+        request = self._client.prepare(profile, reference, options)
+        return PortraitHandle(self._loop.submit(self._client.send(request, timeout_s)))
+
+    def map(
+        self,
+        requests: Iterable[PortraitRequest],
+        *,
+        concurrency: int = 8,
+        timeout_s: float | None = None,
+        progress: bool = False,
+    ) -> Iterator[Portrait | PortraitError]:
+        """Make many portraits, several at once, and yield them in the order of their requests.
+
+        Requests are taken as they can be sent, so that an endless or a slow iterable is fine.
+
+        Args:
+            requests: the keyword arguments of ``generate``, one mapping each.
+            concurrency: requests under way at once.
+            timeout_s: for each request; None is the client's.
+            progress: show on standard error how many are answered.
+
+        Returns:
+            For each request its portrait, or the error that ``generate`` would have raised.
+        """
+        check_concurrency(concurrency)
+        return self._mapped(requests, concurrency, timeout_s, progress)
+
+    def is_ready(self, timeout_s: float = 1.0) -> bool:
+        """Tell whether a server takes requests now."""
+        self._check_open()
+        return _result(self._loop.submit(self._client.is_ready(timeout_s)))
+
+    def _events(self, request: Request, timeout_s: float | None) -> Generator[Event, None, None]:
+        self._check_open()
+        events = self._client.events
+        opened = _result(self._loop.submit(_called(lambda: events(request, timeout_s))))
         try:
-            # To the stream's end, past the portraits: what has ended isn't cancelled.
-            for answer in answers:
-                if answer.error_message:
-                    raise self._error(_code_of(answer.error_message), answer.error_message)
-                progress = self._progress(InferResult(answer.infer_response))
-                portraits = progress.portraits
-                yield progress
-        except grpc.RpcError as error:
-            if portraits is None:
-                raise self._translated(error) from error
+            while (event := _result(self._loop.submit(_next(opened)))) is not None:
+                yield event
         finally:
-            answers.cancel()
-        if portraits is None:
-            raise ServerError(f"{self._url}: the stream ended without portraits; is this an IC-Portrait Server?")
+            # Of a client that is closed, nothing is left to be cancelled.
+            with contextlib.suppress(RequestCancelled):
+                closing = self._loop.submit(_close(opened))
+                # The garbage collector may close this generator in the loop's own thread, which can't wait for itself.
+                if not self._loop.is_own_thread:
+                    _result(closing)
 
-    def _progress(self, result: InferResult) -> Progress:
-        step, total_steps, images = (result.as_numpy(name) for name in ("step", "total_steps", "image"))
+    def _mapped(
+        self, requests: Iterable[PortraitRequest], concurrency: int, timeout_s: float | None, progress: bool
+    ) -> Iterator[Portrait | PortraitError]:
+        bar, source = Bar(requests, progress), iter(requests)
+        under_way: deque[Future[Portrait]] = deque()
+        is_more = True
         try:
-            step, total_steps = int(step[0]), int(total_steps[0])
-        except (IndexError, TypeError, ValueError):
-            raise ServerError(f"{self._url}: an answer has no step; is this an IC-Portrait Server?") from None
-        if result.as_numpy("metadata") is not None:
-            return Progress(step, total_steps, portraits=self._portraits(result))
-        return Progress(step, total_steps, () if images is None else tuple(images.tolist()))
+            while is_more or under_way:
+                running = sum(not future.done() for future in under_way)
+                if is_more and running < concurrency and len(under_way) < AHEAD * concurrency:
+                    try:
+                        request = next(source)
+                    except StopIteration:
+                        is_more = False
+                        continue
+                    under_way.append(self._submitted(request, timeout_s))
+                elif under_way[0].done():
+                    future = under_way.popleft()
+                    bar.advance()
+                    try:
+                        yield _result(future)
+                    except PortraitError as error:
+                        yield error
+                else:
+                    wait([future for future in under_way if not future.done()], return_when=FIRST_COMPLETED)
+        finally:
+            bar.close()
+            for future in under_way:
+                future.cancel()
 
-    def _portraits(self, result: InferResult) -> Portraits:
-        images, metadata = result.as_numpy("image"), result.as_numpy("metadata")
+    def _submitted(self, request: PortraitRequest, timeout_s: float | None) -> Future[Portrait]:
         try:
-            portraits = Portraits(tuple(images.tolist()), dict(json.loads(metadata[0])))
-        except (AttributeError, IndexError, TypeError, ValueError):
-            portraits = Portraits((), {})
-        if not portraits.images:
-            raise ServerError(f"{self._url}: the answer has no portraits; is this an IC-Portrait Server?")
-        return portraits
+            return self.submit(timeout_s=timeout_s, **request)._future
+        except PortraitError as error:
+            failed: Future[Portrait] = Future()
+            failed.set_exception(error)
+            return failed
 
     def _check_open(self) -> None:
         if self._closed:
-            raise PortraitError("the client is closed; make a new PortraitClient")
+            raise PortraitError("the client is closed; make a new one")
+        self._loop.start()
 
-    def _translated(self, error: grpc.RpcError) -> PortraitError:
-        return self._error(error.code().name, error.details() or "no reason given")
 
-    def _error(self, code: str, message: str) -> PortraitError:
-        if code == "INVALID_ARGUMENT":
-            return InvalidRequest(message)
-        if code == "CANCELLED":
-            return RequestCancelled(message)
-        if code == "DEADLINE_EXCEEDED":
-            return DeadlineExceeded(f"{self._url}: no answer within {self._timeout_s:g} s; allow more with timeout_s")
-        if code == "UNAVAILABLE" or (code == "RESOURCE_EXHAUSTED" and _RETRY_AFTER.search(message)):
-            return self._unavailable(message)
-        if code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-            return NotAllowed(f"{self._url}: {message.removeprefix(f'{code}: ')}")
-        return ServerError(f"{self._url}: {code}: {message.removeprefix(f'{code}: ')}")
+class _Loop:
+    """An event loop in a thread, from its first use until it is closed."""
 
-    def _unavailable(self, message: str) -> ServerUnavailable:
-        if retry_after := _RETRY_AFTER.search(message):
-            return ServerUnavailable(f"{self._url}: {message}", retry_after_ms=int(retry_after[1]))
-        if self._is_live():
-            return ServerUnavailable(f"{self._url}: {message}")
-        return ServerUnavailable(f'{self._url}: no server answers ({message}); "make serve" starts one')
+    def __init__(self) -> None:
+        # Reentrant, because the garbage collector may close a stream, which submits, wherever a thread is.
+        self._lock = threading.RLock()
+        self._is_ended = False
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+        self._pid = 0
 
-    def _is_live(self) -> bool:
-        # UNAVAILABLE is gRPC's word for "nobody there" and the server's for "not now", and nothing but the text tells
-        # the two apart. Advice to start a server would be wrong in the second case.
+    def start(self) -> None:
+        """Start the thread, if it isn't there yet.
+
+        Raises:
+            PortraitError: it has ended, or is another process's, from before a fork.
+        """
+        with self._lock:
+            if self._is_ended:
+                raise PortraitError("the client is closed; make a new one")
+            if self._loop is None:
+                self._pid = os.getpid()
+                self._loop = asyncio.new_event_loop()
+                self._thread = threading.Thread(target=self._run, name="icportrait-client", daemon=True)
+                self._thread.start()
+                atexit.register(self.stop)
+            elif self._pid != os.getpid():
+                raise PortraitError(
+                    "the client was used before this process was forked; make a new one in each process"
+                )
+
+    def submit(self, coroutine: Coroutine[Any, Any, Result]) -> Future[Result]:
+        assert self._loop
+        # A coroutine that comes after the loop's end would never run, and its caller would wait for ever.
+        with self._lock:
+            if not self._is_ended:
+                return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+        coroutine.close()
+        raise RequestCancelled("the client was closed")
+
+    def close(self, closing: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a last coroutine, and end the thread."""
+        if self._loop and self._pid == os.getpid():
+            # Another thread may close it meanwhile.
+            with contextlib.suppress(RequestCancelled):
+                _result(self.submit(closing()))
+        self.stop()
+
+    def stop(self) -> None:
+        """End the thread; what still runs there is cancelled."""
+        atexit.unregister(self.stop)
+        with self._lock:
+            is_first, self._is_ended = not self._is_ended, True
+        if self._loop and self._thread and self._pid == os.getpid():
+            if is_first:
+                self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+
+    @property
+    def is_own_thread(self) -> bool:
+        return threading.current_thread() is self._thread
+
+    def _run(self) -> None:
+        assert self._loop
+        asyncio.set_event_loop(self._loop)
         try:
-            self._service.ServerLive(service_pb2.ServerLiveRequest(), timeout=_PROBE_TIMEOUT_S)
-        except grpc.RpcError as error:
-            return bool(error.code() != grpc.StatusCode.UNAVAILABLE)
-        return True
+            self._loop.run_forever()
+            left = asyncio.all_tasks(self._loop)
+            for task in left:
+                task.cancel()
+            self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
+            self._loop.run_until_complete(self._loop.shutdown_asyncgens())
+        finally:
+            self._loop.close()
 
 
-def _raw(spec: InputSpec, value: Any) -> bytes:
-    """A tensor's elements as they are sent."""
-    array = np.array(spec.elements(value), dtype=triton_to_np_dtype(spec.dtype))
-    return bytes(serialize_byte_tensor(array).item() if spec.dtype == "BYTES" else array.tobytes())
+def _result(future: Future[Result]) -> Result:
+    try:
+        return future.result()
+    except CancelledError:
+        raise RequestCancelled("the request was cancelled") from None
+    except BaseException:
+        # Ctrl-C in this thread ends the request, too.
+        future.cancel()
+        raise
 
 
-def _code_of(text: str) -> str:
-    return next((code for pattern, code in _CODES_OF_TEXTS if pattern.search(text)), "INVALID_ARGUMENT")
+async def _called(function: Callable[[], Result]) -> Result:
+    return function()
 
 
-def _channel_args(url: str) -> list[tuple[str, int]]:
-    """GRPC's limits on a message's size lifted for large pictures, and no proxy for a server on this machine."""
-    unlimited = -1
-    arguments = [("grpc.max_send_message_length", unlimited), ("grpc.max_receive_message_length", unlimited)]
-    if url.rpartition(":")[0] in ("localhost", "127.0.0.1", "[::1]"):
-        arguments.append(("grpc.enable_http_proxy", 0))
-    return arguments
+async def _close(events: Any) -> None:
+    # After Ctrl-C the step that was waited for is still being cancelled, and a generator that runs can't be closed.
+    while events.ag_running:
+        await asyncio.sleep(0)
+    await events.aclose()
+
+
+async def _next(events: Any) -> Event | None:
+    event: Event | None = await anext(events, None)
+    return event

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +14,11 @@ from importlib import resources
 from numbers import Integral, Rational, Real
 from typing import Any
 
+from icportrait_client import wire
 from icportrait_client.errors import InvalidRequest
+
+NUMBERS = {"INT32": "i", "INT64": "q", "FP32": "f"}
+"""Formats of ``struct``, by Triton's names of types."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class InputSpec:
 
     @property
     def expected(self) -> str:
-        """What the server accepts, in words: ``1..150`` or ``one of png, jpeg, webp``; empty where it's free."""
+        """Return the accepted values in words, as ``1..150`` or ``one of png, jpeg, webp``; empty without limits."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
         if self.minimum is None or self.maximum is None:
@@ -41,7 +46,7 @@ class InputSpec:
         return f"{self.minimum}..{self.maximum}"
 
     def elements(self, value: Any) -> list[Any]:
-        """The tensor's elements for a Python value.
+        """Return the tensor's elements for a Python value.
 
         Args:
             value: a number, a text, bytes, or for a box a sequence of numbers.
@@ -61,6 +66,21 @@ class InputSpec:
         if len(values) != self.size:
             raise InvalidRequest(f"{self.name}: {len(values)} values, expected {self.size} numbers")
         return [self._element(each) for each in values]
+
+    def read(self, data: bytes | memoryview) -> Any:
+        """Read the value that a tensor of this input has: what ``elements`` was given.
+
+        Raises:
+            ValueError: the data has another length.
+        """
+        if self.dtype == "BYTES":
+            (value,) = wire.read_bytes_elements(data)
+            return value.decode() if self.choices else value
+        try:
+            values = struct.unpack(f"<{self.size}{NUMBERS[self.dtype]}", data)
+        except struct.error as error:
+            raise ValueError(str(error)) from None
+        return values[0] if self.size == 1 else values
 
     def _element(self, value: Any) -> Any:
         if self.dtype == "BYTES":
@@ -85,19 +105,22 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Contract:
-    """The served models' names and their inputs by name."""
+    """The served models' names, and their inputs and outputs by name."""
 
     model: str
     stream_model: str
     inputs: Mapping[str, InputSpec]
+    outputs: Mapping[str, tuple[str, int]]
+    """Triton's name of the type, and the size, -1 where it varies."""
 
 
 @cache
 def load_contract() -> Contract:
-    """The contract this client was built for."""
+    """Load the contract this client was built for."""
     data = json.loads(resources.files("icportrait_client").joinpath("contract.json").read_text("utf-8"))
     specs = [InputSpec(**{**fields, "choices": tuple(fields["choices"])}) for fields in data["inputs"]]
-    return Contract(data["models"]["unary"], data["models"]["stream"], {spec.name: spec for spec in specs})
+    outputs = {each["name"]: (each["dtype"], each["size"]) for each in data["outputs"]}
+    return Contract(data["models"]["unary"], data["models"]["stream"], {spec.name: spec for spec in specs}, outputs)
 
 
 def _cut(value: Any) -> str:

@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 
 from icportrait_client.errors import InvalidRequest
 from icportrait_client.pictures import PictureSource, picture_bytes
-from icportrait_client.portraits import Portraits
+from icportrait_client.portraits import Crop, Metadata, Portrait
 
 CALLS_AT_ONCE = 8
 """Half of the portraits that a server denoises together by default: the other half is for its other callers."""
@@ -30,7 +30,7 @@ class Reference:
     """One packaged picture; its degrees are counted from the camera, positive to the picture's right."""
 
     kind: str
-    """What the degrees are of: ``light`` or ``yaw``."""
+    """Kind of the degrees: ``light`` or ``yaw``."""
     degrees: int
 
     @property
@@ -42,7 +42,7 @@ class Reference:
         return f"{self.kind} {self.degrees:+d}°"
 
     def read(self) -> bytes:
-        """The encoded picture."""
+        """Read the encoded picture."""
         return (resources.files("icportrait_client") / "references" / self.file_name).read_bytes()
 
 
@@ -52,11 +52,11 @@ ROWS = (LIGHTS, YAWS)
 
 
 def sweep(
-    generate: Callable[..., Portraits],
+    generate: Callable[..., Portrait],
     profile: PictureSource,
     options: Mapping[str, Any],
     answered: Callable[[int], None] = lambda _: None,
-) -> dict[Reference, Portraits]:
+) -> dict[Reference, Portrait]:
     """Ask for the profile's portrait under every reference, several at once.
 
     After an error nothing more is sent; what is under way ends when the caller closes the client.
@@ -90,8 +90,8 @@ def sweep(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def strip(profile: PictureSource, portraits: Mapping[Reference, Portraits]) -> Image.Image:
-    """The profile, as the server cropped it, beside two rows of labelled portraits.
+def strip(profile: PictureSource, portraits: Mapping[Reference, Portrait]) -> Image.Image:
+    """Draw the profile, as the server cropped it, beside two rows of labelled portraits.
 
     Returns:
         An RGB picture; for portraits of side S, labels are L = S // 6 high, it is 2 (S + L) high and 10 S + L + S // 8
@@ -100,7 +100,7 @@ def strip(profile: PictureSource, portraits: Mapping[Reference, Portraits]) -> I
     Raises:
         InvalidRequest: the profile can't be read here.
     """
-    pictures = {reference: answer.picture().convert("RGB") for reference, answer in portraits.items()}
+    pictures = {reference: answer.image.convert("RGB") for reference, answer in portraits.items()}
     first = next(iter(portraits.values()))
     side = next(iter(pictures.values())).width
     label, gap = side // 6, side // 8
@@ -117,7 +117,7 @@ def strip(profile: PictureSource, portraits: Mapping[Reference, Portraits]) -> I
     for y, row in enumerate(ROWS):
         for x, reference in enumerate(row):
             place(pictures[reference], reference.label, large + gap + x * side, y * (side + label))
-    if xmp := first.picture().info.get("xmp"):
+    if xmp := first.image.info.get("xmp"):
         sheet.info["xmp"] = xmp
     return sheet
 
@@ -143,14 +143,14 @@ def save_strip(picture: Image.Image, path: Path, output_format: str) -> None:
     path.write_bytes(buffer.getvalue())
 
 
-def _cropped(profile: PictureSource, metadata: Mapping[str, Any]) -> Image.Image:
-    """The square of the profile that the server used."""
+def _cropped(profile: PictureSource, metadata: Metadata) -> Image.Image:
+    """Cut out the square of the profile that the server used."""
     try:
         with Image.open(io.BytesIO(picture_bytes(profile, "profile"))) as file:
             picture = ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # Pillow's decoders raise SyntaxError, zlib.error and others on damaged files
         raise InvalidRequest(f"profile: the server could read it, this computer can't ({error})") from None
-    box: Sequence[float] = metadata.get("crops", {}).get("profile", {}).get("box", WHOLE)
+    box: Sequence[float] = metadata.crops.get("profile", Crop()).box
     x0, y0, x1, y1 = (round(share * side) for share, side in zip(box, picture.size * 2, strict=True))
     square = picture.crop((x0, y0, x1, y1))
     return ImageOps.fit(square, (min(square.size),) * 2)

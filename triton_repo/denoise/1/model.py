@@ -1,10 +1,11 @@
 """The pipeline's heart: owns the warping network and the UNet and runs the denoising loop."""
 
-from icportrait.admission import Limits
-from icportrait.denoise_stage import DenoiseStage
-from icportrait.numerics import numerics_id
-from icportrait.sampling import NoiseSchedule
-from icportrait.triton_backend import DenoiseModel, ModelContext, give_up
+from icportrait.diffusion.sampling import NoiseSchedule
+from icportrait.serving.admission import Limits
+from icportrait.serving.denoise import DenoiseStage
+from icportrait.serving.numerics import numerics_id
+from icportrait.serving.triton_loop import DenoiseModel
+from icportrait.serving.triton_models import ModelContext, give_up
 
 
 class TritonPythonModel(DenoiseModel):

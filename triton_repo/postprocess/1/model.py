@@ -1,8 +1,8 @@
 """Last step of the standalone pipeline: pixels to encoded pictures, and the metadata."""
 
 from icportrait.errors import to_caller
-from icportrait.serving import PostprocessStage
-from icportrait.triton_backend import ModelContext, StageModel
+from icportrait.serving.stages import PostprocessStage
+from icportrait.serving.triton_models import ModelContext, StageModel
 
 
 class TritonPythonModel(StageModel):

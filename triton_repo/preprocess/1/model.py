@@ -1,8 +1,8 @@
 """First step of the standalone pipeline: options checked, pictures to pixels, and the mask over the reference."""
 
 from icportrait.errors import to_caller
-from icportrait.serving import StandalonePreprocessStage
-from icportrait.triton_backend import ModelContext, StageModel
+from icportrait.serving.stages import StandalonePreprocessStage
+from icportrait.serving.triton_models import ModelContext, StageModel
 
 
 class TritonPythonModel(StageModel):

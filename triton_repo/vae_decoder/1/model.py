@@ -1,6 +1,6 @@
 """The VAE decoder: latents to pixels, batched across callers."""
 
-from icportrait.triton_backend import EngineModel, ModelContext
+from icportrait.serving.triton_models import EngineModel, ModelContext
 
 
 class TritonPythonModel(EngineModel):

@@ -1,7 +1,8 @@
 """The VAE encoder: pixels to latents, batched across callers; what returns is not encoded again."""
 
-from icportrait.row_cache import RowCache, triton_counters
-from icportrait.triton_backend import EngineModel, ModelContext
+from icportrait.serving.counters import CACHE_COUNTERS, HITS, MISSES, triton_counters
+from icportrait.serving.encoder_cache import RowCache
+from icportrait.serving.triton_models import EngineModel, ModelContext
 
 
 class TritonPythonModel(EngineModel):
@@ -10,5 +11,10 @@ class TritonPythonModel(EngineModel):
     takes_partitions = True
 
     def load(self, context: ModelContext):
-        policy = context.policy
-        return RowCache(context.engine("vae_encoder"), policy.cache_bytes, triton_counters(), policy.cache_s)
+        policy, counters = context.policy, triton_counters(CACHE_COUNTERS)
+
+        def count(hits: int, misses: int) -> None:
+            counters[HITS](hits)
+            counters[MISSES](misses)
+
+        return RowCache(context.engine("vae_encoder"), policy.cache_bytes, count, policy.cache_s)

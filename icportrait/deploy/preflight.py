@@ -1,0 +1,190 @@
+"""The checks before tritonserver is started. Each refuses, in one line, a repository that can't run here.
+
+The plans' manifests are the authority. No table here says which container release brings which TensorRT: the library
+that the server would load is asked for its version.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import multiprocessing
+import shutil
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from icportrait.deploy.installation import Installation
+from icportrait.deploy.leftovers import SHM
+from icportrait.deploy.machine_memory import room
+from icportrait.deploy.memory import fit, shared_memory, summary
+from icportrait.deploy.repository import ENGINE_OWNERS, TRITON_PLAN_NAME
+from icportrait.errors import CheckpointError, NotEnoughMemory, PlanError, RuntimeNotAvailable
+from icportrait.manifest import Manifest
+from icportrait.policy import PLAN_RUNTIMES, ServingPolicy
+from icportrait.runtime import cuda
+from icportrait.runtime.cuda import Gpu
+from icportrait.runtime.latency_table import LATENCY_TABLE_NAME, LatencyTable
+from icportrait.runtime.load import keeps_compiled
+from icportrait.runtime.tensorrt.plans import PlanHost, PlanManifest, check_content, check_host, find_plans
+from icportrait.runtime.tensorrt.products import FLAVOURS, TENSORRT
+
+
+def repository_policy(repository: Path, overrides: Mapping[str, str] = {}) -> ServingPolicy:
+    """Read the policy that a repository was assembled with from the configuration that Triton reads too.
+
+    Args:
+        repository: the model repository.
+        overrides: parameters that go before its own.
+    """
+    from google.protobuf import text_format
+    from tritonclient.grpc import model_config_pb2 as pb
+
+    try:
+        config = text_format.Parse((repository / "denoise" / "config.pbtxt").read_text(), pb.ModelConfig())
+    except (
+        OSError,
+        UnicodeDecodeError,
+        text_format.ParseError,
+    ):  # no repository of ours: Triton says what it makes of it
+        return ServingPolicy.from_parameters(overrides)
+    own = {key: value.string_value for key, value in config.parameters.items()}
+    return ServingPolicy.from_parameters(own | dict(overrides))
+
+
+def simulation_note(repository: Path) -> str:
+    """Return the note that a user must read about a simulated server's figures; empty where engines really run.
+
+    Raises:
+        LatencyTableError: the repository's latency table is missing or wrong.
+    """
+    if not repository_policy(repository).is_simulated:
+        return ""
+    table = LatencyTable.read(repository / "denoise" / "1" / LATENCY_TABLE_NAME)
+    return f"SIMULATED engines: their times are a table's for {table.device}, and pictures show nothing"
+
+
+def fit_memory(repository: Path, policy: ServingPolicy) -> tuple[ServingPolicy, str]:
+    """Return the policy that fits into this machine's memory, and a line that says so where engines run on a CPU.
+
+    Args:
+        repository: the model repository; its manifest says what engines need.
+        policy: the one that it was assembled with.
+
+    Raises:
+        NotEnoughMemory: see ``memory.fit``.
+    """
+    try:
+        manifest = Manifest.read(repository / "denoise" / "1")
+    except CheckpointError:  # no repository of ours: Triton says what it makes of it
+        return policy, ""
+    here = room()
+    fitted, found = fit(manifest, policy, here, keeps_compiled(repository, manifest))
+    return fitted, summary(fitted, found, here) if manifest.memory else ""
+
+
+def check_shared_memory(repository: Path, policy: ServingPolicy) -> None:
+    """Compare what the models' processes share with Triton at most with what /dev/shm has room for.
+
+    Args:
+        repository: the model repository.
+        policy: how it is to be served.
+
+    Raises:
+        NotEnoughMemory: there is less.
+    """
+    try:
+        manifest = Manifest.read(repository / "denoise" / "1")
+    except CheckpointError:  # no repository of ours: Triton says what it makes of it
+        return
+    needed, free = shared_memory(manifest, policy), shutil.disk_usage(SHM).free
+    if free < needed:
+        raise NotEnoughMemory(
+            f"{SHM} has {free / 2**20:.0f} MB left, and the models' processes share up to {needed / 2**20:.0f} MB with "
+            "tritonserver there; remove what others have left in it, or allow it more: of a container with --shm-size"
+        )
+
+
+def check_plans(repository: Path, runtime: str, installation: Installation) -> None:
+    """Compare a repository's plans with what is here. A repository without plans needs nothing.
+
+    Args:
+        repository: the model repository.
+        runtime: the one that it was assembled for.
+        installation: the tritonserver that is to be started on it.
+
+    Raises:
+        RuntimeNotAvailable: there is no GPU, the server has no TensorRT backend, or a product isn't installed.
+        PlanError: a plan is missing or was changed, or was built for another TensorRT, contract or GPU than would load
+            it.
+    """
+    if runtime not in PLAN_RUNTIMES:
+        return
+    try:
+        gpu = find_gpu()
+    except RuntimeNotAvailable as error:
+        raise RuntimeNotAvailable(f"{repository}: was assembled for {runtime}, and {error}") from error
+    export = Manifest.read(repository / "denoise" / "1")
+    for plan in _plans(repository):
+        manifest = PlanManifest.read(plan)
+        if plan.name != TRITON_PLAN_NAME:
+            found, built_by, where = FLAVOURS[runtime].version(), manifest.tensorrt_version, "the Python package here"
+            way_out = f"install {built_by}"
+        else:
+            release = ".".join(manifest.tensorrt_version.split(".")[:3])
+            found, built_by, where = backend_version(installation, release), release, str(installation.binary)
+            way_out = f"use the container release whose TRT_VERSION is {release}"
+        if found != built_by:
+            raise PlanError(
+                f"{plan}: was built by {manifest.flavour} {manifest.tensorrt_version}, and {where} has {found}; "
+                f"{way_out}, or build the plans with {found}"
+            )
+        host = PlanHost(runtime, manifest.tensorrt_version, export.contract_hash, gpu.compute_capability)
+        check_host(plan, manifest, host)
+        check_content(plan, manifest)
+
+
+def _plans(repository: Path) -> Iterator[Path]:
+    """Yield every plan that a repository must have. Our runner finds a Python model's plans, Triton the others."""
+    for engine, model in ENGINE_OWNERS.items():
+        folder = repository / model / "1"
+        if (folder / "model.py").is_file():
+            yield from find_plans(folder, engine)
+        else:
+            yield folder / TRITON_PLAN_NAME
+
+
+def find_gpu() -> Gpu:
+    """Run ``cuda.find_gpu`` in a process that ends, because CUDA, once asked, keeps GPU memory and survives no fork."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+        return process.submit(cuda.find_gpu).result()
+
+
+def backend_version(installation: Installation, wanted: str) -> str:
+    """Return the version of the TensorRT that Triton's own backend loads, such as 11.4.0. Asking for it needs no GPU.
+
+    Args:
+        installation: the tritonserver.
+        wanted: the version that is needed, for the errors' text.
+
+    Raises:
+        RuntimeNotAvailable: the server has no TensorRT backend, or TensorRT's library can't be loaded.
+    """
+    container = f"NVIDIA's container nvcr.io/nvidia/tritonserver:YY.MM-py3 of the release whose TRT_VERSION is {wanted}"
+    if not (installation.tensorrt_backend / "libtriton_tensorrt.so").is_file():
+        raise RuntimeNotAvailable(
+            f"{installation.binary} has no TensorRT backend, which runtime {TENSORRT.name} needs; run this in "
+            f"{container}, or assemble for tensorrt-rtx"
+        )
+    beside = sorted(installation.tensorrt_backend.glob("libnvinfer.so.*"))
+    library = str(beside[0]) if beside else ctypes.util.find_library("nvinfer")
+    try:
+        if library is None:
+            raise OSError("no libnvinfer.so is installed")
+        # major * 10000 + minor * 100 + patch, since TensorRT 10
+        version = int(ctypes.CDLL(library).getInferLibVersion())
+    except (OSError, AttributeError) as error:
+        raise RuntimeNotAvailable(
+            f"{installation.binary}: its TensorRT can't be loaded ({error}); use {container}"
+        ) from error
+    return f"{version // 10000}.{version // 100 % 100}.{version % 100}"

@@ -1,0 +1,181 @@
+"""The jobs that are being denoised: each job's rows, how they change, and a step of all of them.
+
+Jobs have the first rows of the slots, without gaps. With guidance a portrait's second row is the twin of its first.
+
+A turn calls, in this order:
+
+    complete          the rest of the last step, where jobs leave: their results are read before rows move
+    rearrange         jobs leave, jobs get their rows, and the last rows fill the gaps
+    launch_warping    the warping network begins over jobs that join
+    complete          the rest of the last step, while an engine runs
+    fill              the joining jobs' latents
+    wait_warping      the warping network has ended
+    launch            the UNet begins
+    complete          as above, where no job joins
+    prepare           all of the sampler's step that doesn't need the UNet's output
+    wait              the UNet has ended, and every row that is stepped has its next canvas
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Sequence
+from itertools import count
+
+from icportrait.contract import Array
+from icportrait.diffusion.latents import RowLatents
+from icportrait.loop.job import DenoiseResult, Job, State
+from icportrait.loop.times import Times
+from icportrait.presets import Preset
+from icportrait.runtime import Slots
+
+
+class Batch:
+    """Running jobs in the first rows of the slots. Not thread-safe: the loop owns it."""
+
+    def __init__(
+        self, slots: Slots, preset: Preset, times: Times, latents: Callable[[Preset, int], RowLatents] = RowLatents
+    ) -> None:
+        """Begin without jobs.
+
+        Args:
+            slots: where ``F_ref`` is, with the engines behind it.
+            preset: the model's geometry.
+            times: is told when engines begin and end.
+            latents: makes the latents of a number of rows.
+        """
+        self._slots, self._times = slots, times
+        self._latents = latents(preset, slots.rows)
+        self.running: list[Job] = []
+        self.used_rows = 0
+        self._stepped_ns = 0
+        """End of the last step, by ``time.monotonic_ns``."""
+        self._incomplete: tuple[list[Job], int, float] | None = None
+        """The last step's jobs, rows in use and seconds, until ``complete``."""
+
+    @property
+    def stepping(self) -> list[Job]:
+        """Return the jobs that the next step advances. The rows of the others stay as they are."""
+        return [job for job in self.running if job.state is State.RUNNING and not job.has_ended]
+
+    def rearrange(self, leaving: Collection[Job], joining: Sequence[Job]) -> None:
+        """Let jobs leave, and give joining jobs the lowest free rows. The last rows move into the gaps that are left.
+
+        Args:
+            leaving: jobs of the batch, of which the last step is complete, or jobs that never were in it.
+            joining: jobs whose rows fit.
+        """
+        if not leaving and not joining:
+            return
+        self.running = [job for job in self.running if job not in leaving]
+        owners = {row: (job, index) for job in self.running for index, row in enumerate(job.slots)}
+        free = (row for row in count() if row not in owners)
+        for job in joining:
+            job.slots, job.state = [next(free) for _ in range(job.rows)], State.RUNNING
+        self.running += joining
+        self.used_rows = sum(job.rows for job in self.running)
+        for row in [row for row in sorted(owners) if row >= self.used_rows]:
+            job, index = owners[row]
+            job.slots[index] = next(free)
+            self._slots.move(row, job.slots[index])
+            self._latents.move(row, job.slots[index])
+
+    def launch_warping(self, jobs: Sequence[Job]) -> None:
+        """Begin to run the warping network over joining jobs, at most ``Slots.max_jobs``."""
+        self._times.begin()
+        now_ns = time.monotonic_ns()
+        for job in jobs:
+            job.joined_ns = now_ns
+        names = ("profile_latent", "reference_latent", "visibility")
+        inputs = [{name: getattr(job, name) for name in names} for job in jobs]
+        try:
+            self._slots.launch_warping(inputs, [job.portrait_slots for job in jobs])
+        except BaseException:
+            self._times.end()
+            raise
+
+    def fill(self, job: Job) -> None:
+        """Put a joining job's first canvas and latents into its rows."""
+        self._latents.fill(job.slots, job.trajectory, job.noise, self._slots.to_host(job.profile_latent))
+
+    def wait_warping(self, jobs: Sequence[Job]) -> None:
+        """Wait for the warping network over the jobs that ``launch_warping`` was given."""
+        try:
+            confidences = self._slots.wait_warping()
+        finally:
+            warp_s = self._times.end()
+        self._times.warped(warp_s)
+        now_ns, portraits = time.monotonic_ns(), sum(job.request.num_portraits for job in jobs)
+        for job, confidence in zip(jobs, confidences, strict=True):
+            job.match_confidence, job.conditioned_ns, job.warp_s = float(confidence), now_ns, warp_s
+            job.engine_s = warp_s * job.request.num_portraits / portraits
+            if job.unconditional_slots:
+                self._slots.clear(job.unconditional_slots)
+
+    def launch(self) -> None:
+        """Begin a step: one UNet run over every row in use."""
+        self._times.begin(self.used_rows)
+        try:
+            self._slots.launch(self._latents.canvas(self.used_rows), self._latents.timestep(self.used_rows))
+        except BaseException:
+            self._times.end()
+            raise
+
+    def prepare(self, stepping: Sequence[Job]) -> None:
+        """Prepare the sampler's step of jobs while the UNet runs."""
+        following: dict[int, Array] = {}
+        guided: list[tuple[int, int, float]] = []
+        for job in stepping:
+            job.steps_begun += 1
+            following |= dict.fromkeys(job.slots, job.trajectory.settings[min(job.steps_begun, job.steps - 1)])
+            scales = [job.request.guidance_scale] * len(job.unconditional_slots)
+            guided += zip(job.portrait_slots, job.unconditional_slots, scales, strict=False)
+        self._latents.prepare(self.used_rows, following, guided)
+
+    def wait(self) -> None:
+        """Wait for the UNet, and make the next canvas of every row that was prepared."""
+        try:
+            noise_pred = self._slots.wait()
+        finally:
+            engine_s = self._times.end()
+        self._latents.advance(noise_pred)
+        self._times.stepped(self.used_rows, engine_s)
+        self._stepped_ns = time.monotonic_ns()
+        self._incomplete = (self.running, self.used_rows, engine_s)
+
+    def complete(self) -> None:
+        """Finish the last step's arithmetic, and charge the step's time by rows.
+
+        Held jobs are charged too, because their rows are computed with the others.
+        """
+        if self._incomplete is None:
+            return
+        self._latents.complete()
+        (running, used_rows, engine_s), self._incomplete = self._incomplete, None
+        for job in running:
+            job.rows_of_steps, job.steps_in_batch = job.rows_of_steps + used_rows, job.steps_in_batch + 1
+            job.engine_s += engine_s * job.rows / used_rows
+
+    def is_finite(self, job: Job) -> bool:
+        """Tell whether the last step gave neither NaN nor Inf for a job."""
+        return self._latents.are_finite(job.slots)
+
+    def result(self, job: Job) -> DenoiseResult:
+        """Return the result of a job that has had all its steps, with a copy of its portraits."""
+        return self._result(job, self._latents.latent(job.portrait_slots))
+
+    def preview(self, job: Job) -> DenoiseResult:
+        """Return a job's result so far, with the last step's estimate of its portraits without noise."""
+        return self._result(job, self._latents.clean_latent(job.portrait_slots))
+
+    def _result(self, job: Job, portrait_latent: Array) -> DenoiseResult:
+        return DenoiseResult(
+            portrait_latent,
+            job.match_confidence,
+            job.joined_ns,
+            job.conditioned_ns,
+            self._stepped_ns,
+            1000 * job.warp_s,
+            job.rows_of_steps / max(1, job.steps_in_batch),
+            1000 * job.engine_s,
+        )

@@ -1,0 +1,104 @@
+"""The time that the denoising loop's steps take, and the time that the next requests may expect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from icportrait.metrics import Metrics
+
+NEW_SHARE = 0.1
+"""Share of an average that its newest value makes."""
+
+
+class Pace:
+    """Moving averages, in seconds: a step by slots in use, and the time of requests outside of the loop."""
+
+    def __init__(self) -> None:
+        self.before_s = 0.0
+        """Seconds from a request's admission to its arrival at the loop."""
+        self.after_s = 0.0
+        """Seconds from a request's last step to its answer."""
+        self._step_s: dict[int, float] = {}
+
+    def step_s(self, rows: int) -> float:
+        """Return the time from a step's end to the next one's, warping between them included; 0 before any step."""
+        if not self._step_s:
+            return 0.0
+        if (known_s := self._step_s.get(rows)) is not None:
+            return known_s
+        return self._step_s[min(list(self._step_s), key=lambda known: abs(known - rows))]
+
+    def stepped(self, rows: int, seconds: float) -> None:
+        self._step_s[rows] = _average(self._step_s.get(rows, seconds), seconds)
+
+    def arrived(self, seconds: float) -> None:
+        self.before_s = _average(self.before_s or seconds, seconds)
+
+    def answered(self, seconds: float) -> None:
+        self.after_s = _average(self.after_s or seconds, seconds)
+
+
+def _average(before: float, new: float) -> float:
+    return before + NEW_SHARE * (new - before)
+
+
+class Times:
+    """The times at which engines run, and the time between their runs.
+
+    A runtime that computes in ``wait`` counts as running from ``launch`` on.
+    """
+
+    def __init__(self, clock: Callable[[], float], metrics: Metrics, pace: Pace) -> None:
+        self._clock, self._metrics, self._pace = clock, metrics, pace
+        self._outside_s = self._expected_s = 0.0
+        now_s = clock()
+        # When a run began or ended, or the loop found work; then the same of runs' ends and of steps' ends alone.
+        self._moved_s = self._free_since_s = self._step_since_s = now_s
+        # To be counted by ``publish``.
+        self._warpings_s: list[float] = []
+        self._last_step: tuple[int, float, float, float] | None = None
+
+    def begin(self, rows: int = 0) -> None:
+        """Note that an engine is launched: the UNet over a number of rows, or with 0 the warping network."""
+        self._moved_s = self._clock()
+        self._expected_s = self._pace.step_s(rows) if rows else 0.0
+        self._outside_s += self._moved_s - self._free_since_s
+
+    def end(self) -> float:
+        """Note that the engine has ended or failed, and return the seconds of its run."""
+        began_s, self._moved_s, self._expected_s = self._moved_s, self._clock(), 0.0
+        self._free_since_s = self._moved_s
+        return self._moved_s - began_s
+
+    def warped(self, seconds: float) -> None:
+        """Note a warping that has ended."""
+        self._warpings_s.append(seconds)
+
+    def stepped(self, rows: int, engine_s: float) -> None:
+        """Note that a step of a number of rows has ended."""
+        self._last_step = (rows, self._free_since_s - self._step_since_s, self._outside_s, engine_s)
+        self._outside_s, self._step_since_s = 0.0, self._free_since_s
+
+    def resume(self) -> None:
+        """Begin anew, because the loop has waited for work."""
+        self._moved_s = self._free_since_s = self._step_since_s = self._clock()
+        self._outside_s = 0.0
+
+    def standstill(self) -> tuple[float, float]:
+        """Return seconds since the loop moved on, and the expected seconds of the run that the loop waits for, else 0.
+
+        Any thread may call it.
+        """
+        return self._clock() - self._moved_s, self._expected_s
+
+    def publish(self) -> None:
+        """Count the last step and the warpings before it, once there is time for it."""
+        while self._warpings_s:
+            self._metrics.observe("warping_ms", 1000 * self._warpings_s.pop())
+        if self._last_step:
+            rows, seconds, outside_s, engine_s = self._last_step
+            self._last_step = None
+            self._pace.stepped(rows, seconds)
+            self._metrics.observe("step_slots", rows)
+            self._metrics.observe("step_ms", 1000 * engine_s)
+            self._metrics.observe("step_outside_engine_ms", 1000 * outside_s)

@@ -1,0 +1,1 @@
+"""TensorRT and TensorRT-RTX: plans, their engines, and the slots in an engine's own buffers."""

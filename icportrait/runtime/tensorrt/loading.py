@@ -1,0 +1,93 @@
+"""Plans of one process onto its GPU: found, checked to fit into memory together, loaded, and made to share scratch."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from icportrait.contract import ModelSpec, engine_specs
+from icportrait.errors import RuntimeNotAvailable
+from icportrait.manifest import Manifest
+from icportrait.runtime.cuda import Gpu, Stream, find_gpu
+from icportrait.runtime.tensorrt.engine import TensorRtEngine, share_scratch
+from icportrait.runtime.tensorrt.plans import covering_bucket, find_plans
+from icportrait.runtime.tensorrt.products import Flavour
+
+logger = logging.getLogger(__name__)
+
+
+def load_plans(
+    names: Iterable[str],
+    directory: Path,
+    manifest: Manifest,
+    flavour: Flavour,
+    pinned_rows: Mapping[str, int] | None = None,
+) -> dict[str, TensorRtEngine]:
+    """Load engines that never run at once: they work on one stream and share one block of scratch memory.
+
+    Args:
+        names: of ``contract.ENGINES``.
+        directory: holds their plans, each with its manifest beside it.
+        manifest: the export's that the plans were built from.
+        flavour: the product that built them.
+        pinned_rows: for each engine the rows that every run of it must have room for: it gets their bucket and no
+            other; None loads all buckets.
+
+    Raises:
+        RuntimeNotAvailable: there is no GPU, the product isn't installed, or the engines won't fit into its memory.
+        PlanError: see ``TensorRtEngine`` and ``covering_bucket``.
+    """
+    gpu = find_gpu()
+    specs = engine_specs(manifest.preset, manifest.precision)
+    plans = {name: find_plans(directory, name) for name in names}
+    pinned: dict[str, int] = {}
+    for name, rows in (pinned_rows or {}).items():
+        plan, pinned[name] = covering_bucket(plans[name], rows)
+        plans[name] = [plan]
+        logger.info("%s: always runs %d rows", name, pinned[name])
+    check_memory({name: memory_need(paths, specs[name]) for name, paths in plans.items()}, gpu)
+    stream = Stream()
+    engines = {
+        name: TensorRtEngine(paths, specs[name], manifest.contract_hash, flavour, stream, pinned.get(name))
+        for name, paths in plans.items()
+    }
+    scratch = max(engine.scratch_bytes for engine in engines.values())
+    logger.info("%s: %.2f GB of scratch memory, shared", ", ".join(engines), scratch / 1e9)
+    if scratch > (free := find_gpu().free_bytes):
+        raise RuntimeNotAvailable(
+            f"{', '.join(engines)}: need {scratch / 1e9:.1f} GB of scratch memory, and {gpu.name} has "
+            f"{free / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB left; build smaller --buckets"
+        )
+    share_scratch(engines.values())
+    return engines
+
+
+def memory_need(plans: Iterable[Path], spec: ModelSpec) -> int:
+    """Return the bytes of GPU memory for an engine's weights, nearly all of a plan, and its input and output buffers.
+
+    TensorRT says how much scratch memory an engine needs when it is loaded, and not before.
+    """
+    buffers = sum(tensor.nbytes(spec.batch.max) for tensor in (*spec.inputs, *spec.outputs))
+    return sum(plan.stat().st_size for plan in plans) + buffers
+
+
+def check_memory(needs: dict[str, int], gpu: Gpu) -> None:
+    """Report in one line what all engines of a process need together.
+
+    Args:
+        needs: bytes by engine.
+        gpu: where they are to be loaded.
+
+    Raises:
+        RuntimeNotAvailable: there isn't as much memory free.
+    """
+    need = sum(needs.values())
+    parts = ", ".join(f"{name} {each / 1e9:.2f}" for name, each in needs.items())
+    found = f"{gpu.name} has {gpu.free_bytes / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB free"
+    logger.info("weights and buffers take %.2f GB (%s) and scratch memory on top; %s", need / 1e9, parts, found)
+    if need > gpu.free_bytes:
+        raise RuntimeNotAvailable(
+            f"{', '.join(needs)}: need {need / 1e9:.1f} GB for weights and buffers ({parts}), and {found}; "
+            "free some, or use a larger GPU"
+        )
