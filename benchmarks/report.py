@@ -24,6 +24,7 @@ from benchmarks.machine import machine
 from benchmarks.mix import Mix
 from benchmarks.settings import (
     ROOT,
+    ClientOverheadSettings,
     CompareSettings,
     FacesSettings,
     GeneratorSettings,
@@ -238,7 +239,8 @@ def conditions_here(
     | LatencySettings
     | MarkingSettings
     | SearchSettings
-    | GeneratorSettings,
+    | GeneratorSettings
+    | ClientOverheadSettings,
 ) -> dict[str, Any]:
     """Return the conditions of any run: the code, the machine and the settings."""
     return {

@@ -189,6 +189,23 @@ class GeneratorSettings:
 
 
 @dataclass(frozen=True)
+class ClientOverheadSettings:
+    """Requests that are made by the client and by a bare stub."""
+
+    requests: int = 400
+    seed: int = 7
+
+    def __post_init__(self) -> None:
+        """Check the value.
+
+        Raises:
+            InvalidRequest: there would be nothing to tell.
+        """
+        if self.requests < 1:
+            raise InvalidRequest(f"requests: {self.requests}, expected 1 or more")
+
+
+@dataclass(frozen=True)
 class MergeSettings:
     """Logs of several runs."""
 

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.client_overhead import measure
 from benchmarks.gateway_limits import gateway_limits
 from benchmarks.ladder import climb
 from benchmarks.ladder_names import OURS, RUNGS
 from benchmarks.pairs import pixels
 from benchmarks.request_alone import PARTS, request_alone
-from benchmarks.settings import HEADS, LEAST_ROUNDS, LatencySettings
+from benchmarks.settings import HEADS, LEAST_ROUNDS, ClientOverheadSettings, LatencySettings
 from icportrait.errors import CheckpointError
 from icportrait.server import ServerProcess
 from tests.conftest import ROOT
@@ -30,6 +31,12 @@ def test_a_requests_parts_are_all_measured_and_together_the_whole(
     for part in ("pictures", "vae_encoder", "warping_network", "unet", "vae_decoder", "triton_and_python"):
         assert found["ms"][part]["count"] == 3 and found["ms"][part]["p50"] > 0, part
         assert found["share"][part] == pytest.approx(found["ms"][part]["p50"] / found["ms"]["whole"]["p50"], abs=0.001)
+
+
+def test_a_portrait_by_the_client_stands_beside_the_bare_call(server: ServerProcess) -> None:
+    found = measure(server.grpc_url, ClientOverheadSettings(requests=3))
+    assert [found[name]["count"] for name in ("stub_ms", "client_ms", "more_ms")] == [3, 3, 3]
+    assert found["stub_ms"]["p50"] > 0 and found["conditions"]["arguments"]["requests"] == 3
 
 
 def test_the_gateways_limits_are_of_calls_that_ended_as_they_should(demo_export: Path, tmp_path: Path) -> None:
