@@ -69,10 +69,12 @@ class ReplaySettings:
 
 @dataclass(frozen=True)
 class ValidationSettings:
-    """Twelve scenarios, measured and predicted."""
+    """Scenarios, measured and predicted."""
 
-    duration_s: float = 90.0
+    duration_s: float = 120.0
     """Seconds of each scenario."""
+    export: Path | None = None
+    """Export of the scenarios with real engines; None leaves them out."""
     seed: int = 0
 
 
@@ -87,7 +89,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     replay = commands.add_parser("replay", help="one load on a real server and on plan's simulation, compared")
     replay.set_defaults(settings=ReplaySettings, run=run_replay)
     _add_replay_arguments(replay)
-    validate = commands.add_parser("validate", help="plan's simulation in twelve scenarios: half an hour")
+    validate = commands.add_parser("validate", help="plan's simulation and measurements: half an hour")
     validate.set_defaults(settings=ValidationSettings, run=run_validation)
     shown = "(default: %(default)g)"
     default = ValidationSettings.duration_s
@@ -95,6 +97,12 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "--duration", dest="duration_s", type=float, default=default, metavar="N", help=f"seconds of each {shown}"
     )
     validate.add_argument("--seed", type=int, default=0, metavar="N", help="of the first scenario (default: 0)")
+    validate.add_argument(
+        "--export",
+        type=Path,
+        metavar="DIR",
+        help="for three scenarios with its real engines, beside nine simulated ones",
+    )
     add_output_arguments(validate, has_page=True)
 
 
@@ -258,6 +266,7 @@ def run_validation(settings: ValidationSettings, output: Output) -> int:
         settings.duration_s,
         settings.seed,
         lambda line: print(line, file=sys.stderr, flush=True),
+        settings.export,
     )
     report = {"kind": "validation", "simulated": True, **report, "conditions": conditions_here(cast(Any, settings))}
     output.show(report, table, "Predictions against measurements", validation_sections)

@@ -43,6 +43,7 @@ class Gpu:
 
 
 GPUS = {
+    "B200": Gpu("NVIDIA B200", 2250, 4500, 7700, 180, "HGX B200 data sheet"),
     "H200": Gpu("NVIDIA H200", 989, 1979, 4800, 141, "H200 SXM data sheet"),
     "H100": Gpu("NVIDIA H100", 989, 1979, 3350, 80, "H100 SXM data sheet"),
     "L40S": Gpu("NVIDIA L40S", 362, 733, 864, 48, "L40S data sheet"),

@@ -1,4 +1,4 @@
-"""Predictions against measurements: twelve scenarios on a real server with simulated engines, none of them tuned to.
+"""Predictions against measurements: scenarios on a real server, its engines simulated or real; none is tuned to.
 
 A scenario is a mix at a load; a mix's loads share one server. The host's times depend on the machine's other work, so
 they are measured before and after each load, with no load, and the mean of both counts. Reported are, for p50 and p99:
@@ -17,6 +17,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -25,7 +26,15 @@ import numpy as np
 from benchmarks.calls import OK
 from benchmarks.load import LoadRun, run_load
 from benchmarks.planning.evaluation import Scenario, quantile, student_95
-from benchmarks.planning.measured import host_json, mean_host, measure_host, measure_late_ms, simulated_server
+from benchmarks.planning.measured import (
+    host_json,
+    mean_host,
+    measure_engines,
+    measure_host,
+    measure_late_ms,
+    real_server,
+    simulated_server,
+)
 from benchmarks.planning.planner import least_replicas
 from benchmarks.planning.profile import Host, ServiceProfile
 from benchmarks.planning.replay import compare, simulate, small
@@ -37,7 +46,7 @@ from icportrait.contract import Array
 from icportrait.policy import ServingPolicy
 from icportrait.server import ServerProcess
 
-LOADS = (0.3, 0.45, 0.6, 0.7)
+LOADS = (0.25, 0.4, 0.55)
 """Shares of the rate that full batches would serve with nothing between them."""
 HOST_REQUESTS = 8
 """Requests of each kind that the host is measured by."""
@@ -52,8 +61,9 @@ class Mix:
     """Requests and a server: the scenarios differ in the load only."""
 
     name: str
-    profile: str
-    """Name in ``benchmarks/profiles``; the engines take its times, and the host is this machine."""
+    profile: str | None
+    """Name in ``benchmarks/profiles``; the engines take its times, and the host is this machine. None is for the real
+    engines of an export on this machine."""
     steps: tuple[int, int]
     guidance_scale: float = 1.0
     batching: str = "in-flight"
@@ -61,11 +71,12 @@ class Mix:
 
 
 MIXES = (
-    Mix("few steps", "h200-sd15-512-fp16", (2, 8)),
-    Mix("guided", "h100-sd15-512-fp8", (4, 10), guidance_scale=1.5),
-    Mix("whole batches", "h200-sd15-512-fp8", (4, 4), batching="whole"),
+    Mix("few steps", "b200-sd15-512-fp8", (1, 4)),
+    Mix("guided", "b200-sd15-512-fp16", (2, 6), guidance_scale=1.5),
+    Mix("whole batches", "b200-sd15-512-fp8", (2, 2), batching="whole"),
+    Mix("real engines", None, (1, 4)),
 )
-"""Three mixes at four loads each."""
+"""Mixes that are put on a server at each of the loads. The quicker the engines are, the more requests a run has."""
 
 
 def validate(
@@ -74,6 +85,7 @@ def validate(
     duration_s: float,
     seed: int = 0,
     say: Callable[[str], None] = lambda _: None,
+    export: Path | None = None,
 ) -> dict[str, Any]:
     """Measure and predict every scenario.
 
@@ -83,6 +95,7 @@ def validate(
         duration_s: of each measured run.
         seed: of the first run.
         say: is told what goes on, a line at a time.
+        export: of the mixes with real engines; None leaves them out.
 
     Returns:
         Figures, ready for JSON: every scenario's, each mix's highest rates, and the errors of all.
@@ -92,8 +105,15 @@ def validate(
     highest: list[dict[str, Any]] = []
     for place, mix in enumerate(mixes):
         policy = ServingPolicy(batching=mix.batching)
-        engines = small(find(mix.profile))
-        with simulated_server(engines, policy) as server:
+        if mix.profile:
+            engines = small(find(mix.profile))
+            starting = simulated_server(engines, policy)
+        elif export:
+            engines = measure_engines(export, policy.runtime)
+            starting = real_server(export, policy)
+        else:
+            continue
+        with starting as server:
             capacity, host = capacity_per_s(engines, mix), _measure(engines, server)
             found = []
             for number, load in enumerate(LOADS):
@@ -175,9 +195,9 @@ def assess(mix: Mix, load: float, profile: ServiceProfile, run: LoadRun) -> dict
 
 
 def highest_rates(mix: Mix, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Compare the highest rates that keep a goal: a p99 halfway between the simulated second and third load's."""
+    """Compare the highest rates that keep a goal: a p99 halfway between those simulated at the first load and the last."""
     rates = [row["rate_per_s"] for row in rows]
-    goal_ms = math.sqrt(rows[1]["p99"]["simulated_ms"] * rows[2]["p99"]["simulated_ms"])
+    goal_ms = math.sqrt(rows[0]["p99"]["simulated_ms"] * rows[-1]["p99"]["simulated_ms"])
     measured, predicted = (
         crossing(rates, [row["p99"][name] for row in rows], goal_ms) for name in ("measured_ms", "simulated_ms")
     )

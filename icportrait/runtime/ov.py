@@ -18,6 +18,8 @@ from icportrait.errors import CheckpointError, RuntimeNotAvailable
 from icportrait.runtime.portions import run_in_portions
 
 logger = logging.getLogger(__name__)
+SINES = "timestep_sines"
+"""Input of a UNet that computes in bfloat16, in place of its timestep."""
 DONT_NEED = 4
 """Advice of madvise: the memory of a mapping may go. A process that reads there again reads the file again."""
 
@@ -70,10 +72,18 @@ class OpenVinoEngine:
         graph = core.read_model(path)
         _compare(path, spec.inputs, graph.inputs)
         _compare(path, spec.outputs, graph.outputs)
-        self._requests = {}
+        sines = _cut_sines(graph) if self.precision == "bf16" else None
+        self._requests: dict[int, Any] = {}
+        self._sines: dict[int, Any] = {}
         with _alone_in(cache):
             for rows in buckets:
-                graph.reshape({tensor.name: list(tensor.shape(batch=rows)) for tensor in spec.inputs})
+                shapes = {tensor.name: list(tensor.shape(batch=rows)) for tensor in spec.inputs}
+                if sines:
+                    sines.reshape(_of_inputs(shapes, sines))
+                    in_full = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+                    self._sines[rows] = core.compile_model(sines, "CPU", in_full).create_infer_request()
+                    shapes[SINES] = list(sines.output().shape)
+                graph.reshape(_of_inputs(shapes, graph))
                 compiled = core.compile_model(graph, "CPU", settings)
                 if cache and not compiled.get_property("LOADED_FROM_CACHE"):
                     # What was compiled here keeps its weights twice, as written and as packed for the CPU. Of what
@@ -92,7 +102,10 @@ class OpenVinoEngine:
 
     def _run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         given = {name: np.ascontiguousarray(array) for name, array in inputs.items()}
-        request = self._requests[len(given[self.spec.inputs[0].name])]
+        rows = len(given[self.spec.inputs[0].name])
+        if sines := self._sines.get(rows):
+            given[SINES] = sines.infer({0: given.pop("timestep")})[0]
+        request = self._requests[rows]
         request.infer(given, share_inputs=True)
         # A copy: the next run writes over the request's own.
         return {spec.name: request.get_tensor(spec.name).data.copy() for spec in self.spec.outputs}
@@ -110,6 +123,35 @@ def inference_precision(spec: ModelSpec, capabilities: list[str]) -> str:
     """
     is_half = any(tensor.dtype is DType.FLOAT16 for tensor in spec.inputs)
     return "bf16" if spec.name == "unet" and is_half and "BF16" in capabilities else "f32"
+
+
+def _cut_sines(graph: Any) -> Any:
+    """Cut the sines of the timestep out of a UNet, and return them as a graph.
+
+    The UNet then takes them as an input, ``SINES``. With them inside, OpenVINO would round the timestep and its angles
+    to bfloat16's 8 bits before it takes the sines: angles of hundreds of radians would be any.
+    """
+    import openvino
+
+    node = next(each for each in graph.get_ordered_ops() if each.get_type_name() == "Sin")
+    while (user := next(iter(node.output(0).get_target_inputs())).get_node()).get_type_name() != "MatMul":
+        node = user
+    timestep = next(port.get_node() for port in graph.inputs if port.get_any_name() == "timestep")
+    sines = openvino.Model([node.output(0)], [timestep], SINES).clone()
+    output = node.output(0)
+    cut = openvino.op.Parameter(output.element_type, output.partial_shape)
+    cut.output(0).set_names({SINES})
+    for target in output.get_target_inputs():
+        target.replace_source_output(cut.output(0))
+    graph.remove_parameter(timestep)
+    graph.add_parameters([cut])
+    graph.validate_nodes_and_infer_types()
+    return sines
+
+
+def _of_inputs(shapes: Mapping[str, list[int]], graph: Any) -> dict[str, list[int]]:
+    names = [port.get_any_name() for port in graph.inputs]
+    return {name: shapes[name] for name in names}
 
 
 @contextmanager

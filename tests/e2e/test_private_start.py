@@ -104,7 +104,7 @@ def test_a_temporary_folder_whose_path_a_shell_would_read_something_into_is_not_
 def test_a_model_that_cannot_be_loaded_ends_the_start_with_the_logs_end(tmp_path: Path) -> None:
     broken = simulated_repository(tmp_path, {})
     (broken / "vae_decoder" / "1" / "model.py").write_text("raise ImportError('nothing here')")
-    with pytest.raises(IcPortraitError, match=r"(?s)ended with status \d+ before it was ready; .*nothing here"):
+    with pytest.raises(IcPortraitError, match=r"(?s)ended with status -?\d+ before it was ready; .*nothing here"):
         TritonServer(broken, tmp_path / "log").start()
 
 
