@@ -195,7 +195,7 @@ def assess(mix: Mix, load: float, profile: ServiceProfile, run: LoadRun) -> dict
 
 
 def highest_rates(mix: Mix, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Compare the highest rates that keep a goal: a p99 halfway between those simulated at the first load and the last."""
+    """Compare the highest rates that keep a goal: a p99 halfway between those of the first load and the last."""
     rates = [row["rate_per_s"] for row in rows]
     goal_ms = math.sqrt(rows[0]["p99"]["simulated_ms"] * rows[-1]["p99"]["simulated_ms"])
     measured, predicted = (
