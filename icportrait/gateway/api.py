@@ -40,6 +40,8 @@ class Portraits:
     metadata: bytes
     """JSON."""
     total_steps: int
+    row_steps: int = 0
+    """Rows of the UNet times steps that they took."""
 
 
 OnEvent = Callable[[Event], Awaitable[None]]

@@ -11,7 +11,6 @@ import contextlib
 import io
 import logging
 import math
-import re
 import time
 import zlib
 from collections import deque
@@ -25,6 +24,7 @@ from h2.errors import ErrorCodes
 from h2.exceptions import H2Error
 
 from icportrait.errors import IcPortraitError, InvalidRequest, TooMuch, Unsupported, to_caller
+from icportrait.gateway.records import CURRENT, Record
 from icportrait.gateway.wire import PREFIX_BYTES
 
 if TYPE_CHECKING:
@@ -40,11 +40,6 @@ PIECE_BYTES = 64 * 1024
 """Bytes of an answer that are sent at once."""
 END_TIMEOUT_S = 5.0
 """Time for a call's last frame; a connection that doesn't take the frame is closed."""
-ECHOED = {
-    "traceparent": re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}"),
-    "x-request-id": re.compile(r"[!-~]{1,128}"),
-}
-"""Headers that come back, where they are of this form."""
 STATUS = {"INVALID_ARG": Status.INVALID_ARGUMENT}
 """gRPC's names of the error codes that have another name here."""
 
@@ -73,6 +68,7 @@ class Incoming:
         self._ack, self._count = ack, hold
         self._pieces: deque[memoryview] = deque()
         self._unacked = self._held = self._read = 0
+        self.taken_bytes = 0
         self._ended = False
         self._changed = asyncio.Event()
         self.waits_until_s: float | None = None
@@ -121,6 +117,7 @@ class Incoming:
                 piece = piece[:left]
             taken.write(piece)
             self._read += len(piece)
+            self.taken_bytes += len(piece)
         # Without a copy: the buffer becomes the bytes.
         return taken.getvalue()
 
@@ -158,8 +155,11 @@ class Call:
         self.path = self.headers.get(":path", "")
         self.peer = str((stream._transport.get_extra_info("peername") or ("unix",))[0])
         self.deadline_s = self._deadline()
+        self.record = self.new_record()
         self.task: asyncio.Task[None] | None = None
         self.failure: IcPortraitError | CallError | None = None
+        self.answers_many = False
+        """Each of its requests has a record of its own."""
         self.gives_way = False
         """It needs no key, and it, or its connection, may be ended where others need the room."""
         self.unread_bytes = 0
@@ -174,6 +174,21 @@ class Call:
         self._has_room = asyncio.Event()
         self._has_room.set()
         self._has_headers = False
+
+    @property
+    def received_bytes(self) -> int:
+        """Return the bytes of all messages that were received."""
+        return self._incoming.taken_bytes
+
+    def new_record(self) -> Record:
+        """Begin the record of a request that comes in this call."""
+        return Record(
+            "grpc",
+            method=self.path.rpartition("/")[2] if self.path in self._owner.methods else "",
+            peer=self.peer,
+            request_id=self.headers.get("x-request-id", ""),
+            traceparent=self.headers.get("traceparent", ""),
+        )
 
     @property
     def deadline_ms(self) -> int | None:
@@ -251,6 +266,7 @@ class Call:
             TooMuch: the call's answers, or those of all calls, aren't read, or none of them for too long.
         """
         self._owner.take_unread(self, len(message))
+        (CURRENT.get() or self.record).sent_bytes += len(message)
         if asyncio.current_task() is self.task:
             try:
                 await self._write(message)
@@ -358,11 +374,9 @@ class Call:
 
     def _first_headers(self) -> list[tuple[str, str]]:
         headers = [(":status", "200"), ("content-type", "application/grpc"), ("grpc-accept-encoding", "gzip,deflate")]
-        headers += [
-            (name, value)
-            for name, form in ECHOED.items()
-            if (value := self.headers.get(name)) is not None and form.fullmatch(value)
-        ]
+        headers.append(("x-request-id", self.record.request_id))
+        if self.record.traceparent:
+            headers.append(("traceparent", self.record.traceparent))
         return headers
 
     async def _inflated(self, message: bytes, limit_bytes: int) -> bytes:
@@ -401,9 +415,9 @@ async def outcome(call: Call, owner: Calls) -> tuple[Status, str]:
         if call.failure is None or call.task is None:
             raise
         call.task.uncancel()
-        return _end_of(call.failure)
+        return end_of(call.failure)
     except (IcPortraitError, CallError) as error:
-        return _end_of(error)
+        return end_of(error)
     except Exception as error:
         if isinstance(error, TimeoutError) and time_limit.expired():
             return Status.DEADLINE_EXCEEDED, "Deadline Exceeded"
@@ -412,7 +426,8 @@ async def outcome(call: Call, owner: Calls) -> tuple[Status, str]:
     return Status.OK, ""
 
 
-def _end_of(error: IcPortraitError | CallError) -> tuple[Status, str]:
+def end_of(error: IcPortraitError | CallError) -> tuple[Status, str]:
+    """Return the status and the message that an error ends a call with."""
     if isinstance(error, CallError):
         return error.status, error.message
     return STATUS.get(error.code) or Status[error.code], to_caller(error)

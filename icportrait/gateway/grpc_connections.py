@@ -21,6 +21,7 @@ from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame
 from icportrait.errors import TooMuch, Unavailable
 from icportrait.gateway.api import ServerLimits, Unread, descriptors_of_door
 from icportrait.gateway.grpc_calls import END_TIMEOUT_S, Call, Method, outcome
+from icportrait.gateway.records import CURRENT, Records
 from icportrait.gateway.tls import READ_BYTES
 
 logger = logging.getLogger(__name__)
@@ -48,8 +49,8 @@ LOST_AFTER_S = 60
 class Calls:
     """The connections and calls of a door."""
 
-    def __init__(self, methods: Mapping[str, Method], limits: ServerLimits, unread: Unread) -> None:
-        self.methods, self.limits, self.unread = methods, limits, unread
+    def __init__(self, methods: Mapping[str, Method], limits: ServerLimits, unread: Unread, records: Records) -> None:
+        self.methods, self.limits, self.unread, self.records = methods, limits, unread, records
         self.incoming_bytes = 0
         """Bytes of messages that are being read."""
         self.calls: set[Call] = set()
@@ -298,6 +299,11 @@ class _Handler(AbstractHandler):
             # Not in the task itself, because one that is cancelled before it has begun runs nothing.
             if not task.cancelled() and (error := task.exception()):
                 logger.error("%s failed", call.path, exc_info=error)
+            record = call.record
+            # The requests of a stream were counted one by one, unless the stream itself was refused or failed.
+            if not call.answers_many or record.code not in ("", "OK"):
+                record.code, record.received_bytes = record.code or "CANCELLED", call.received_bytes
+                self._connection.owner.records.add(record)
             call.close()
             del self._by_stream[stream]
             for calls in (self._connection.calls, self._connection.owner.calls):
@@ -319,7 +325,10 @@ class _Handler(AbstractHandler):
 
     async def _serve(self, call: Call) -> None:
         owner = self._connection.owner
-        await call.end(*await outcome(call, owner))
+        CURRENT.set(call.record)
+        status, text = await outcome(call, owner)
+        call.record.code, call.record.error = status.name, text
+        await call.end(status, text)
 
 
 def _notice_lost_peers(sock: socket.socket | None) -> None:

@@ -18,10 +18,10 @@ from grpclib.health.v1.health_pb2 import HealthCheckRequest, HealthCheckResponse
 from tritonclient.grpc import service_pb2
 
 from icportrait.contract import Array
-from icportrait.errors import IcPortraitError, InvalidRequest, NotFound, Unsupported, to_caller
+from icportrait.errors import IcPortraitError, InvalidRequest, NotFound, Unsupported
 from icportrait.gateway.access import HEADER, Access
 from icportrait.gateway.api import Caller, Event, OnEvent, Portraits, PortraitService, ServerLimits, Unread
-from icportrait.gateway.grpc_calls import Call, CallError, Method
+from icportrait.gateway.grpc_calls import Call, CallError, Method, end_of
 from icportrait.gateway.grpc_connections import Calls
 from icportrait.gateway.kserve import (
     MODEL_VERSION,
@@ -34,6 +34,7 @@ from icportrait.gateway.kserve import (
     raw_of,
     wanted_outputs,
 )
+from icportrait.gateway.records import CURRENT, Record, Records
 from icportrait.gateway.tls import Handshakes, TlsSettings, server_context
 from icportrait.gateway.wire import InferRequest, read_infer_request, receive_infer_request
 
@@ -62,7 +63,12 @@ class GrpcSettings(TlsSettings, Protocol):
 
 
 async def serve_grpc(
-    service: PortraitService, settings: GrpcSettings, access: Access, models: KserveModels, unread: Unread
+    service: PortraitService,
+    settings: GrpcSettings,
+    access: Access,
+    models: KserveModels,
+    unread: Unread,
+    records: Records | None = None,
 ) -> GrpcDoor:
     """Open the door.
 
@@ -72,12 +78,13 @@ async def serve_grpc(
         access: who may call.
         models: what the public models are.
         unread: shared with the other doors.
+        records: where answers are counted, shared with the other doors.
 
     Raises:
         IcPortraitError: a file of TLS isn't what it should be.
         OSError: the address can't be listened at.
     """
-    door = GrpcDoor(service, access, models, settings.limits, unread)
+    door = GrpcDoor(service, access, models, settings.limits, unread, records or Records())
     protocol: Callable[[], asyncio.Protocol] = door.calls.protocol
     if context := server_context(settings, ["h2"]):
         protocol = Handshakes(context, protocol, settings.limits.header_timeout_s, settings.limits.connections).protocol
@@ -102,10 +109,17 @@ class GrpcDoor:
     """An open door."""
 
     def __init__(
-        self, service: PortraitService, access: Access, models: KserveModels, limits: ServerLimits, unread: Unread
+        self,
+        service: PortraitService,
+        access: Access,
+        models: KserveModels,
+        limits: ServerLimits,
+        unread: Unread,
+        records: Records,
     ) -> None:
         self._service, self._access, self._models, self._limits = service, access, models, limits
-        self.calls = Calls(self._methods(), limits, unread)
+        self._records = records
+        self.calls = Calls(self._methods(), limits, unread, records)
         self._server: asyncio.Server | None = None
         self._health = asyncio.Condition()
         self._watchers = 0
@@ -184,7 +198,8 @@ class GrpcDoor:
         return self._models.statistics(self._service.statistics, request.name, request.version)
 
     async def _infer(self, call: Call) -> None:
-        caller = self._enter(call)
+        call.record.makes_portraits = True
+        caller = self._enter(call, call.record)
         received = await call.receive(self._limits.message_bytes, receive_infer_request, read_infer_request)
         if received is None:
             raise InvalidRequest("the call has no message")
@@ -195,37 +210,52 @@ class GrpcDoor:
         # The service knows how long it needs the pictures.
         del received, inputs
         portraits = await generating
+        call.record.note(portraits)
         answer = _response(request, answer_tensors(portraits, request.wanted))
         await call.send(answer.SerializeToString())
 
     async def _infer_stream(self, call: Call) -> None:
         """Take many requests at once, and answer each as it goes, under its own id."""
-        self._access.identify(call.headers.get(HEADER), call.peer)
+        call.record.makes_portraits = call.answers_many = True
+        call.record.key = self._access.identify(call.headers.get(HEADER), call.peer).name
         async with asyncio.TaskGroup() as requests:
             try:
                 while True:
+                    before = call.received_bytes
                     received = await call.receive(
                         self._limits.message_bytes, receive_infer_request, read_infer_request, waits=True
                     )
                     if received is None:
                         break
-                    requests.create_task(self._begin(call, received))
+                    record = call.new_record()
+                    record.makes_portraits, record.received_bytes = True, call.received_bytes - before
+                    requests.create_task(self._recorded(call, record, self._begin(call, record, received)))
                     del received
                     await call.has_room()
             except (IcPortraitError, CallError) as error:
                 # A message that can't be read to its end leaves nothing to be read after it.
                 call.fail(error)
 
-    def _begin(self, call: Call, received: InferRequest) -> Coroutine[Any, Any, None]:
+    async def _recorded(self, call: Call, record: Record, answering: Coroutine[Any, Any, None]) -> None:
+        """Answer a request of a stream, and count the answer, unless it ended the stream, which is counted then."""
+        CURRENT.set(record)
+        try:
+            await answering
+        finally:
+            if call.failure is None or record.code:
+                record.code = record.code or "CANCELLED"
+                self._records.add(record)
+
+    def _begin(self, call: Call, record: Record, received: InferRequest) -> Coroutine[Any, Any, None]:
         """Check a request, and return the coroutine that answers the request."""
         try:
-            caller = self._enter(call)
+            caller = self._enter(call, record)
             request, inputs = _checked(self._models, received)
             on_event = self._on_event(call, request) if request.model.is_stream else None
             generating = self._service.generate(inputs, replace(caller, deadline_ms=call.deadline_ms), on_event)
-            return self._answer(call, request, generating)
+            return self._answer(call, record, request, generating)
         except IcPortraitError as error:
-            return self._fail(call, received.head.model_name, received.head.id, error)
+            return self._fail(call, record, received.head.model_name, received.head.id, error)
 
     def _on_event(self, call: Call, request: _Inference) -> OnEvent:
         async def on_event(event: Event) -> None:
@@ -233,17 +263,20 @@ class GrpcDoor:
 
         return on_event
 
-    async def _answer(self, call: Call, request: _Inference, generating: Awaitable[Portraits]) -> None:
+    async def _answer(self, call: Call, record: Record, request: _Inference, generating: Awaitable[Portraits]) -> None:
         try:
             portraits = await generating
         except IcPortraitError as error:
-            await self._fail(call, request.model.name, request.id, error)
+            await self._fail(call, record, request.model.name, request.id, error)
         except Exception:
             logger.exception("a request of a stream failed")
             failed = IcPortraitError("the server failed; its log says how")
-            await self._fail(call, request.model.name, request.id, failed)
+            await self._fail(call, record, request.model.name, request.id, failed)
         else:
+            record.note(portraits)
             await self._send_portraits(call, request, portraits)
+            if call.failure is None:
+                record.code = "OK"
 
     async def _send_portraits(self, call: Call, request: _Inference, portraits: Portraits) -> None:
         tensors = answer_tensors(portraits, request.wanted)
@@ -259,11 +292,13 @@ class GrpcDoor:
         except IcPortraitError as error:
             call.fail(error)
 
-    async def _fail(self, call: Call, model: str, key: str, error: IcPortraitError) -> None:
+    async def _fail(self, call: Call, record: Record, model: str, key: str, error: IcPortraitError) -> None:
         if call.headers.get(CODES_HEADER, "").lower() == "true":
             call.fail(error)
             return
-        answer = service_pb2.ModelStreamInferResponse(error_message=to_caller(error))
+        status, record.error = end_of(error)
+        record.code = status.name
+        answer = service_pb2.ModelStreamInferResponse(error_message=record.error)
         answer.infer_response.model_name, answer.infer_response.id = model, key
         answer.infer_response.parameters[FINAL].bool_param = True
         try:
@@ -315,13 +350,14 @@ class GrpcDoor:
             return HealthCheckResponse.SERVICE_UNKNOWN
         return HealthCheckResponse.SERVING if is_ready else HealthCheckResponse.NOT_SERVING
 
-    def _enter(self, call: Call) -> Caller:
+    def _enter(self, call: Call, record: Record) -> Caller:
         """Let a request in. A refusal that every caller would get isn't counted against a key's rate and quota.
 
         Raises:
             IcPortraitError: it won't be served.
         """
         caller = self._access.identify(call.headers.get(HEADER), call.peer)
+        record.key = caller.name
         if refusal := self._service.refusal():
             raise refusal
         self._access.count(caller)

@@ -36,11 +36,14 @@ from icportrait.gateway.http_exchange import JSON, CallerGone, Exchange
 from icportrait.gateway.http_server import HttpServer
 from icportrait.gateway.kserve import KserveModels
 from icportrait.gateway.portraits_form import PortraitsForm
+from icportrait.gateway.records import CURRENT, Records
 from icportrait.gateway.tls import TlsSettings, server_context
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+GONE = "499"
+"""Code of a request whose caller left before the answer."""
 
 
 class HttpSettings(TlsSettings, Protocol):
@@ -96,6 +99,7 @@ async def serve_http(
     access: Access,
     models: KserveModels,
     unread: Unread,
+    records: Records | None = None,
 ) -> HttpDoor:
     """Open the door in the running loop.
 
@@ -105,13 +109,15 @@ async def serve_http(
         access: who may call.
         models: that callers see.
         unread: answers on their way, of all doors.
+        records: where answers are counted, of all doors.
 
     Raises:
         IcPortraitError: the address can't be had, or a file of TLS isn't what it should be.
     """
     tls = server_context(settings, ["http/1.1"])
-    app = HttpApp(service, settings.limits, access, models, unread)
-    server = HttpServer(app, settings.limits)
+    records = records or Records()
+    app = HttpApp(service, settings.limits, access, models, unread, records)
+    server = HttpServer(app, settings.limits, records)
     try:
         port = await server.listen(settings.host, settings.http_port, tls)
     except OSError as error:
@@ -130,9 +136,16 @@ class HttpApp:
     """The door as an ASGI application."""
 
     def __init__(
-        self, service: PortraitService, limits: ServerLimits, access: Access, models: KserveModels, unread: Unread
+        self,
+        service: PortraitService,
+        limits: ServerLimits,
+        access: Access,
+        models: KserveModels,
+        unread: Unread,
+        records: Records,
     ) -> None:
         self.service, self.limits, self.access, self.models, self.unread = service, limits, access, models, unread
+        self.records = records
         self.incoming_bytes = 0
         self._reading: dict[asyncio.Timeout, None] = {}
         """Bodies on their way, the slowest first."""
@@ -143,10 +156,18 @@ class HttpApp:
         scope["exchange"] = exchange
         # Starlette raises for what it can't route where it finds an application in the scope.
         scope["app"] = self
+        CURRENT.set(exchange.record)
+        try:
+            await self._answer(exchange, scope, receive, send)
+        finally:
+            exchange.record.code = exchange.record.code or GONE
+            self.records.add(exchange.record)
+
+    async def _answer(self, exchange: Exchange, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await self._router(scope, receive, send)
         except CallerGone:
-            pass
+            exchange.record.code = GONE
         except asyncio.CancelledError:
             # The server stops and has waited for long enough.
             await exchange.fail(Unavailable("the server is stopping; try again later"))
@@ -305,6 +326,7 @@ class HttpApp:
             HTTPException: its body won't be read.
         """
         caller = self.access.identify(exchange.header(HEADER), exchange.peer)
+        exchange.record.key = caller.name
         if refusal := self.service.refusal():
             raise refusal
         encoding = exchange.header("content-encoding") or "identity"
@@ -376,7 +398,9 @@ class HttpApp:
             await asyncio.wait((made, gone), return_when=asyncio.FIRST_COMPLETED)
             if not made.done():
                 raise CallerGone
-            return made.result()
+            portraits = made.result()
+            exchange.record.note(portraits)
+            return portraits
         finally:
             for task in (made, gone):
                 task.cancel()
@@ -386,15 +410,19 @@ class HttpApp:
 class _Endpoint:
     """Starlette takes what is no function for an ASGI application."""
 
-    def __init__(self, serve: Callable[[Exchange], Awaitable[None]]) -> None:
-        self._serve = serve
+    def __init__(self, name: str, serve: Callable[[Exchange], Awaitable[None]]) -> None:
+        self._name, self._serve = name, serve
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        await self._serve(scope["exchange"])
+        exchange: Exchange = scope["exchange"]
+        exchange.record.method = self._name
+        # All that is sent to this server asks for portraits.
+        exchange.record.makes_portraits = self._name.startswith("POST ")
+        await self._serve(exchange)
 
 
 def _route(method: str, path: str, serve: Callable[[Exchange], Awaitable[None]]) -> Route:
-    return Route(path, _Endpoint(serve), methods=[method])
+    return Route(path, _Endpoint(f"{method} {path}", serve), methods=[method])
 
 
 def _whole_number(name: str, text: str | None) -> int | None:

@@ -13,6 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from icportrait.errors import DeadlineMissed, IcPortraitError, InvalidRequest, Unavailable, to_caller
 from icportrait.gateway.api import Unread
+from icportrait.gateway.records import Record
 
 STATUS = {
     "INVALID_ARG": 400,
@@ -34,8 +35,6 @@ LINGER_S = 2.0
 A caller that is still sending wouldn't see the answer otherwise.
 """
 
-_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[\x21-\x7e]{0,64})?")
-_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _RETRY_AFTER = re.compile(r"retry_after_ms: (\d+)")
 JSON = (b"content-type", b"application/json")
 # nginx would hold events back until some kilobytes have come.
@@ -57,6 +56,12 @@ class Exchange:
             "0",
         )
         self._status_sent = self._is_stream = False
+        self.record = Record(
+            "http",
+            peer=self.peer,
+            request_id=self.header("x-request-id") or "",
+            traceparent=self.header("traceparent") or "",
+        )
         self._writes = asyncio.Lock()
         self.error_event = ""
         """The kind that an error has among events."""
@@ -98,6 +103,7 @@ class Exchange:
                 raise CallerGone
             self._has_more = message.get("more_body", False)
             if message["body"]:
+                self.record.received_bytes += len(message["body"])
                 return bytes(message["body"])
         return b""
 
@@ -157,6 +163,7 @@ class Exchange:
             await self._refuse(status, text, headers)
 
     async def _refuse(self, status: int, text: str, headers: Mapping[str, str]) -> None:
+        self.record.code, self.record.error = str(status), text
         body = json.dumps({"error": text}).encode()
         if self._status_sent:
             # Any other answer is left short of its length, so that no caller takes it for a whole one.
@@ -182,10 +189,11 @@ class Exchange:
 
     async def _start(self, status: int, headers: Iterable[tuple[bytes, bytes]]) -> None:
         self._status_sent = True
-        sent = list(headers)
-        for name, allowed in ((b"traceparent", _TRACEPARENT), (b"x-request-id", _REQUEST_ID)):
-            if (value := self._headers.get(name)) and allowed.fullmatch(value):
-                sent.append((name, value))
+        record = self.record
+        record.code = record.code or str(status)
+        sent = [*headers, (b"x-request-id", record.request_id.encode())]
+        if record.traceparent:
+            sent.append((b"traceparent", record.traceparent.encode()))
         if self._has_more:
             # What follows a body that isn't read is no request.
             sent.append((b"connection", b"close"))
@@ -200,6 +208,7 @@ class Exchange:
                 held.release(len(piece))
 
     async def _body(self, data: bytes | memoryview) -> None:
+        self.record.sent_bytes += len(data)
         await self._send({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _end(self) -> None:

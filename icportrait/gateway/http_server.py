@@ -23,6 +23,7 @@ import uvicorn
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from icportrait.gateway.api import ServerLimits
+from icportrait.gateway.records import Record, Records
 from icportrait.gateway.tls import READ_BYTES, Handshakes
 
 HEADER_BYTES = 64 * 2**10
@@ -39,12 +40,13 @@ _OF_BODIES = (b"content-length", b"transfer-encoding")
 class HttpServer(uvicorn.Server):
     """Serves an ASGI application. Whose process it is handles the signals."""
 
-    def __init__(self, app: Any, limits: ServerLimits) -> None:
+    def __init__(self, app: Any, limits: ServerLimits, records: Records) -> None:
         """Prepare the server. Call ``listen``, then ``serve`` until ``should_exit`` is set.
 
         Args:
             app: ASGI 3.
             limits: of its connections.
+            records: where refused connections are counted.
         """
         # The log has no line a request, and none that a caller can cause.
         logging.getLogger("uvicorn.error").setLevel(logging.ERROR)
@@ -62,7 +64,7 @@ class HttpServer(uvicorn.Server):
                 timeout_keep_alive=KEEP_ALIVE_S,
             )
         )
-        self.limits = limits
+        self.limits, self.records = limits, records
         self.waiting: dict[HttpConnection, None] = {}
         """Connections without a request, the longest waiting first."""
 
@@ -275,6 +277,8 @@ class HttpConnection(HttpToolsProtocol):
         if status is HTTPStatus.SERVICE_UNAVAILABLE:
             head += "retry-after: 1\r\n"
         self.transport.write(head.encode() + b"\r\n" + body)
+        peer = str((self.transport.get_extra_info("peername") or ("",))[0])
+        self._server.records.add(Record("http", peer=peer, code=str(status.value), error=text))
         self._is_deaf = True
         self._end_after(LINGER_S)
 

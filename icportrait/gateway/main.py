@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import resource
 import signal
@@ -22,7 +21,9 @@ from icportrait.gateway.grpc_door import GrpcDoor, serve_grpc
 from icportrait.gateway.host import EngineHost
 from icportrait.gateway.http_door import HttpDoor, serve_http
 from icportrait.gateway.kserve import KserveModels
+from icportrait.gateway.logs import AccessLog, begin_logs
 from icportrait.gateway.metrics import MetricsDoor, Sample, to_text, triton_text
+from icportrait.gateway.records import Records
 from icportrait.gateway.service import Service
 from icportrait.gateway.settings import Settings
 from icportrait.gateway.workers import Workers
@@ -42,7 +43,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> None:
     Raises:
         IcPortraitError: as ``serve`` does, or there is no room for a file.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    begin_logs(settings.log_level, settings.log_format)
     try:
         asyncio.run(serve(settings, say))
     except OSError as error:
@@ -99,12 +100,21 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
     )
     service = Service(manifest, policy, settings, host, workers)
     access, models, unread = Access(settings.api_keys), KserveModels(policy), Unread(settings.limits)
-    metrics = MetricsDoor(partial(_metrics_text, triton, service, host, workers, unread))
+    access_log = AccessLog(settings.access_log) if settings.access_log else None
+    records = Records(*([access_log.add] if access_log else []))
+
+    def samples() -> Iterable[Sample]:
+        yield from _samples(service, host, workers, unread)
+        yield from records.samples()
+        lost = access_log.lost if access_log else 0
+        yield "access_lines_lost_total", "counter", "Lines of the access log that couldn't be written", {}, lost
+
+    metrics = MetricsDoor(partial(_metrics_text, triton, host, samples))
     doors: list[GrpcDoor | HttpDoor] = []
     try:
-        grpc = serve_grpc(service, settings, access, models, unread)
+        grpc = serve_grpc(service, settings, access, models, unread, records)
         doors.append(await _listen("grpc_port", settings, grpc))
-        http = serve_http(service, settings, access, models, unread)
+        http = serve_http(service, settings, access, models, unread, records)
         doors.append(await _listen("http_port", settings, http))
         await _listen("metrics_port", settings, metrics.start(settings.metrics_host, settings.metrics_port))
         if warning := _openness(settings):
@@ -125,6 +135,8 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         await service.drain(settings.stop_timeout_s if stopped.is_set() else 0.0)
         await asyncio.gather(*(door.close(CLOSE_GRACE_S) for door in doors), metrics.close())
         await asyncio.gather(host.stop(), workers.stop())
+        if access_log:
+            await asyncio.to_thread(access_log.close)
     if not stopped.is_set():
         host.ended.result()
     say("stopped")
@@ -181,11 +193,9 @@ def _openness(settings: Settings) -> str | None:
     return f"warning: it listens on {settings.host}, and {' and '.join(missing)}" if missing else None
 
 
-async def _metrics_text(
-    triton: TritonServer, service: Service, host: EngineHost, workers: Workers, unread: Unread
-) -> str:
+async def _metrics_text(triton: TritonServer, host: EngineHost, samples: Callable[[], Iterable[Sample]]) -> str:
     theirs = await triton_text(triton.metrics_path) if host.refusal is None else ""
-    return theirs + to_text(_samples(service, host, workers, unread))
+    return theirs + to_text(samples())
 
 
 def _samples(service: Service, host: EngineHost, workers: Workers, unread: Unread) -> Iterable[Sample]:

@@ -26,9 +26,19 @@ def to_text(samples: Iterable[Sample]) -> str:
         if name != before:
             lines += [f"# HELP {PREFIX}{name} {description}", f"# TYPE {PREFIX}{name} {kind}"]
         before = name
-        inner = ",".join(f'{label}="{text}"' for label, text in labels.items())
-        lines.append(f"{PREFIX}{name}{f'{{{inner}}}' if inner else ''} {value:g}")
+        inner = ",".join(f'{label}="{_escaped(text)}"' for label, text in labels.items())
+        lines.append(f"{PREFIX}{name}{f'{{{inner}}}' if inner else ''} {_number(value)}")
     return "\n".join(lines) + "\n"
+
+
+def _number(value: float) -> str:
+    """Write a value with all its digits, because a counter of bytes has many."""
+    return str(int(value)) if value == int(value) else repr(value)
+
+
+def _escaped(text: str) -> str:
+    """Write a label's value as Prometheus reads it, because the name of a key may have any character."""
+    return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
 async def triton_text(path: Path) -> str:

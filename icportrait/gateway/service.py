@@ -30,6 +30,7 @@ from icportrait.errors import DeadlineMissed, IcPortraitError, PermissionDenied,
 from icportrait.gateway.api import Caller, Event, OnEvent, Portraits, Statistics
 from icportrait.gateway.c2pa_signing import MARK, Ingredient, Signed, encode_and_sign, read_ingredient
 from icportrait.gateway.engine import Engine, EngineLostError
+from icportrait.gateway.records import CURRENT, phase
 from icportrait.gateway.settings import Settings
 from icportrait.gateway.workers import Workers
 from icportrait.manifest import Manifest
@@ -204,7 +205,8 @@ class _Life:
         has_failed = False
         try:
             async with self._timeout:
-                await self._lease()
+                with phase("lease"):
+                    await self._lease()
                 return await (self._make_and_tell() if self._on_event else self._make())
         except IcPortraitError:
             has_failed = True
@@ -271,18 +273,22 @@ class _Life:
     async def _make(self) -> Portraits:
         began_ns = time.monotonic_ns()
         decoding_waits_ns, encoding_waits_ns = [0], [0]
-        (profile_crop, profile), (reference_crop, reference) = await _together(
-            self._prepare("profile", self._request.profile_box, decoding_waits_ns),
-            self._prepare("reference", self._request.reference_box, decoding_waits_ns),
-        )
-        if self._service.signs:
-            self._ingredients = tuple(await _together(*map(self._read_ingredient, self._files)))
+        with phase("prepare"):
+            (profile_crop, profile), (reference_crop, reference) = await _together(
+                self._prepare("profile", self._request.profile_box, decoding_waits_ns),
+                self._prepare("reference", self._request.reference_box, decoding_waits_ns),
+            )
+            if self._service.signs:
+                self._ingredients = tuple(await _together(*map(self._read_ingredient, self._files)))
         visibility = reference_visibility(self._service.preset, self._request.mask_ratio, self._request.seed)
         crops = profile[None], hide(reference, visibility)[None], visibility
         prepared_ns = time.monotonic_ns()
-        pixels, report = await self._denoise(crops)
+        with phase("pipeline"):
+            pixels, report = await self._denoise(crops)
         pixels_ns = time.monotonic_ns()
-        files = await self._encode(pixels, encoding_waits_ns)
+        _note_pipeline(prepared_ns, report, pixels_ns)
+        with phase("files"):
+            files = await self._encode(pixels, encoding_waits_ns)
         waited_ns = max(decoding_waits_ns) + max(encoding_waits_ns)
         prepared = {
             "crops": {"profile": profile_crop.to_dict(), "reference": reference_crop.to_dict()},
@@ -293,7 +299,8 @@ class _Life:
         metadata = self._service.metadata(self._request, prepared, report, pixels_ns) | self._signing(files)
         self.queued_ns = report["joined_ns"] - report["arrived_ns"] + waited_ns
         self._let_go(metadata["stage_ms"])
-        return Portraits(self._images(files), json.dumps(metadata).encode(), self._request.num_inference_steps)
+        steps = self._request.num_inference_steps
+        return Portraits(self._images(files), json.dumps(metadata).encode(), steps, self._request.rows * steps)
 
     async def _prepare(self, name: str, box: Box | None, waits_ns: list[int]) -> tuple[Crop, Array]:
         """Prepare a picture's crop and pixels, [S, S, 3]; note in ``waits_ns`` how long it waited for a process."""
@@ -448,6 +455,14 @@ class _Life:
             self._told_step = step
             if latent is not None:
                 engine.seen(self._request.key)
+
+
+def _note_pipeline(began_ns: int, report: Mapping[str, Any], ended_ns: int) -> None:
+    """Note the parts of the pipeline that its report has, as parts of the current request's way."""
+    if record := CURRENT.get():
+        times = began_ns, *(report[f"{name}_ns"] for name in ("arrived", "joined", "conditioned", "denoised")), ended_ns
+        names = "vae_encoder", "queue", "warping", "steps", "vae_decoder"
+        record.phases += zip(names, times, times[1:], strict=False)
 
 
 async def _together(*parts: Coroutine[Any, Any, Result]) -> list[Result]:

@@ -24,6 +24,7 @@ from typing import Any
 
 from icportrait.errors import IcPortraitError
 from icportrait.gateway.api import ServerLimits, descriptors_of_door
+from icportrait.gateway.logs import FORMATS, LEVELS
 
 PREFIX = "ICPORTRAIT_"
 """Prefix of the environment's variables. Others that begin so are let pass, because Kubernetes makes some."""
@@ -66,6 +67,10 @@ class Settings:
     c2pa_key: Path | None = _setting(None, "PEM file of the certificate's key (PKCS #8, without a password)")
     c2pa_algorithm: str = _setting("es256", f"of the key: {', '.join(C2PA_ALGORITHMS)}")
     c2pa_timestamp_url: str | None = _setting(None, "time-stamp authority (RFC 3161) that is asked for every picture")
+
+    log_level: str = _setting("info", f"least level of the log's lines: {', '.join(LEVELS)}")
+    log_format: str = _setting("text", "of the log on standard error: text, or json, an object a line")
+    access_log: str | None = _setting(None, "file of a JSON line for each answer; - is standard error")
 
     connections: int = _setting(LIMITS.connections, "at once, of one door", 1)
     message_bytes: int = _setting(LIMITS.message_bytes, "of one request", 1)
@@ -226,6 +231,9 @@ def _check(settings: Settings) -> None:
         raise IcPortraitError(f"c2pa_timestamp_url: {settings.c2pa_timestamp_url!r}, expected http:// or https://")
     if settings.c2pa_timestamp_url and not settings.c2pa_certificate:
         raise IcPortraitError("c2pa_timestamp_url: given without c2pa_certificate, expected both")
+    for name, allowed in (("log_level", LEVELS), ("log_format", FORMATS)):
+        if getattr(settings, name) not in allowed:
+            raise IcPortraitError(f"{name}: {getattr(settings, name)!r}, expected {' or '.join(allowed)}")
     for name in ("api_keys", "tls_certificate", "tls_key", "tls_client_ca", "c2pa_certificate", "c2pa_key"):
         path = getattr(settings, name)
         if path and not path.is_file():

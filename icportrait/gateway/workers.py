@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import math
 import multiprocessing
@@ -60,6 +61,8 @@ class _Turn:
     waited_ns: int = 0
     deaths: int = 0
     """Processes that have died over it."""
+    context: contextvars.Context = field(default_factory=contextvars.copy_context)
+    """The request's that asked first, for the log."""
 
     @property
     def is_large(self) -> bool:
@@ -260,7 +263,7 @@ class Workers:
             turn.waited_ns += time.monotonic_ns() - turn.waits_since_ns
             worker = self._free.pop()
             worker.turn = turn
-            self._spawn(self._serve(worker, turn))
+            self._spawn(self._serve(worker, turn), turn.context)
 
     async def _serve(self, worker: _Worker, turn: _Turn) -> None:
         try:
@@ -333,8 +336,8 @@ class Workers:
         self._free.append(worker)
         self._assign()
 
-    def _spawn(self, coroutine: Any) -> None:
-        task = asyncio.get_running_loop().create_task(coroutine)
+    def _spawn(self, coroutine: Any, context: contextvars.Context | None = None) -> None:
+        task = asyncio.get_running_loop().create_task(coroutine, context=context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 

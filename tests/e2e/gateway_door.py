@@ -25,6 +25,7 @@ from icportrait.gateway.access import Access
 from icportrait.gateway.api import Caller, Event, OnEvent, Portraits, ServerLimits, Statistics, Unread
 from icportrait.gateway.grpc_door import GrpcDoor, serve_grpc
 from icportrait.gateway.kserve import KserveModels
+from icportrait.gateway.records import Records
 from icportrait.policy import ServingPolicy
 from icportrait.request import parse_request
 
@@ -143,6 +144,7 @@ class Running:
     service: FakeService
     door: GrpcDoor
     unread: Unread
+    records: Records
     loop: asyncio.AbstractEventLoop
     log: list[str]
     """Messages to the loop's exception handler."""
@@ -172,9 +174,10 @@ def open_door(access: Access | None = None, settings: DoorSettings | None = None
     loop.set_exception_handler(lambda _, context: log.append(str(context)))
     models = KserveModels(ServingPolicy())
     try:
-        opened = serve_grpc(service, settings, access or Access(), models, unread)
+        records = Records()
+        opened = serve_grpc(service, settings, access or Access(), models, unread, records)
         door = asyncio.run_coroutine_threadsafe(opened, loop).result(30)
-        running = Running(service, door, unread, loop, log)
+        running = Running(service, door, unread, records, loop, log)
         try:
             yield running
         finally:

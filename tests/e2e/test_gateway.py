@@ -166,7 +166,7 @@ def test_keys_are_asked_for_and_share_nothing_that_is_kept(tmp_path: Path, pictu
         sections += made.stdout
     (tmp_path / "keys.toml").write_text(sections + "priorities = [1, 2]\n")
     repository = simulated_repository(tmp_path, {"unet": 1})
-    flags = (f"--api-keys={tmp_path / 'keys.toml'}",)
+    flags = (f"--api-keys={tmp_path / 'keys.toml'}", f"--access-log={tmp_path / 'access.log'}", "--log-format=json")
 
     def call(key: str | None, **values: Any) -> None:
         headers = {"authorization": f"Bearer {key}"} if key else None
@@ -189,4 +189,24 @@ def test_keys_are_asked_for_and_share_nothing_that_is_kept(tmp_path: Path, pictu
         for key, expected in (("one", [0, 2]), ("one", [2, 2]), ("two", [2, 4]), ("two", [4, 4])):
             call(keys[key])
             assert counts() == expected, key
-        assert not any(key in server.errors() for key in keys.values())
+        found = series(server.metrics_url, "icportrait_gateway_")
+        assert found['icportrait_gateway_answers_total{door="grpc",kind="portraits",code="OK"}'] == 4
+        assert found['icportrait_gateway_answers_total{door="grpc",kind="portraits",code="UNAUTHENTICATED"}'] == 2
+        assert found['icportrait_gateway_key_answers_total{key="two",code="PERMISSION_DENIED"}'] == 1
+        assert found['icportrait_gateway_key_portraits_total{key="one"}'] == 2
+        assert found['icportrait_gateway_key_row_steps_total{key="two"}'] == 2
+        (tmp_path / "keys.toml").write_text("not TOML")
+        while not (warned := [line for line in server.errors().splitlines() if "read before it still count" in line]):
+            with pytest.raises(InferenceServerException):
+                call(None)
+        assert json.loads(warned[0])["level"] == "warning" and json.loads(warned[0])["request_id"]
+    lines = [json.loads(line) for line in (tmp_path / "access.log").read_text().splitlines()]
+    portraits = [line for line in lines if line.get("portraits")]
+    assert [line["key"] for line in portraits] == ["one", "one", "two", "two"]
+    for line in portraits:
+        assert line["stage_ms"]["denoise"] > 0 and line["sent_bytes"] > 1000 and line["code"] == "OK"
+        parts = "lease", "prepare", "vae_encoder", "queue", "warping", "steps", "vae_decoder", "pipeline", "files"
+        assert set(line["phases_ms"]) == set(parts)
+    assert [line["code"] for line in lines[:3]] == ["UNAUTHENTICATED", "UNAUTHENTICATED", "PERMISSION_DENIED"]
+    for text in (server.errors(), (tmp_path / "access.log").read_text()):
+        assert not any(key in text for key in keys.values())

@@ -46,7 +46,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from tritonclient.utils import InferenceServerException
 
 from icportrait.errors import Unavailable
-from icportrait.gateway.access import Access
+from icportrait.gateway.access import Access, new_key
 from icportrait.gateway.api import OWN_DESCRIPTORS, ServerLimits
 from icportrait.gateway.grpc_connections import OWN_FRAMES_AT_ONCE, READ_BYTES, Connection
 from icportrait.gateway.wire import MAX_HEAD_BYTES
@@ -543,6 +543,61 @@ class TestAccess:
             stub.ModelInfer(request(), metadata=key)
             (answer,) = stub.ModelStreamInfer(iter([request()]), metadata=key)
             assert not answer.error_message
+
+
+class TestRecords:
+    """Each answer is counted once, under its code, early refusals too."""
+
+    def until_counted(self, running: Running, **expected: int) -> None:
+        """Wait for so many answers of ``kind__code``, and see no others."""
+        wanted = {("grpc", *name.split("__")): count for name, count in expected.items()}
+        until(running, lambda: dict(running.records.counts) == wanted)
+
+    def test_answers_and_refusals_of_calls(self, tmp_path: Path) -> None:
+        key, section = new_key("studio")
+        (tmp_path / "keys.toml").write_text(section + "requests_per_day = 3\n")
+        settings = DoorSettings(limits=ServerLimits(message_bytes=1000))
+        headers = [("authorization", f"Bearer {key}")]
+        with open_door(Access(tmp_path / "keys.toml"), settings) as running, raw_stub(running) as stub:
+            stub.ModelInfer(request(), metadata=headers)
+            codes = [refused(stub.ModelInfer, request())[0]]
+            codes += [refused(stub.ModelInfer, request(seed=1000), metadata=headers)[0]]
+            codes += [refused(stub.ModelInfer, request(profile=b"x" * 2000), metadata=headers)[0]]
+            codes += [refused(stub.ModelInfer, request(), metadata=headers)[0]]
+            stub.ServerLive(service_pb2.ServerLiveRequest())
+            assert codes == ["UNAUTHENTICATED", "INVALID_ARGUMENT", "RESOURCE_EXHAUSTED", "RESOURCE_EXHAUSTED"]
+            self.until_counted(
+                running,
+                portraits__OK=1,
+                portraits__UNAUTHENTICATED=1,
+                portraits__INVALID_ARGUMENT=1,
+                portraits__RESOURCE_EXHAUSTED=2,
+                other__OK=1,
+            )
+            usage = running.records.usage["studio"]
+            assert usage.answers == {"OK": 1, "INVALID_ARGUMENT": 1, "RESOURCE_EXHAUSTED": 2}
+            assert usage.portraits == 1 and usage.received_bytes > 0 and usage.sent_bytes > 100
+
+    def test_each_request_of_a_stream_is_counted_and_the_stream_is_not(self, running: Running) -> None:
+        with raw_stub(running) as stub:
+            sent = [request("ic_portrait_stream"), request("ic_portrait_stream", seed=1001), request("none")]
+            assert len(list(stub.ModelStreamInfer(iter(sent)))) >= 3
+            self.until_counted(running, portraits__OK=1, portraits__UNAVAILABLE=1, portraits__NOT_FOUND=1)
+
+    def test_a_request_that_ends_its_stream_is_counted_once(self, running: Running) -> None:
+        with raw_stub(running) as stub:
+            call = stub.ModelStreamInfer(
+                iter([request("ic_portrait_stream", seed=1001)]), metadata=[("triton_grpc_error", "true")]
+            )
+            assert refused(list, call)[0] == "UNAVAILABLE"
+            self.until_counted(running, portraits__UNAVAILABLE=1)
+
+    def test_a_call_whose_caller_leaves_is_counted_as_cancelled(self, running: Running) -> None:
+        with raw_stub(running) as stub:
+            call = stub.ModelInfer.future(request(seed=HELD))
+            running.service.until(begun=1)
+            call.cancel()
+            self.until_counted(running, portraits__CANCELLED=1)
 
 
 class TestTls:

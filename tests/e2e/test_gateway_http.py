@@ -11,6 +11,7 @@ import gzip
 import http.client
 import io
 import json
+import re
 import select
 import socket
 import subprocess
@@ -44,6 +45,7 @@ from icportrait.gateway.access import Access, new_key
 from icportrait.gateway.api import ServerLimits, Unread
 from icportrait.gateway.http_door import HttpDoor, serve_http
 from icportrait.gateway.kserve import KserveModels
+from icportrait.gateway.records import Records
 from icportrait.policy import ServingPolicy
 from tests.e2e.caller import generate, tensors
 from tests.e2e.gateway_service import IMAGE, SmallService
@@ -79,7 +81,9 @@ class Running:
 
     async def _open(self, settings: Settings, keys: Path | None) -> HttpDoor:
         self.service = SmallService()
-        return await serve_http(self.service, settings, Access(keys), KserveModels(ServingPolicy()), self.unread)
+        self.records = Records()
+        models = KserveModels(ServingPolicy())
+        return await serve_http(self.service, settings, Access(keys), models, self.unread, self.records)
 
     def _run(self, work: Any) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result(30)
@@ -499,7 +503,8 @@ class TestStatus:
             _, headers, _ = ask(door, path, body, sent)
             assert (headers["traceparent"], headers["x-request-id"]) == (trace, "mine-1")
         _, headers, _ = ask(door, "/v2", None, {"traceparent": "00-x", "x-request-id": "a" * 200})
-        assert (headers["traceparent"], headers["x-request-id"]) == (None, None)
+        assert headers["traceparent"] is None
+        assert re.fullmatch("[0-9a-f]{16}", headers["x-request-id"]), "one that the server has made"
 
     def test_the_document_and_the_page_name_every_path(self, door: Running) -> None:
         document = json.loads(ask(door, "/openapi.json")[2])
@@ -519,6 +524,60 @@ class TestStatus:
             "default": 1,
         }
         assert form["required"] == ["profile", "reference"]
+
+
+class TestRecords:
+    """Each answer is counted once, under its code, early refusals too."""
+
+    def counts(self, door: Running) -> dict[tuple[str, str, str], int]:
+        return door.call(lambda: dict(door.records.counts))  # type: ignore[no-any-return]
+
+    def until_counted(self, door: Running, **expected: int) -> None:
+        """Wait for so many answers of ``kind_code``, and see no others."""
+        wanted = {("http", *name.split("_")): count for name, count in expected.items()}
+        until(lambda: self.counts(door) == wanted, f"{wanted}, not {self.counts(door)}")
+
+    def test_answers_and_refusals_of_requests(self, opened: Callable[..., Running], tmp_path: Path) -> None:
+        key, section = new_key("studio")
+        (tmp_path / "keys.toml").write_text(section + "requests_per_day = 2\n")
+        door = opened(message_bytes=1000, keys=tmp_path / "keys.toml")
+        sent = {"authorization": f"Bearer {key}"}
+        statuses = [
+            ask(door, GENERATE, json.dumps(TEXTS).encode(), sent)[0],
+            ask(door, GENERATE, b"{}", sent)[0],
+            ask(door, GENERATE, json.dumps(TEXTS).encode(), sent)[0],
+            ask(door, GENERATE, json.dumps(TEXTS).encode())[0],
+            ask(door, GENERATE, b"x" * 2000, sent)[0],
+            ask(door, "/v2/health/live", None)[0],
+            ask(door, "/none", None)[0],
+        ]
+        assert statuses == [200, 400, 429, 401, 413, 200, 404]
+        portraits = {f"portraits_{status}": 1 for status in (200, 400, 429, 401, 413)}
+        self.until_counted(door, **portraits, other_200=1, other_404=1)
+        usage = door.call(lambda: door.records.usage)
+        assert usage["studio"].answers == {"200": 1, "400": 1, "429": 1, "413": 1}
+        assert (usage["studio"].portraits, usage[""].answers) == (1, {"401": 1})
+        assert usage["studio"].received_bytes == 2 * len(json.dumps(TEXTS)) + 2 + 2000
+
+    def test_refusals_of_connections(self, opened: Callable[..., Running]) -> None:
+        door = opened(connections=1, header_timeout_s=0.2)
+        with raw(door, post(GENERATE, json.dumps({**TEXTS, "num_inference_steps": 150}).encode())):
+            until(lambda: door.service.running, "a request runs")
+            with raw(door) as second:
+                assert answer_of(second).startswith(b"HTTP/1.1 503")
+            self.until_counted(door, other_503=1)
+        until(lambda: door.service.cancelled, "its caller's leaving was seen")
+        for data, status in ((b"nothing of HTTP\r\n\r\n", 400), (b"GET / HTTP/1.1\r\na: " + b"b" * 70_000, 431)):
+            with raw(door, data) as connection:
+                assert answer_of(connection).startswith(b"HTTP/1.1 %d" % status)
+        with raw(door, b"GET / HT") as connection:
+            assert answer_of(connection).startswith(b"HTTP/1.1 408")
+        self.until_counted(door, portraits_499=1, other_503=1, other_400=1, other_431=1, other_408=1)
+
+    def test_a_stream_that_fails_is_no_answer_of_200(self, door: Running) -> None:
+        door.service.fails = DeadlineMissed("deadline_ms: passed after 3 steps")
+        assert ask(door, STREAM, json.dumps(TEXTS).encode())[0] == 200
+        self.until_counted(door, portraits_504=1)
 
 
 class TestKeys:
