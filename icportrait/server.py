@@ -2,8 +2,8 @@
 
 This process is the gateway (``gateway.main``), which starts a private Triton, and starts it again when a part of it
 ends. It listens on loopback where no setting says otherwise. SIGTERM, SIGINT and SIGHUP end it once all that it has let
-in is answered. ``icportrait-server config`` prints the settings that a run would have, and ``icportrait-server key``
-makes an API key.
+in is answered. ``icportrait-server config`` prints the settings that a run would have, ``icportrait-server doctor``
+looks at the machine, and ``icportrait-server key`` makes an API key.
 """
 
 from __future__ import annotations
@@ -22,9 +22,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from icportrait.deploy.stub_processes import dying_with_parent, log_hint
 from icportrait.errors import IcPortraitError
+
+if TYPE_CHECKING:
+    from icportrait.gateway.settings import Settings
 
 HOST = "127.0.0.1"
 NOT_EPHEMERAL = range(16384, 32768)
@@ -162,11 +166,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "command",
         nargs="?",
-        choices=("serve", "config", "key"),
+        choices=("serve", "config", "doctor", "key"),
         default="serve",
-        help="serve; config prints the settings that a run would have; key makes an API key (default: serve)",
+        help="serve; config prints the settings that a run would have; doctor says what on this machine is in the way "
+        "of a run; key makes an API key (default: serve)",
     )
     parser.add_argument("name", nargs="?", help="of the key")
+    parser.add_argument("--json", action="store_true", help="of doctor: print JSON")
     add_flags(parser)
     args = parser.parse_args(argv)
     try:
@@ -176,6 +182,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.command == "config":
             print(settings.to_toml(), end="")
             return 0
+        if args.command == "doctor":
+            return _examine(settings, args.json)
         if settings.repository is None:
             raise IcPortraitError(
                 "repository: missing, expected a folder assembled by python -m icportrait.deploy.repository"
@@ -206,6 +214,14 @@ def _let_go_of_output() -> None:
         except OSError:
             with Path(os.devnull).open("wb") as nowhere:
                 os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def _examine(settings: Settings, as_json: bool) -> int:
+    from icportrait.gateway.doctor import examine, is_fit, to_json, to_table
+
+    findings = examine(settings)
+    print(to_json(findings) if as_json else to_table(findings))
+    return 0 if is_fit(findings) else 1
 
 
 def _make_key(name: str | None) -> int:

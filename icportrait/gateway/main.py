@@ -16,6 +16,7 @@ from icportrait.errors import IcPortraitError
 from icportrait.gateway.access import Access
 from icportrait.gateway.api import Unread
 from icportrait.gateway.c2pa_signing import describe, read_credentials
+from icportrait.gateway.certificates import ends_of_certificates
 from icportrait.gateway.engine import Engine
 from icportrait.gateway.grpc_door import GrpcDoor, serve_grpc
 from icportrait.gateway.host import EngineHost
@@ -100,12 +101,16 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
     )
     service = Service(manifest, policy, settings, host, workers)
     access, models, unread = Access(settings.api_keys), KserveModels(policy), Unread(settings.limits)
+    ends = ends_of_certificates(settings)
     access_log = AccessLog(settings.access_log) if settings.access_log else None
     records = Records(*([access_log.add] if access_log else []))
 
     def samples() -> Iterable[Sample]:
         yield from _samples(service, host, workers, unread)
         yield from records.samples()
+        for name, end in ends.items():
+            help_text = "Moment from which a certificate isn't valid any more, in seconds since 1970"
+            yield "certificate_end_seconds", "gauge", help_text, {"setting": name}, end.timestamp()
         lost = access_log.lost if access_log else 0
         yield "access_lines_lost_total", "counter", "Lines of the access log that couldn't be written", {}, lost
 
