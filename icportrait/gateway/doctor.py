@@ -227,7 +227,7 @@ def _gpu(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome, s
         text = f"{error}; {driver}" if needed else f"none, and runtime {policy.runtime} needs none; {driver}"
         yield Outcome.FAULT if needed else Outcome.GOOD, text
     else:
-        yield Outcome.GOOD, f"{gpu.name}, {_megabytes(gpu.total_bytes)}, CUDA {gpu.driver_cuda}; {driver}"
+        yield Outcome.GOOD, f"{gpu.name}, {_megabytes(gpu.total_bytes)}, CUDA {gpu.driver_cuda_version}; {driver}"
 
 
 def _plans(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome, str]]:

@@ -27,6 +27,7 @@ from icportrait.gateway.metrics import MetricsDoor, Sample, to_text, triton_text
 from icportrait.gateway.records import Records
 from icportrait.gateway.service import Service
 from icportrait.gateway.settings import Settings
+from icportrait.gateway.traces import Traces
 from icportrait.gateway.workers import Workers
 from icportrait.manifest import Manifest
 
@@ -103,7 +104,9 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
     access, models, unread = Access(settings.api_keys), KserveModels(policy), Unread(settings.limits)
     ends = ends_of_certificates(settings)
     access_log = AccessLog(settings.access_log) if settings.access_log else None
-    records = Records(*([access_log.add] if access_log else []))
+    traces = Traces(settings.otlp_endpoint, settings.trace_share) if settings.otlp_endpoint else None
+    # The traces first, because the access log's line has the trace's id.
+    records = Records(*(listener.add for listener in (traces, access_log) if listener))
 
     def samples() -> Iterable[Sample]:
         yield from _samples(service, host, workers, unread)
@@ -140,8 +143,9 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         await service.drain(settings.stop_timeout_s if stopped.is_set() else 0.0)
         await asyncio.gather(*(door.close(CLOSE_GRACE_S) for door in doors), metrics.close())
         await asyncio.gather(host.stop(), workers.stop())
-        if access_log:
-            await asyncio.to_thread(access_log.close)
+        for listener in (traces, access_log):
+            if listener:
+                await asyncio.to_thread(listener.close)
     if not stopped.is_set():
         host.ended.result()
     say("stopped")

@@ -25,6 +25,11 @@ from icportrait.gateway.metrics import Sample
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,64})?")
 ERROR_CHARACTERS = 300
+COMMON_CODES = {
+    "grpc": ("OK", "INVALID_ARGUMENT", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL"),
+    "http": ("200", "400", "401", "429", "503", "500"),
+}
+"""Codes that are counted from the start, so that Prometheus sees the first answer of each as a rise."""
 OF_METADATA = ("seed", "steps", "queue_ms", "encode_ms", "warp_ms", "engine_ms", "rows_shared", "stage_ms")
 """Members of an answer's metadata that its line has too."""
 
@@ -42,6 +47,7 @@ class Record:
     request_id: str = ""
     """The caller's ``x-request-id``, or one that is made here."""
     traceparent: str = ""
+    trace_id: str = ""
     key: str = ""
     """Name of the API key; never the key."""
     code: str = ""
@@ -63,6 +69,7 @@ class Record:
             self.request_id = secrets.token_hex(8)
         if not TRACEPARENT.fullmatch(self.traceparent):
             self.traceparent = ""
+        self.trace_id = self.traceparent[3:35]
 
     def note(self, portraits: Portraits) -> None:
         """Note what the request was answered with."""
@@ -131,7 +138,8 @@ class Records:
 
     def samples(self) -> Iterable[Sample]:
         """Return the counts as metrics of the gateway."""
-        for (door, kind, code), count in sorted(self.counts.items()):
+        known = {(door, "portraits", code): 0 for door, codes in COMMON_CODES.items() for code in codes}
+        for (door, kind, code), count in sorted((known | self.counts).items()):
             labels = {"door": door, "kind": kind, "code": code}
             yield "answers_total", "counter", "Answers of the doors, refusals among them", labels, count
         usage = sorted(self.usage.items())
@@ -163,8 +171,8 @@ def access_line(record: Record) -> str:
         "received_bytes": record.received_bytes,
         "sent_bytes": record.sent_bytes,
     }
-    if record.traceparent:
-        line["trace_id"] = record.traceparent.split("-")[1]
+    if record.trace_id:
+        line["trace_id"] = record.trace_id
     if record.error:
         line["error"] = record.error[:ERROR_CHARACTERS]
     if record.makes_portraits:

@@ -286,7 +286,7 @@ class _Life:
         with phase("pipeline"):
             pixels, report = await self._denoise(crops)
         pixels_ns = time.monotonic_ns()
-        _note_pipeline(prepared_ns, report, pixels_ns)
+        _note_pipeline(report)
         with phase("files"):
             files = await self._encode(pixels, encoding_waits_ns)
         waited_ns = max(decoding_waits_ns) + max(encoding_waits_ns)
@@ -457,9 +457,10 @@ class _Life:
                 engine.seen(self._request.key)
 
 
-def _note_pipeline(began_ns: int, report: Mapping[str, Any], ended_ns: int) -> None:
-    """Note the parts of the pipeline that its report has, as parts of the current request's way."""
+def _note_pipeline(report: Mapping[str, Any]) -> None:
+    """Note the parts of the pipeline that its report has, as parts of the current request's way; it has just ended."""
     if record := CURRENT.get():
+        _, began_ns, ended_ns = record.phases[-1]
         times = began_ns, *(report[f"{name}_ns"] for name in ("arrived", "joined", "conditioned", "denoised")), ended_ns
         names = "vae_encoder", "queue", "warping", "steps", "vae_decoder"
         record.phases += zip(names, times, times[1:], strict=False)

@@ -72,6 +72,9 @@ class Settings:
     log_format: str = _setting("text", "of the log on standard error: text, or json, an object a line")
     access_log: str | None = _setting(None, "file of a JSON line for each answer; - is standard error")
 
+    otlp_endpoint: str | None = _setting(None, "OpenTelemetry collector that gets traces, as http://127.0.0.1:4317")
+    trace_share: float = _setting(1.0, "of requests without traceparent that are traced", 0, 1)
+
     connections: int = _setting(LIMITS.connections, "at once, of one door", 1)
     message_bytes: int = _setting(LIMITS.message_bytes, "of one request", 1)
     incoming_bytes: int = _setting(LIMITS.incoming_bytes, "of requests that one door is reading", 1)
@@ -231,6 +234,8 @@ def _check(settings: Settings) -> None:
         raise IcPortraitError(f"c2pa_timestamp_url: {settings.c2pa_timestamp_url!r}, expected http:// or https://")
     if settings.c2pa_timestamp_url and not settings.c2pa_certificate:
         raise IcPortraitError("c2pa_timestamp_url: given without c2pa_certificate, expected both")
+    if settings.otlp_endpoint and not settings.otlp_endpoint.startswith(("http://", "https://")):
+        raise IcPortraitError(f"otlp_endpoint: {settings.otlp_endpoint!r}, expected http:// or https://")
     for name, allowed in (("log_level", LEVELS), ("log_format", FORMATS)):
         if getattr(settings, name) not in allowed:
             raise IcPortraitError(f"{name}: {getattr(settings, name)!r}, expected {' or '.join(allowed)}")

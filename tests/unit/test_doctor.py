@@ -1,4 +1,4 @@
-"""``icportrait-server doctor``: each thing that is wrong with a machine or a setting is found and told how to mend it."""
+"""``icportrait-server doctor``: each fault of a machine or a setting is found, and told how to mend it."""
 
 from __future__ import annotations
 
@@ -57,9 +57,8 @@ def test_a_port_in_use_is_a_fault_and_the_command_ends_with_1(quick: None, capsy
         flags = [f"--{name}-port={port}" for name, port in (vars(Ports.free()) | {"http": port}).items()]
         assert main(["doctor", *flags]) == 1
     lines = capsys.readouterr().out.splitlines()
-    assert any(
-        line.startswith("fault") and f"http_port: 127.0.0.1:{port}: Address already in use" in line for line in lines
-    )
+    (fault,) = [line for line in lines if line.startswith("fault")]
+    assert f"http_port: 127.0.0.1:{port}: Address already in use" in fault
     assert lines[-1].startswith("1 faults")
 
 

@@ -249,7 +249,11 @@ def test_every_input_and_output_has_its_word() -> None:
 
 def test_every_metric_is_described() -> None:
     text = (ROOT / "docs" / "operations.md").read_text()
-    gateway = re.findall(r'"(\w+)", "(?:gauge|counter)"', (ROOT / "icportrait/gateway/main.py").read_text())
+    gateway = [
+        name
+        for module in ("main", "records")
+        for name in re.findall(r'"(\w+)", "(?:gauge|counter)"', (ROOT / f"icportrait/gateway/{module}.py").read_text())
+    ]
     assert gateway
     ours = [*FAMILIES, *(name.removeprefix("icportrait_") for name in CACHE_COUNTERS | ENGINE_COUNTERS)]
     for name in [*ours, *(f"gateway_{name}" for name in gateway)]:
