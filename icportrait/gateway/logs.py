@@ -81,7 +81,7 @@ class AccessLog:
             handler = logging.StreamHandler() if place == ON_STANDARD_ERROR else WatchedFileHandler(place)
         except OSError as error:
             raise IcPortraitError(f"access_log: {place}: {error.strerror}") from error
-        handler.handleError = self._lose  # type: ignore[method-assign]
+        handler.handleError = self._lose  # type: ignore[method-assign,assignment]
         self._handler: logging.Handler = handler
         self._lines: queue.Queue[logging.LogRecord | None] = queue.Queue(MOST_LINES)
         self._thread = threading.Thread(target=self._write, name="access-log", daemon=True)

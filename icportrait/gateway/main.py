@@ -102,7 +102,7 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
     )
     service = Service(manifest, policy, settings, host, workers)
     access, models, unread = Access(settings.api_keys), KserveModels(policy), Unread(settings.limits)
-    ends = ends_of_certificates(settings)
+    certificate_ends = ends_of_certificates(settings)
     access_log = AccessLog(settings.access_log) if settings.access_log else None
     traces = Traces(settings.otlp_endpoint, settings.trace_share) if settings.otlp_endpoint else None
     # The traces first, because the access log's line has the trace's id.
@@ -111,7 +111,7 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
     def samples() -> Iterable[Sample]:
         yield from _samples(service, host, workers, unread)
         yield from records.samples()
-        for name, end in ends.items():
+        for name, end in certificate_ends.items():
             help_text = "Moment from which a certificate isn't valid any more, in seconds since 1970"
             yield "certificate_end_seconds", "gauge", help_text, {"setting": name}, end.timestamp()
         lost = access_log.lost if access_log else 0
