@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import icportrait.pictures.prepare  # noqa: F401  (what a picture needs)
 from icportrait.gateway import c2pa_signing
+from icportrait.gateway.sandbox import begin_filter
 from icportrait.pictures import finder
 
 Result = TypeVar("Result")
@@ -18,14 +19,17 @@ OVER_TIME = signal.SIGPROF
 """Ends a process whose picture takes too much time, wherever in a decoder it is."""
 
 
-def begin(credentials: c2pa_signing.Credentials | None = None) -> None:
-    """Load what the first picture would wait for.
+def begin(credentials: c2pa_signing.Credentials | None = None, is_filtered: bool = False) -> None:
+    """Load what the first picture would wait for, and give up what no picture needs.
 
     Args:
         credentials: what portraits are signed with; None where they aren't.
+        is_filtered: see ``sandbox.begin_filter``.
     """
     finder.load()
     c2pa_signing.begin(credentials)
+    if is_filtered:
+        begin_filter(needs_network=credentials is not None and credentials.timestamp_url is not None)
 
 
 def bounded(function: Callable[..., Result], cpu_s: float, memory_bytes: int, *arguments: Any) -> Result:

@@ -31,6 +31,7 @@ from icportrait.gateway.api import OWN_DESCRIPTORS
 from icportrait.gateway.c2pa_signing import read_credentials
 from icportrait.gateway.certificates import days_left, ends_of_certificates
 from icportrait.gateway.logs import ON_STANDARD_ERROR
+from icportrait.gateway.sandbox import can_filter, filter_wanted
 from icportrait.gateway.settings import Settings
 from icportrait.gateway.tls import server_context
 from icportrait.manifest import Manifest
@@ -251,7 +252,7 @@ def _ports(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome,
                 probe.bind(address)
                 probe.listen()
         except (OSError, UnicodeError) as error:
-            reason = os.strerror(error.errno) if isinstance(error, OSError) and (error.errno or 0) > 0 else str(error)
+            reason = getattr(error, "strerror", None) or str(error)
             yield Outcome.FAULT, f"{name}: {host}:{port}: {reason}; end what listens there, or choose another"
         else:
             free.append(f"{host}:{port}")
@@ -291,9 +292,18 @@ def _access_log(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Out
             yield Outcome.GOOD, f"{place}: {_megabytes(shutil.disk_usage(place.parent).free)} left"
 
 
+def _sandbox(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome, str]]:
+    if filter_wanted(settings.picture_sandbox):
+        yield Outcome.GOOD, "pictures' processes have no network, start no programs and write no files"
+    else:
+        yield Outcome.WARNING, f"pictures' processes aren't filtered: {can_filter() or 'picture_sandbox is off'}"
+
+
 def _user(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome, str]]:
-    if os.geteuid() == 0:
-        yield Outcome.WARNING, "this is root; run the server as a user of its own (systemd: User=)"
+    if os.geteuid() == 0 and not settings.user:
+        yield Outcome.WARNING, "this is root; name a user that the server becomes (--user), or start it as one"
+    elif os.geteuid() == 0:
+        yield Outcome.GOOD, f"root, which becomes {settings.user}"
     else:
         yield Outcome.GOOD, f"number {os.geteuid()}"
 
@@ -317,5 +327,6 @@ CHECKS: dict[str, Check] = {
     "certificates": _certificates,
     "api keys": _keys,
     "access log": _access_log,
+    "sandbox": _sandbox,
     "user": _user,
 }

@@ -25,6 +25,7 @@ from icportrait.gateway.kserve import KserveModels
 from icportrait.gateway.logs import AccessLog, begin_logs
 from icportrait.gateway.metrics import MetricsDoor, Sample, to_text, triton_text
 from icportrait.gateway.records import Records
+from icportrait.gateway.sandbox import become, filter_wanted
 from icportrait.gateway.service import Service
 from icportrait.gateway.settings import Settings
 from icportrait.gateway.traces import Traces
@@ -99,6 +100,7 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         settings.picture_memory_bytes,
         settings.picture_timeout_s,
         credentials,
+        filter_wanted(settings.picture_sandbox),
     )
     service = Service(manifest, policy, settings, host, workers)
     access, models, unread = Access(settings.api_keys), KserveModels(policy), Unread(settings.limits)
@@ -125,6 +127,9 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         http = serve_http(service, settings, access, models, unread, records)
         doors.append(await _listen("http_port", settings, http))
         await _listen("metrics_port", settings, metrics.start(settings.metrics_host, settings.metrics_port))
+        if settings.user:
+            # Files of TLS and of keys are read, and ports are open; no process was started yet.
+            become(settings.user)
         if warning := _openness(settings):
             say(warning)
         if credentials:

@@ -25,6 +25,7 @@ from typing import Any
 from icportrait.errors import IcPortraitError
 from icportrait.gateway.api import ServerLimits, descriptors_of_door
 from icportrait.gateway.logs import FORMATS, LEVELS
+from icportrait.gateway.sandbox import MODES
 
 PREFIX = "ICPORTRAIT_"
 """Prefix of the environment's variables. Others that begin so are let pass, because Kubernetes makes some."""
@@ -57,6 +58,9 @@ class Settings:
     http_port: int = _setting(8000, "of HTTP", 1, 65535)
     metrics_host: str = _setting("127.0.0.1", "address to listen on for metrics, which need no key")
     metrics_port: int = _setting(8002, "of Prometheus' metrics", 1, 65535)
+
+    user: str | None = _setting(None, "user that a server becomes which root has started, once its ports are open")
+    picture_sandbox: str = _setting("auto", "filter of the processes for pictures: auto (where it can be had), on, off")
 
     api_keys: Path | None = _setting(None, "file of API keys; without one, no key is asked for")
     tls_certificate: Path | None = _setting(None, "PEM file; with it both doors speak TLS only")
@@ -236,7 +240,7 @@ def _check(settings: Settings) -> None:
         raise IcPortraitError("c2pa_timestamp_url: given without c2pa_certificate, expected both")
     if settings.otlp_endpoint and not settings.otlp_endpoint.startswith(("http://", "https://")):
         raise IcPortraitError(f"otlp_endpoint: {settings.otlp_endpoint!r}, expected http:// or https://")
-    for name, allowed in (("log_level", LEVELS), ("log_format", FORMATS)):
+    for name, allowed in (("log_level", LEVELS), ("log_format", FORMATS), ("picture_sandbox", MODES)):
         if getattr(settings, name) not in allowed:
             raise IcPortraitError(f"{name}: {getattr(settings, name)!r}, expected {' or '.join(allowed)}")
     for name in ("api_keys", "tls_certificate", "tls_key", "tls_client_ca", "c2pa_certificate", "c2pa_key"):

@@ -80,8 +80,11 @@ class _WorkerLostError(Exception):
 class _Worker:
     """One process, and the next when it has ended."""
 
-    def __init__(self, cpu_s: float, memory_bytes: int, timeout_s: float, credentials: Credentials | None) -> None:
-        self._bounds, self._timeout_s, self._credentials = (cpu_s, memory_bytes), timeout_s, credentials
+    def __init__(
+        self, cpu_s: float, memory_bytes: int, timeout_s: float, credentials: Credentials | None, is_filtered: bool
+    ) -> None:
+        self._bounds, self._timeout_s = (cpu_s, memory_bytes), timeout_s
+        self._of_begin = credentials, is_filtered
         self._pool: ProcessPool | None = None
         self.pid = 0
         self._pidfd = -1
@@ -92,7 +95,7 @@ class _Worker:
     def start(self) -> None:
         """Start the process and wait until it is there. Blocks: for a thread."""
         with self._changing:
-            pool = ProcessPool(1, initializer=bounded.begin, initargs=(self._credentials,), context=_CONTEXT)
+            pool = ProcessPool(1, initializer=bounded.begin, initargs=self._of_begin, context=_CONTEXT)
             self._pool = pool
             self.pid = pool.schedule(os.getpid).result(START_TIMEOUT_S)
             self._pidfd = os.pidfd_open(self.pid)
@@ -152,6 +155,7 @@ class Workers:
         memory_bytes: int,
         timeout_s: float,
         credentials: Credentials | None = None,
+        is_filtered: bool = False,
     ) -> None:
         """Prepare; ``start`` starts them.
 
@@ -161,10 +165,11 @@ class Workers:
             memory_bytes: that one picture may take.
             timeout_s: for one picture, on a machine that does other things too.
             credentials: what the processes sign portraits with; None where they don't.
+            is_filtered: the processes give up what no picture needs; see ``sandbox``.
         """
         self._cpu_s = cpu_s
         count = count or max(2, len(os.sched_getaffinity(0)))
-        self._workers = [_Worker(cpu_s, memory_bytes, timeout_s, credentials) for _ in range(count)]
+        self._workers = [_Worker(cpu_s, memory_bytes, timeout_s, credentials, is_filtered) for _ in range(count)]
         self._free: list[_Worker] = []
         self._waiting: list[_Turn] = []
         self._shared: dict[Any, _Turn] = {}
