@@ -48,7 +48,7 @@ endif
 WORKERS := --dist loadgroup --numprocesses
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants lint format clean
+.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants lint sbom audit format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -156,6 +156,23 @@ lint: $(STAMP) ## ruff, and mypy against the real signatures of both TensorRT pr
 	@$(PYTHON) -m engines.stubs
 	@$(PYTHON) -m mypy
 	@MYPYPATH=build/stubs/tensorrt $(PYTHON) -m mypy -p engines -p icportrait.runtime.tensorrt
+
+# Tools of their own, because they bring many packages that nothing else needs.
+AUDITOR := .venv-audit
+AUDITOR_STAMP := $(AUDITOR)/.setup-stamp
+
+$(AUDITOR_STAMP): deploy/audit-requirements.txt
+	@$(BOOT_PYTHON) -m venv --clear $(AUDITOR)
+	@$(AUDITOR)/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	@touch $@
+
+sbom: $(STAMP) $(AUDITOR_STAMP) ## list all installed packages with versions and licences: build/sbom.json (CycloneDX)
+	@mkdir -p build
+	@$(AUDITOR)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file build/sbom.json $(PYTHON)
+	@echo build/sbom.json
+
+audit: $(AUDITOR_STAMP) ## look for known vulnerabilities of the pinned packages; needs the network
+	@$(AUDITOR)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
 
 format: $(STAMP) ## let ruff format the code
 	@$(PYTHON) -m ruff format .

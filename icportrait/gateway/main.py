@@ -129,7 +129,7 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         await _listen("metrics_port", settings, metrics.start(settings.metrics_host, settings.metrics_port))
         if settings.user:
             # Files of TLS and of keys are read, and ports are open; no process was started yet.
-            become(settings.user)
+            become(settings.user, [settings.repository])
         if warning := _openness(settings):
             say(warning)
         if credentials:

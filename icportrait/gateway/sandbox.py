@@ -10,6 +10,9 @@ from __future__ import annotations
 import errno
 import os
 import pwd
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 
 from icportrait.errors import IcPortraitError
 
@@ -73,14 +76,15 @@ def begin_filter(needs_network: bool = False) -> None:
     calls.load()
 
 
-def become(user: str) -> None:
+def become(user: str, reads: Iterable[Path] = ()) -> None:
     """Go on as another user, without a way back. A process that isn't root must be that user already.
 
     Args:
         user: name, or number, of the user.
+        reads: files and folders that are needed afterwards, beside this Python.
 
     Raises:
-        IcPortraitError: there is no such user, or this process may not become it.
+        IcPortraitError: there is no such user, this process may not become it, or the user can't read what is needed.
     """
     try:
         entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
@@ -95,3 +99,8 @@ def become(user: str) -> None:
     os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
     os.environ["HOME"] = entry.pw_dir
     os.environ["USER"] = os.environ["LOGNAME"] = entry.pw_name
+    for path in (Path(sys.executable), Path(os.__file__), *reads):
+        if not os.access(path, os.R_OK):
+            raise IcPortraitError(
+                f"user: {user} can't read {path.resolve()}; let that user read it, or install the server elsewhere"
+            )

@@ -2,7 +2,7 @@
 
 A request's spans are made when its answer has gone, from the times that its record has. The loop's times are in the
 report of ``denoise``, and all processes of a machine share the clock that they are of. So a request costs the loop
-nothing, traced or not (ADR 0020).
+nothing, traced or not (ADR 0019).
 """
 
 from __future__ import annotations

@@ -43,6 +43,7 @@ EXEMPT = {
     "apt-get install git make python3 python3-venv libpython3.11": "installs packages as root",
     "docker run --rm nvcr.io/nvidia/tritonserver:YY.MM-py3 printenv TRT_VERSION": "needs docker and NVIDIA's registry",
     "pip install 'icportrait[c2pa]'": "make setup installs the package; the project is in no index",
+    "pip install 'icportrait[tracing]'": "make setup installs the packages; the project is in no index",
     "node examples/node/portrait.js localhost:8001 me.jpg portrait.jpg out.png": "tests/e2e/test_node.py runs it",
     "npm ci --prefix examples/node": "tests/e2e/test_node.py installs the same packages elsewhere",
     "pip install ./client": "make setup installs the client from the same folder",
