@@ -109,7 +109,7 @@ class Usage:
 
 
 class Records:
-    """All answers since the gateway was started."""
+    """Counts of all answers since the gateway was started."""
 
     def __init__(self, *listeners: Callable[[Record], object]) -> None:
         """Begin with none.

@@ -77,7 +77,7 @@ def begin_filter(needs_network: bool = False) -> None:
 
 
 def become(user: str, reads: Iterable[Path] = ()) -> None:
-    """Go on as another user, without a way back. A process that isn't root must be that user already.
+    """Change this process to another user, without a way back. A process that isn't root must be that user already.
 
     Args:
         user: name, or number, of the user.
