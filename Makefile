@@ -172,7 +172,7 @@ sbom: $(STAMP) $(AUDITOR_STAMP) ## list all installed packages with versions and
 	@echo build/sbom.json
 
 audit: $(AUDITOR_STAMP) ## look for known vulnerabilities of the pinned packages; needs the network
-	@$(AUDITOR)/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip
+	@$(AUDITOR)/bin/pip-audit --strict --requirement constraints.txt --no-deps --disable-pip
 
 format: $(STAMP) ## let ruff format the code
 	@$(PYTHON) -m ruff format .
