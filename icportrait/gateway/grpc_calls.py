@@ -160,6 +160,8 @@ class Call:
         self.failure: IcPortraitError | CallError | None = None
         self.answers_many = False
         """Each of its requests has a record of its own."""
+        self.is_counted = False
+        """The answer that ends it was counted as its request's."""
         self.gives_way = False
         """It needs no key, and it, or its connection, may be ended where others need the room."""
         self.unread_bytes = 0

@@ -301,7 +301,7 @@ class _Handler(AbstractHandler):
                 logger.error("%s failed", call.path, exc_info=error)
             record = call.record
             # The requests of a stream were counted one by one, unless the stream itself was refused or failed.
-            if not call.answers_many or record.code not in ("", "OK"):
+            if not call.answers_many or (record.code not in ("", "OK") and not call.is_counted):
                 record.code, record.received_bytes = record.code or "CANCELLED", call.received_bytes
                 self._connection.owner.records.add(record)
             call.close()

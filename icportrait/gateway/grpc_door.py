@@ -237,7 +237,7 @@ class GrpcDoor:
                 call.fail(error)
 
     async def _recorded(self, call: Call, record: Record, answering: Coroutine[Any, Any, None]) -> None:
-        """Answer a request of a stream, and count the answer, unless it ended the stream, which is counted then."""
+        """Answer a request of a stream, and count the answer. Where the stream fails, the stream is counted."""
         CURRENT.set(record)
         try:
             await answering
@@ -293,11 +293,12 @@ class GrpcDoor:
             call.fail(error)
 
     async def _fail(self, call: Call, record: Record, model: str, key: str, error: IcPortraitError) -> None:
-        if call.headers.get(CODES_HEADER, "").lower() == "true":
-            call.fail(error)
-            return
         status, record.error = end_of(error)
         record.code = status.name
+        if call.headers.get(CODES_HEADER, "").lower() == "true":
+            call.is_counted = True
+            call.fail(error)
+            return
         answer = service_pb2.ModelStreamInferResponse(error_message=record.error)
         answer.infer_response.model_name, answer.infer_response.id = model, key
         answer.infer_response.parameters[FINAL].bool_param = True

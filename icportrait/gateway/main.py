@@ -8,6 +8,7 @@ import resource
 import signal
 from collections.abc import Awaitable, Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from icportrait.deploy.preflight import fit_memory, repository_policy, simulation_note
@@ -22,7 +23,7 @@ from icportrait.gateway.grpc_door import GrpcDoor, serve_grpc
 from icportrait.gateway.host import EngineHost
 from icportrait.gateway.http_door import HttpDoor, serve_http
 from icportrait.gateway.kserve import KserveModels
-from icportrait.gateway.logs import AccessLog, begin_logs
+from icportrait.gateway.logs import ON_STANDARD_ERROR, AccessLog, begin_logs
 from icportrait.gateway.metrics import MetricsDoor, Sample, to_text, triton_text
 from icportrait.gateway.records import Records
 from icportrait.gateway.sandbox import become, filter_wanted
@@ -129,7 +130,9 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         await _listen("metrics_port", settings, metrics.start(settings.metrics_host, settings.metrics_port))
         if settings.user:
             # Files of TLS and of keys are read, and ports are open; no process was started yet.
-            become(settings.user, [settings.repository])
+            log = settings.access_log
+            folders = [Path(log).parent] if log and log != ON_STANDARD_ERROR else []
+            become(settings.user, [settings.repository], folders)
         if warning := _openness(settings):
             say(warning)
         if credentials:

@@ -25,6 +25,8 @@ from icportrait.gateway.metrics import Sample
 REQUEST_ID = re.compile(r"[!-~]{1,128}")
 TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}(-[!-~]{0,64})?")
 ERROR_CHARACTERS = 300
+DELIVERED = ("OK", "200")
+"""Codes of portraits that have reached their caller; others aren't charged for."""
 COMMON_CODES = {
     "grpc": ("OK", "INVALID_ARGUMENT", "UNAUTHENTICATED", "RESOURCE_EXHAUSTED", "UNAVAILABLE", "INTERNAL"),
     "http": ("200", "400", "401", "429", "503", "500"),
@@ -124,6 +126,8 @@ class Records:
     def add(self, record: Record) -> None:
         """Count an answer that has gone."""
         record.ended_ns = time.monotonic_ns()
+        if record.code not in DELIVERED:
+            record.portraits = record.row_steps = 0
         kind = "portraits" if record.makes_portraits else "other"
         self.counts[record.door, kind, record.code] += 1
         if record.makes_portraits:

@@ -76,15 +76,16 @@ def begin_filter(needs_network: bool = False) -> None:
     calls.load()
 
 
-def become(user: str, reads: Iterable[Path] = ()) -> None:
+def become(user: str, reads: Iterable[Path] = (), writes: Iterable[Path] = ()) -> None:
     """Change this process to another user, without a way back. A process that isn't root must be that user already.
 
     Args:
         user: name, or number, of the user.
         reads: files and folders that are needed afterwards, beside this Python.
+        writes: folders in which files are made afterwards.
 
     Raises:
-        IcPortraitError: there is no such user, this process may not become it, or the user can't read what is needed.
+        IcPortraitError: there is no such user, this process may not become it, or the user can't read or write what is needed.
     """
     try:
         entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
@@ -99,8 +100,16 @@ def become(user: str, reads: Iterable[Path] = ()) -> None:
     os.setresuid(entry.pw_uid, entry.pw_uid, entry.pw_uid)
     os.environ["HOME"] = entry.pw_dir
     os.environ["USER"] = os.environ["LOGNAME"] = entry.pw_name
-    for path in (Path(sys.executable), Path(os.__file__), *reads):
+    check_access(user, (Path(sys.executable), Path(os.__file__), *reads), writes)
+
+
+def check_access(user: str, reads: Iterable[Path], writes: Iterable[Path]) -> None:
+    """Refuse to go on as a user that can't read or write what is needed; see ``become``."""
+    for path in reads:
         if not os.access(path, os.R_OK):
             raise IcPortraitError(
                 f"user: {user} can't read {path.resolve()}; let that user read it, or install the server elsewhere"
             )
+    for path in writes:
+        if not os.access(path, os.W_OK):
+            raise IcPortraitError(f"user: {user} can't write to {path.resolve()}; give that user the folder")

@@ -591,6 +591,7 @@ class TestRecords:
             )
             assert refused(list, call)[0] == "UNAVAILABLE"
             self.until_counted(running, portraits__UNAVAILABLE=1)
+            assert running.records.usage[""].received_bytes > 0, "the request's record, not the stream's"
 
     def test_a_call_whose_caller_leaves_is_counted_as_cancelled(self, running: Running) -> None:
         with raw_stub(running) as stub:

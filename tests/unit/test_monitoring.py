@@ -53,7 +53,18 @@ def test_rules_and_configuration_are_prometheus_own_idea_of_right() -> None:
     promtool("check", "config", "prometheus.yml")
 
 
-def test_alerts_fire_on_trouble_and_not_on_a_well_server() -> None:
+@pytest.mark.parametrize("name", ALERTS)
+def test_an_alert_fires_on_its_trouble_and_not_on_a_well_server(name: str, tmp_path: Path) -> None:
+    content = yaml.safe_load((MONITORING / "alerts.test.yml").read_text())
+    content["rule_files"] = [str(MONITORING / rules) for rules in content["rule_files"]]
+    for test in content["tests"]:
+        test["alert_rule_test"] = [case for case in test["alert_rule_test"] if case["alertname"] == name]
+        assert test["alert_rule_test"]
+    (tmp_path / "alert.test.yml").write_text(yaml.safe_dump(content))
+    promtool("test", "rules", str(tmp_path / "alert.test.yml"))
+
+
+def test_recordings_are_right() -> None:
     promtool("test", "rules", "alerts.test.yml")
 
 

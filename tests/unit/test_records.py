@@ -41,6 +41,16 @@ def test_answers_are_counted_by_door_kind_and_code_and_use_by_key() -> None:
         assert f"icportrait_gateway_{line}" in lines
 
 
+def test_portraits_that_did_not_reach_their_caller_are_not_charged_for() -> None:
+    records = Records()
+    for code in ("CANCELLED", "RESOURCE_EXHAUSTED", "499", "503"):
+        record = answered(code=code, key="studio")
+        record.note(Portraits((b"1",), b"{}", 4, 8))
+        records.add(record)
+        assert json.loads(access_line(record))["row_steps"] == 0
+    assert (records.usage["studio"].portraits, records.usage["studio"].row_steps) == (0, 0)
+
+
 def test_a_keys_name_may_have_any_character_and_a_count_all_its_digits() -> None:
     records = Records()
     records.add(answered(code="OK", key='a "b\\c"\nd', received_bytes=12_345_678_901))

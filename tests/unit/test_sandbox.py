@@ -15,7 +15,7 @@ import pytest
 
 from icportrait.errors import IcPortraitError
 from icportrait.gateway import sandbox
-from icportrait.gateway.sandbox import become, can_filter, filter_wanted
+from icportrait.gateway.sandbox import become, can_filter, check_access, filter_wanted
 from icportrait.gateway.workers import Workers
 from icportrait.pictures.prepare import prepare
 from tests.conftest import EXAMPLES, ROOT
@@ -112,6 +112,15 @@ def test_only_root_becomes_another_user(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(sandbox.os, "geteuid", lambda: 4242)
     with pytest.raises(IcPortraitError, match=r"^user: root: only root can become another user"):
         become("root")
+
+
+def test_what_the_user_can_not_read_or_write_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    missing = tmp_path / "none"
+    check_access("me", [tmp_path], [tmp_path])
+    with pytest.raises(IcPortraitError, match=rf"^user: me can't read {missing}; let that user read it"):
+        check_access("me", [tmp_path, missing], [])
+    with pytest.raises(IcPortraitError, match=rf"^user: me can't write to {missing}; give that user the folder"):
+        check_access("me", [tmp_path], [missing])
 
 
 BECOMING = """
