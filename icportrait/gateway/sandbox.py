@@ -85,7 +85,8 @@ def become(user: str, reads: Iterable[Path] = (), writes: Iterable[Path] = ()) -
         writes: folders in which files are made afterwards.
 
     Raises:
-        IcPortraitError: there is no such user, this process may not become it, or the user can't read or write what is needed.
+        IcPortraitError: there is no such user, this process may not become it, or the user can't read or write what is
+            needed.
     """
     try:
         entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
