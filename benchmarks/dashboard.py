@@ -67,8 +67,8 @@ def ask(prometheus: str, query: str, minutes: float, step_s: float) -> list[dict
 
 
 def legend(template: str, labels: dict[str, str]) -> str:
-    """Fill a legend as Grafana does."""
-    return re.sub(r"{{(\w+)}}", lambda match: labels.get(match[1], ""), template)
+    """Fill a legend as Grafana does; without a key's name, say so, because matplotlib shows no empty one."""
+    return re.sub(r"{{(\w+)}}", lambda match: labels.get(match[1], ""), template) or "(none)"
 
 
 def draw(prometheus: str, out: Path, minutes: float, rate_interval: str) -> None:
