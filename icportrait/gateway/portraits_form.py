@@ -41,7 +41,7 @@ class PortraitsForm:
         try:
             self._parser = PushMultipartParser(options["boundary"], max_segment_count=2 * len(FIELDS))
         except MultipartError as error:
-            raise InvalidRequest(f"Content-Type: {error}") from None
+            raise InvalidRequest(f"Content-Type: {error.args[0]}") from None
         self._values: dict[str, bytearray] = {}
         self._name = ""
 
@@ -58,7 +58,7 @@ class PortraitsForm:
                 elif event is not None:
                     self._add(event)
         except MultipartError as error:
-            raise InvalidRequest(f"the form can't be read: {error}") from None
+            raise _unreadable(error) from None
 
     def inputs(self) -> dict[str, Array]:
         """Return the request's inputs, once all parts have come.
@@ -69,7 +69,7 @@ class PortraitsForm:
         try:
             self._parser.close()
         except MultipartError as error:
-            raise InvalidRequest(f"the form can't be read: {error}") from None
+            raise _unreadable(error) from None
         return {name: _tensor(FIELDS[name], bytes(value)) for name, value in self._values.items()}
 
     def _begin(self, segment: MultipartSegment) -> None:
@@ -86,6 +86,11 @@ class PortraitsForm:
         value += data
         if self._name not in FILES and len(value) > OPTION_BYTES:
             raise InvalidRequest(f"{self._name}: more than {OPTION_BYTES} bytes")
+
+
+def _unreadable(error: MultipartError) -> InvalidRequest:
+    # What follows the first argument is for programmers, such as the cause.
+    return InvalidRequest(f"the form can't be read: {error.args[0]}")
 
 
 def _tensor(field: RequestInput, value: bytes) -> Array:

@@ -196,8 +196,8 @@ class Peer:
         try:
             with self._stream.makefile("rb") as came:
                 self._receive(came, on_message)
-        except (ValidationError, ValueError) as error:
-            logger.error("a message on the control line isn't what it should be; it is closed: %s", error)
+        except ValueError as error:  # a ValidationError too
+            logger.error("a message on the control line isn't what it should be; it is closed: %s", _in_a_line(error))
         except (EOFError, OSError):
             pass
 
@@ -240,6 +240,13 @@ class Peer:
                 return
             with self._lock:
                 self._unread_bytes -= len(data)
+
+
+def _in_a_line(error: ValueError) -> str:
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors(include_url=False, include_input=False)[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 def _next(came: BinaryIO) -> Hello | Asked:

@@ -30,6 +30,8 @@ class Case:
     """Of gRPC, one for each request; of the other doors, pieces that are sent one after another."""
     names: str = ""
     """What a refusal's text must have in it, such as the input that is wrong."""
+    verdicts: tuple[str, ...] = ()
+    """Of a stream's requests: ``good``, ``wrong``, ``either`` or ``deadline``."""
     same_as: str = ""
     """Requests with the same text here get the same pictures' bytes."""
     portraits: int = 0
@@ -53,7 +55,7 @@ class Case:
         """Read what ``write`` wrote."""
         fields = json.loads(path.read_text())["case"]
         fields["messages"] = tuple(base64.b85decode(text) for text in fields["messages"])
-        fields["expects"] = tuple(fields["expects"])
+        fields["expects"], fields["verdicts"] = tuple(fields["expects"]), tuple(fields["verdicts"])
         fields["headers"] = tuple((name, value) for name, value in fields["headers"])
         return cls(**fields)
 

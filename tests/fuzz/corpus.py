@@ -63,9 +63,9 @@ class Corpus:
         """Return a good picture."""
         return self.good[rng.choice(self._names)]
 
-    def small(self, rng: random.Random) -> bytes:
+    def small(self, rng: random.Random, limit_bytes: int = 60_000) -> bytes:
         """Return a good picture that is quick to decode."""
-        while len(data := self.pick(rng)) > 60_000:
+        while len(data := self.pick(rng)) > limit_bytes:
             pass
         return data
 

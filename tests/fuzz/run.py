@@ -103,7 +103,7 @@ class Run:
                 numbers = iter(range(*(self.plan.requests * part // TENTHS for part in (tenth, tenth + 1))))
                 await asyncio.gather(*(self._call(callers, numbers) for _ in range(self.plan.callers)))
                 if self.plan.checks_memory:
-                    self.outcome.memory.append(await settled(self.watched))
+                    self.outcome.memory.append(await settled(self.watched, 3.0 if self.plan.requests > 5000 else 1.0))
                 for fault in [*self.watched.log_faults(), *self.watched.ended()]:
                     self._found(fault)
         self.outcome.took_s = time.monotonic() - self._began_s
