@@ -48,7 +48,7 @@ endif
 WORKERS := --dist loadgroup --numprocesses
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants lint sbom audit format clean
+.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants fuzz lint sbom audit format clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -149,6 +149,12 @@ test-full: $(QUANTIZER_STAMP) ## the slow tests: thousands of calls, all of sd15
 
 mutants: $(STAMP) ## change 150 lines of the loop, admission, sampling and pictures: do the unit tests notice?
 	@$(PYTHON) -m tests.mutants $(if $(SEED),--seed $(SEED))
+
+SEED_OF_FUZZ = $(or $(SEED),0)
+fuzz: $(STAMP) ## send 100,000 requests, most of them wrong, to a server, and fuzz all parsers: SEED=7 REQUESTS=1000 CORPUS=folder, REPLAY=file
+	@$(PYTHON) -m tests.fuzz --seed $(SEED_OF_FUZZ) $(if $(REQUESTS),--requests $(REQUESTS)) $(if $(CORPUS),--corpus "$(CORPUS)") \
+		$(if $(REPLAY),--replay "$(REPLAY)")
+	@$(if $(REPLAY),true,FUZZ_EXAMPLES=500 $(PYTHON) -m pytest -q --timeout 1200 --hypothesis-seed $(SEED_OF_FUZZ) tests/unit/test_fuzz.py)
 
 lint: $(STAMP) ## ruff, and mypy against the real signatures of both TensorRT products
 	@$(PYTHON) -m ruff check .

@@ -105,9 +105,9 @@ class Manifest:
             memory = fields.get("memory", {})
             fields["memory"] = {name: EngineMemory.from_dict(need) for name, need in memory.items()}
             manifest = cls(**fields)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            expected = contract_hash(manifest.preset, manifest.precision)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise CheckpointError(f"{path}: not a manifest of this version ({error}); export again") from error
-        expected = contract_hash(manifest.preset, manifest.precision)
         if manifest.contract_hash != expected:
             raise CheckpointError(
                 f"{path}: exported for contract {manifest.contract_hash}, this code's is {expected}; export again"

@@ -197,8 +197,8 @@ def read_keys(path: Path) -> list[ApiKey]:
     """
     try:
         content = tomllib.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise IcPortraitError(f"{path}: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise IcPortraitError(f"{str(path)[:300]}: {error}") from error
     if unknown := sorted(set(content) - {"keys"}):
         raise IcPortraitError(f"{path}: {unknown[0]}: no such setting, expected keys")
     sections = content.get("keys")

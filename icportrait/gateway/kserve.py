@@ -214,7 +214,7 @@ def _checked(name: str, datatype: str, shape: Sequence[int]) -> RequestInput:
     if datatype != field.dtype.triton:
         raise InvalidRequest(f"{name}: type is {datatype[:20]}, expected {field.dtype.triton}")
     if list(shape) != [field.size]:
-        raise InvalidRequest(f"{name}: shape is {list(shape[:8])}, expected [{field.size}]")
+        raise InvalidRequest(f"{name}: shape is {str(list(shape[:8]))[:80]}, expected [{field.size}]")
     return field
 
 

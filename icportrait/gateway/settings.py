@@ -175,13 +175,13 @@ def read_settings(flags: argparse.Namespace, environment: Mapping[str, str] = os
 def _read_file(config: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(config.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise IcPortraitError(f"{config}: can't be read as TOML ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise IcPortraitError(f"{str(config)[:300]}: can't be read as TOML ({error})") from error
     for name in values:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, 1)
             raise IcPortraitError(
-                f"{config}: {name}: no such setting{f'; is {near[0]} meant?' if near else ''} "
+                f"{config}: {name[:80]}: no such setting{f'; is {near[0]} meant?' if near else ''} "
                 '("icportrait-server config" lists all)'
             )
     return values
@@ -213,12 +213,23 @@ def _parse(name: str, value: Any, where: str) -> Any:
         if isinstance(value, float) and parsed != value:
             raise ValueError
     except (ValueError, TypeError, OverflowError) as error:
-        raise IcPortraitError(f"{name}: {value!r} {where}, expected {words[kind]}") from error
+        raise IcPortraitError(f"{name}: {_short(value)} {where}, expected {words[kind]}") from error
     least, most = limits["least"], limits["most"]
     if (least is not None and not parsed >= least) or (most is not None and not parsed <= most):
         expected = f"{least} or more" if most is None else f"{least}..{most}"
-        raise IcPortraitError(f"{name}: {value} {where}, expected {expected}")
+        raise IcPortraitError(f"{name}: {str(value)[:80]} {where}, expected {expected}")
     return parsed
+
+
+def _short(value: Any) -> str:
+    return repr(value)[:80]
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, for one
+        return False
 
 
 def _check(settings: Settings) -> None:
@@ -233,9 +244,13 @@ def _check(settings: Settings) -> None:
     if bool(settings.c2pa_certificate) != bool(settings.c2pa_key):
         raise IcPortraitError("c2pa_certificate, c2pa_key: only one is given, expected both or neither")
     if settings.c2pa_algorithm not in C2PA_ALGORITHMS:
-        raise IcPortraitError(f"c2pa_algorithm: {settings.c2pa_algorithm!r}, expected {', '.join(C2PA_ALGORITHMS)}")
+        raise IcPortraitError(
+            f"c2pa_algorithm: {_short(settings.c2pa_algorithm)}, expected {', '.join(C2PA_ALGORITHMS)}"
+        )
     if settings.c2pa_timestamp_url and not settings.c2pa_timestamp_url.startswith(("http://", "https://")):
-        raise IcPortraitError(f"c2pa_timestamp_url: {settings.c2pa_timestamp_url!r}, expected http:// or https://")
+        raise IcPortraitError(
+            f"c2pa_timestamp_url: {_short(settings.c2pa_timestamp_url)}, expected http:// or https://"
+        )
     if settings.c2pa_timestamp_url and not settings.c2pa_certificate:
         raise IcPortraitError("c2pa_timestamp_url: given without c2pa_certificate, expected both")
     if settings.otlp_endpoint and not settings.otlp_endpoint.startswith(("http://", "https://")):
@@ -245,5 +260,5 @@ def _check(settings: Settings) -> None:
             raise IcPortraitError(f"{name}: {getattr(settings, name)!r}, expected {' or '.join(allowed)}")
     for name in ("api_keys", "tls_certificate", "tls_key", "tls_client_ca", "c2pa_certificate", "c2pa_key"):
         path = getattr(settings, name)
-        if path and not path.is_file():
-            raise IcPortraitError(f"{name}: {path} isn't a file that can be read")
+        if path and not _is_file(path):
+            raise IcPortraitError(f"{name}: {str(path)[:300]} isn't a file that can be read")

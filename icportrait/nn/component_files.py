@@ -66,7 +66,7 @@ def check_file(path: Path) -> None:
     try:
         ends = [entry["data_offsets"][1] for name, entry in json.loads(header).items() if name != "__metadata__"]
         expected = 8 + header_bytes + max(ends, default=0)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         return  # safetensors' own reader says what is wrong
     if size < expected:
         raise CheckpointError(f"{path}: cut off: {size:,} bytes, expected {expected:,}; copy or download it again")
@@ -83,7 +83,7 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: the file is missing") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: can't be read as JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path}: holds a JSON {type(content).__name__}, expected an object")

@@ -58,7 +58,7 @@ class LatencyTable:
         """
         try:
             fields = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise LatencyTableError(f"{path}: can't be read as JSON ({' '.join(str(error).split())})") from error
         try:
             return cls._parse(fields)

@@ -21,7 +21,11 @@ from icportrait.serving.control import LENGTH
 from tests.fuzz.cases import Case
 
 CHANNELS = 8
-NO_LIMIT = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1), ("grpc.enable_http_proxy", 0)]
+NO_LIMIT = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.enable_http_proxy", 0),
+]
 GONE = "GONE"
 
 
@@ -82,7 +86,11 @@ class Callers:
         except (ValueError, TypeError) as error:
             answer.faults.append(f"the library refuses to send it: {error}")
             return answer
-        leaving = asyncio.get_running_loop().call_later(case.leaves_after_s, call.cancel) if case.leaves_after_s is not None else None
+        leaving = (
+            asyncio.get_running_loop().call_later(case.leaves_after_s, call.cancel)
+            if case.leaves_after_s is not None
+            else None
+        )
         try:
             if is_stream:
                 async for message in call:
@@ -120,7 +128,9 @@ class Callers:
                         frame, length = Frame.parse_frame_header(memoryview(head))
                         data = await reader.readexactly(length)
                         frame.parse_body(memoryview(data))
-                        if isinstance(frame, GoAwayFrame) or (isinstance(frame, RstStreamFrame) and frame.stream_id == 1):
+                        if isinstance(frame, GoAwayFrame) or (
+                            isinstance(frame, RstStreamFrame) and frame.stream_id == 1
+                        ):
                             break
                         if isinstance(frame, HeadersFrame):
                             pairs = {_str(name): _str(value) for name, value in decoder.decode(frame.data)}

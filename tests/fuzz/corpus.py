@@ -162,7 +162,9 @@ def damaged_png(rng: random.Random, data: bytes) -> bytes:
     elif change == 2 and len(parts) > 1:
         del parts[index]
     elif change == 3:
-        parts.insert(index, (rng.choice((b"tEXt", b"iCCP", b"eXIf", b"zzZz", b"acTL", b"PLTE", b"tRNS")), rng.randbytes(30)))
+        parts.insert(
+            index, (rng.choice((b"tEXt", b"iCCP", b"eXIf", b"zzZz", b"acTL", b"PLTE", b"tRNS")), rng.randbytes(30))
+        )
     elif change == 4 and kind == b"IDAT":
         parts[index] = kind, zlib.compress(rng.randbytes(rng.choice((0, 10, 5000))))
     else:

@@ -121,7 +121,9 @@ def wrong_tensor(name: str, rng: random.Random, corpus: Corpus, headers: Headers
         del contents[:]
         for each in made.inputs:
             each.contents.fp64_contents.extend([1.0] * 5000)
-    return Case(name, "grpc", "a wrong tensor", ("INVALID_ARGUMENT",), INFER, headers, (made.SerializeToString(),), names)
+    return Case(
+        name, "grpc", "a wrong tensor", ("INVALID_ARGUMENT",), INFER, headers, (made.SerializeToString(),), names
+    )
 
 
 def ignored(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> Case:
@@ -157,7 +159,9 @@ def damaged_message(name: str, rng: random.Random, corpus: Corpus, headers: Head
 
 def model(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> Case:
     """Name a model or a version that there isn't, or one that the method doesn't take."""
-    other = rng.choice(("", "denoise", "vae_decoder", "portrait_pipeline", "IC_PORTRAIT", "../x", "é" * 200, "x" * 5000))
+    other = rng.choice(
+        ("", "denoise", "vae_decoder", "portrait_pipeline", "IC_PORTRAIT", "../x", "é" * 200, "x" * 5000)
+    )
     made = message(Wish(plain(rng, corpus), "a model"), other)
     expects = "NOT_FOUND"
     if rng.random() < 0.3:
@@ -211,7 +215,14 @@ def leaver(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> C
     path, which = rng.choice(((INFER, "ic_portrait"), (STREAM, "ic_portrait_stream")))
     sent = message(Wish(values, "a leaver"), which).SerializeToString()
     return Case(
-        name, "grpc", "a leaver", ("GONE", "OK"), path, headers, (sent,), leaves_after_s=rng.choice((0, 0.01, 0.05, 0.15))
+        name,
+        "grpc",
+        "a leaver",
+        ("GONE", "OK"),
+        path,
+        headers,
+        (sent,),
+        leaves_after_s=rng.choice((0, 0.01, 0.05, 0.15)),
     )
 
 
@@ -278,7 +289,9 @@ def frames(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> C
         more.append(("grpc-encoding", rng.choice(("snappy", "", "gzip, deflate", "x" * 1000))))
         data, expects = b"\1" + data[1:], ("UNIMPLEMENTED",)
     elif kind == 5:
-        more.append(("grpc-timeout", rng.choice(("", "x", "1", "-1S", "99999999H", "1S1S", "0n", "٣S", "9" * 30 + "S"))))
+        more.append(
+            ("grpc-timeout", rng.choice(("", "x", "1", "-1S", "99999999H", "1S1S", "0n", "٣S", "9" * 30 + "S")))
+        )
         expects = ("OK", "DEADLINE_EXCEEDED", "INVALID_ARGUMENT", "UNAVAILABLE", "GONE")
     elif kind == 6:
         more[0] = ("content-type", rng.choice(("", "text/html", "application/json", "application")))
@@ -287,7 +300,9 @@ def frames(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> C
         pseudo[0] = (":method", rng.choice(("GET", "PUT", "post", "")))
         expects = ("OK", *GRPC_REFUSALS, "GONE")
     elif kind == 8:
-        more.append(rng.choice((("Upper", "1"), ("a b", "1"), (":late", "1"), ("connection", "close"), ("x", "a\r\nb: c"))))
+        more.append(
+            rng.choice((("Upper", "1"), ("a b", "1"), (":late", "1"), ("connection", "close"), ("x", "a\r\nb: c")))
+        )
         expects = ("OK", *GRPC_REFUSALS, "GONE")
     elif kind == 9:
         data, expects = b"", ("INVALID_ARGUMENT",)

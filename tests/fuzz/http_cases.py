@@ -81,7 +81,9 @@ def form(wanted: Wish, rng: random.Random) -> tuple[str, Headers, bytes]:
         text = ",".join(map(str, value)) if isinstance(value, list) else value
         data = text if isinstance(text, bytes) else str(text).encode()
         safe = name.replace('"', "%22")
-        file = f'; filename="{rng.choice(("a.jpg", "é.png", "../../etc/passwd", ""))}"' if isinstance(text, bytes) else ""
+        file = (
+            f'; filename="{rng.choice(("a.jpg", "é.png", "../../etc/passwd", ""))}"' if isinstance(text, bytes) else ""
+        )
         parts.append(f'--{boundary}\r\nContent-Disposition: form-data; name="{safe}"{file}\r\n\r\n'.encode() + data)
     body = b"\r\n".join([*parts, f"--{boundary}--\r\n".encode()])
     path = "/v1/portraits" + rng.choice(("", "", "?stream=1", "?stream=0&x=1"))
@@ -143,7 +145,13 @@ def wrong_form(name: str, rng: random.Random, corpus: Corpus, headers: Headers) 
     boundary = more[0][1].partition("boundary=")[2]
     first = body.partition(b"\r\n\r\n")[0]
     if kind == 0:
-        types = ("", "text/plain", "multipart/form-data", "multipart/form-data; boundary=", "multipart/mixed; boundary=x")
+        types = (
+            "",
+            "text/plain",
+            "multipart/form-data",
+            "multipart/form-data; boundary=",
+            "multipart/mixed; boundary=x",
+        )
         more = (("content-type", rng.choice((*types, "multipart/form-data; boundary=" + "b" * 5000))),)
     elif kind == 1:
         body = body[: rng.randrange(len(body))]
@@ -152,9 +160,18 @@ def wrong_form(name: str, rng: random.Random, corpus: Corpus, headers: Headers) 
     elif kind == 3:
         body = (first + b"\r\n\r\nx\r\n") * 60 + body
     elif kind == 4:
-        body = b"--" + boundary.encode() + b'\r\nContent-Disposition: form-data; name="seed"\r\n\r\n' + b"1" * 300 + b"\r\n" + body
+        body = (
+            b"--"
+            + boundary.encode()
+            + b'\r\nContent-Disposition: form-data; name="seed"\r\n\r\n'
+            + b"1" * 300
+            + b"\r\n"
+            + body
+        )
     elif kind == 5:
-        body = body.replace(b"form-data; name=", rng.choice((b"form-data; nam=", b"attachment; name=", b"name=", b"")), 1)
+        body = body.replace(
+            b"form-data; name=", rng.choice((b"form-data; nam=", b"attachment; name=", b"name=", b"")), 1
+        )
     elif kind == 6:
         body = b"--" + boundary.encode() + b"\r\n" + b"a: " + b"x" * 20_000 + b"\r\n\r\n" + body
     else:
@@ -199,7 +216,9 @@ def strange_headers(name: str, rng: random.Random, corpus: Corpus, headers: Head
         ("x", "a\r\n b", ("200", "400")), ("x", "a\0b", ("400",)), ("x", "a\nb", ("400", "200")),
     )  # fmt: skip
     one, value, expects = rng.choice(pairs)
-    return Case(name, "http", "headers", expects, path, messages=(request(path, headers, body, more=(*more, (one, value))),))
+    return Case(
+        name, "http", "headers", expects, path, messages=(request(path, headers, body, more=(*more, (one, value))),)
+    )
 
 
 def chunked(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> Case:
@@ -211,7 +230,9 @@ def chunked(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> 
     expects: tuple[str, ...] = ("200",)
     kind = rng.randrange(4)
     if kind == 0:
-        bad = rng.choice((b"zz\r\n", b"-1\r\nx\r\n", b"ffffffffffffffffff\r\n", b"\r\n", b"5\r\nab\r\n", rng.randbytes(9)))
+        bad = rng.choice(
+            (b"zz\r\n", b"-1\r\nx\r\n", b"ffffffffffffffffff\r\n", b"\r\n", b"5\r\nab\r\n", rng.randbytes(9))
+        )
         coded.insert(rng.randrange(len(coded)), bad)
         expects = ("200", "400", "413", "GONE")
     elif kind == 1:
@@ -226,10 +247,21 @@ def damaged_request(name: str, rng: random.Random, corpus: Corpus, headers: Head
     whole = request(path, headers, body, more=more)
     end = whole.index(b"\r\n\r\n") + 4
     start = whole.index(b"host")
-    sent = mutated(rng, whole[:start]) + whole[start:end] if rng.random() < 0.4 else whole[:start] + mutated(rng, whole[start:end])
+    sent = (
+        mutated(rng, whole[:start]) + whole[start:end]
+        if rng.random() < 0.4
+        else whole[:start] + mutated(rng, whole[start:end])
+    )
     sent += body
     if rng.random() < 0.1:
-        sent = rng.choice((rng.randbytes(300), b"\x16\x03\x01\x02\x00\x01" + bytes(50), b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"\r\n" * 50))
+        sent = rng.choice(
+            (
+                rng.randbytes(300),
+                b"\x16\x03\x01\x02\x00\x01" + bytes(50),
+                b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+                b"\r\n" * 50,
+            )
+        )
     return Case(name, "http", "a damaged request", (*ANY, "GONE"), path, messages=(sent,), leaves_after_s=1.0)
 
 

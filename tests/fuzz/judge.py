@@ -40,7 +40,9 @@ class Judge:
         if answer.code not in case.expects:
             return [*faults, f"answered {answer.code} {answer.text[:300]!r}, expected {' or '.join(case.expects)}"]
         if answer.code in ("OK", "200"):
-            return faults + (self._stream(case, answer) if case.path.endswith("/ModelStreamInfer") else self._good(case, answer))
+            return faults + (
+                self._stream(case, answer) if case.path.endswith("/ModelStreamInfer") else self._good(case, answer)
+            )
         # A HEAD has no body to say it in.
         if answer.code not in WITHOUT_TEXT and not (case.door == "http" and case.messages[0].startswith(b"HEAD ")):
             faults += refusal_faults(answer.text, case.names if answer.code in ("INVALID_ARGUMENT", "400") else "")
@@ -87,7 +89,9 @@ class Judge:
 
     def _events(self, case: Case, body: bytes) -> list[str]:
         events = [event for event in body.decode().split("\n\n") if event]
-        read = [json.loads("".join(line[6:] for line in event.split("\n") if line.startswith("data: "))) for event in events]
+        read = [
+            json.loads("".join(line[6:] for line in event.split("\n") if line.startswith("data: "))) for event in events
+        ]
         errors = [event for event in read if "error" in event]
         if errors:
             faults = [] if len(errors) == 1 and read[-1] is errors[0] else ["events follow an error"]

@@ -112,7 +112,9 @@ class Run:
             for now, like, is_more in growth(self.outcome.memory[0], self.outcome.memory[-1]):
                 if is_more:
                     before = f"{like.rss_bytes / 1e6:.1f} MB" if like else "nothing"
-                    self._found(f"memory of {now.part} ({now.pid}): {now.rss_bytes / 1e6:.1f} MB, and {before} after the first tenth")
+                    self._found(
+                        f"memory of {now.part} ({now.pid}): {now.rss_bytes / 1e6:.1f} MB, and {before} after the first tenth"
+                    )
         return self.outcome
 
     async def one(self, callers: Callers, case: Case) -> tuple[Answer | None, list[str]]:
@@ -185,7 +187,8 @@ def table(outcome: Outcome) -> str:
         for now, like, is_more in growth(outcome.memory[0], outcome.memory[-1]):
             before = like.rss_bytes if like else now.rss_bytes
             each = " ".join(
-                f"{next((one.rss_bytes for one in reading if one.pid == now.pid), 0) / 1e6:.0f}" for reading in outcome.memory
+                f"{next((one.rss_bytes for one in reading if one.pid == now.pid), 0) / 1e6:.0f}"
+                for reading in outcome.memory
             )
             lines.append(
                 f"{now.part:20} {now.pid:7} {before / 1e6:16.1f} {now.rss_bytes / 1e6:8.1f} "

@@ -94,7 +94,9 @@ def growth(before: list[Memory], after: list[Memory]) -> list[tuple[Memory, Memo
     compared = []
     for now in after:
         same = next((each for each in before if each.pid == now.pid), None)
-        like = same or max((each for each in before if each.part == now.part), key=lambda each: each.rss_bytes, default=None)
+        like = same or max(
+            (each for each in before if each.part == now.part), key=lambda each: each.rss_bytes, default=None
+        )
         compared.append((now, like, like is None or now.rss_bytes > (1 + GROWTH) * like.rss_bytes))
     return compared
 
