@@ -198,7 +198,7 @@ def read_keys(path: Path) -> list[ApiKey]:
     try:
         content = tomllib.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise IcPortraitError(f"{str(path)[:300]}: {error}") from error
+        raise IcPortraitError(f"{str(path)[:300]}: {str(error)[:300]}") from error
     if unknown := sorted(set(content) - {"keys"}):
         raise IcPortraitError(f"{path}: {unknown[0]}: no such setting, expected keys")
     sections = content.get("keys")

@@ -176,7 +176,7 @@ def _read_file(config: Path) -> dict[str, Any]:
     try:
         values = tomllib.loads(config.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise IcPortraitError(f"{str(config)[:300]}: can't be read as TOML ({error})") from error
+        raise IcPortraitError(f"{str(config)[:300]}: can't be read as TOML ({str(error)[:300]})") from error
     for name in values:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, 1)

@@ -164,7 +164,7 @@ class Callers:
             async with asyncio.timeout(case.leaves_after_s):
                 await self._read(reader, client, answer)
         except TimeoutError:
-            pass
+            answer.code = GONE  # the caller has left within the answer
         except h11.RemoteProtocolError as error:
             if "receive data when" not in str(error) and answer.code == GONE and client.their_state is not h11.IDLE:
                 answer.faults.append(f"the answer is no HTTP: {error}")

@@ -115,7 +115,9 @@ def wrong_tensor(name: str, rng: random.Random, corpus: Corpus, headers: Headers
         names = "image"
         made.outputs.add(name="image").parameters["classification"].int64_param = 3
     elif kind == 10:
-        contents[index] = rng.choice((b"", b"\xff\xff\xff\xff", b"\xff\xff\xff\xff" + contents[index][4:]))
+        # Eight bytes of an integer would be another integer.
+        names = made.inputs[0].name
+        contents[0] = rng.choice((b"", b"\xff\xff\xff\xff", b"\xff\xff\xff\xff" + contents[0][4:]))
     else:
         names = ""
         del contents[:]

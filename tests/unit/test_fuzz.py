@@ -22,6 +22,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from icportrait.contract import ENGINES
 from icportrait.errors import CheckpointError, IcPortraitError, InvalidRequest, LatencyTableError
 from icportrait.gateway.access import read_keys
 from icportrait.gateway.portraits_form import FIELDS as FORM_FIELDS
@@ -43,7 +44,7 @@ from tests.fuzz.judge import INTERNALS, MAX_TEXT
 from tests.fuzz.wishes import wish
 from tests.private_client import Line
 
-EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "30"))
 
 
 def fuzzed(part: float = 1.0) -> Callable[[Any], Any]:
