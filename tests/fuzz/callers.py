@@ -155,7 +155,7 @@ class Callers:
         host, _, port = self._http.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
         answer, client = Answer(GONE), h11.Connection(h11.CLIENT)
-        # h11 wants to know the request before it reads an answer. A head's answer has no body, whatever its length says.
+        # h11 wants the request before it reads an answer. A HEAD's answer has no body, whatever its length says.
         method = "HEAD" if case.messages[0].startswith(b"HEAD ") else "POST"
         client.send(h11.Request(method=method, target="/", headers=[("host", "x"), ("content-length", "0")]))
         client.send(h11.EndOfMessage())

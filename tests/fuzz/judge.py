@@ -19,7 +19,8 @@ from tests.fuzz.cases import Case
 
 MAX_TEXT = 700
 INTERNALS = re.compile(
-    r"Traceback|File \"|line \d+, in |site-packages|\.py\b|<class '|object at 0x|\b[A-Z]\w*(Error|Exception)\(|(?<![0-9a-f])0x[0-9a-f]{8}"
+    r"Traceback|File \"|line \d+, in |site-packages|\.py\b|<class '|object at 0x|"
+    r"\b[A-Z]\w*(Error|Exception)\(|(?<![0-9a-f])0x[0-9a-f]{8}"
 )
 """Signs of the server's inside in a text for a caller."""
 WITHOUT_TEXT = ("DEADLINE_EXCEEDED", GONE)

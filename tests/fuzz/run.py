@@ -113,7 +113,7 @@ class Run:
                 if is_more:
                     before = f"{like.rss_bytes / 1e6:.1f} MB" if like else "nothing"
                     self._found(
-                        f"memory of {now.part} ({now.pid}): {now.rss_bytes / 1e6:.1f} MB, and {before} after the first tenth"
+                        f"memory of {now.part} ({now.pid}): {now.rss_bytes / 1e6:.1f} MB; {before} after a tenth"
                     )
         return self.outcome
 

@@ -22,7 +22,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from icportrait.contract import ENGINES
 from icportrait.errors import CheckpointError, IcPortraitError, InvalidRequest, LatencyTableError
 from icportrait.gateway.access import read_keys
 from icportrait.gateway.portraits_form import FIELDS as FORM_FIELDS
@@ -206,8 +205,8 @@ def test_any_picture_is_prepared_or_refused_by_the_inputs_name(rng: random.Rando
 
 # Settings and keys.
 
-VALUES = st.text(max_size=20) | st.integers() | st.floats() | st.booleans() | st.lists(st.integers(), max_size=2) | st.sampled_from(
-    ["", "0", "1", "65535", "1e3", "nan", "inf", "/", "\0", "9" * 5000, "x" * 5000, "٣"]
+VALUES = st.text(max_size=20) | st.integers() | st.floats() | st.booleans() | st.sampled_from(
+    ["", "0", "1", "65535", "1e3", "nan", "inf", "/", "\0", "9" * 5000, "x" * 5000, "٣", [1, 2]]
 )  # fmt: skip
 
 
@@ -318,10 +317,7 @@ def test_a_wrong_message_takes_one_line_of_the_log(tmp_path: Path, caplog: pytes
             pass
     server.close()
     (line,) = [record.getMessage() for record in caplog.records]
-    assert (
-        line
-        == "a message on the control line isn't what it should be; it is closed: cancel.key: Input should be a valid string"
-    )
+    assert line.endswith("it is closed: cancel.key: Input should be a valid string")
 
 
 # Exports and checkpoints.
