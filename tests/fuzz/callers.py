@@ -31,17 +31,17 @@ GONE = "GONE"
 
 @dataclass
 class Answer:
-    """What a caller got."""
+    """Answer as a caller got it."""
 
     code: str
     """gRPC's code, HTTP's status, or ``GONE``: the connection or the call ended without."""
     text: str = ""
-    """Of a refusal."""
+    """Text of a refusal."""
     bodies: list[bytes] = field(default_factory=list)
     """Messages, or one body."""
     headers: dict[str, str] = field(default_factory=dict)
     faults: list[str] = field(default_factory=list)
-    """What no case may bring about, such as a second answer."""
+    """Faults that no case may bring about, such as a second answer."""
 
 
 class Callers:

@@ -27,11 +27,11 @@ class Case:
     path: str = ""
     headers: tuple[tuple[str, str], ...] = ()
     messages: tuple[bytes, ...] = ()
-    """Of gRPC, one for each request; of the other doors, pieces that are sent one after another."""
+    """Messages of gRPC, one for each request; of the other doors, pieces that are sent one after another."""
     names: str = ""
-    """What a refusal's text must have in it, such as the input that is wrong."""
+    """Word that a refusal's text must have in it, such as the input that is wrong."""
     verdicts: tuple[str, ...] = ()
-    """Of a stream's requests: ``good``, ``wrong``, ``either`` or ``deadline``."""
+    """Verdicts on a stream's requests: ``good``, ``wrong``, ``either`` or ``deadline``."""
     same_as: str = ""
     """Requests with the same text here get the same pictures' bytes."""
     portraits: int = 0

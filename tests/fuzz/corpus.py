@@ -150,7 +150,7 @@ def mutated(rng: random.Random, data: bytes, other: bytes = b"") -> bytes:
 
 
 def damaged_png(rng: random.Random, data: bytes) -> bytes:
-    """Damage a PNG inside its parts, whose checksums hold, so that the damage comes through to the decoder."""
+    """Change a PNG inside its parts, whose checksums hold, so that the damage comes through to the decoder."""
     parts = list(chunks(data))
     index = rng.randrange(len(parts))
     kind, content = parts[index]
@@ -188,7 +188,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _bomb(rng: random.Random, _: bytes) -> bytes:
-    """Declare more pixels than a server may decode."""
+    """Make a PNG that has more pixels than a server may decode."""
     side = rng.choice((7000, 30_000, 2**31 - 1))
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, rng.choice((0, 1)))
     return PNG + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(10_000))) + chunk(b"IEND", b"")

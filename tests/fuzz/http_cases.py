@@ -250,7 +250,7 @@ def chunked(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> 
 
 
 def damaged_request(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> Case:
-    """Damage a request's own lines."""
+    """Change a request's own lines."""
     path, more, body = infer_binary(Wish(plain(rng, corpus), "request"), rng)
     whole = request(path, headers, body, more=more)
     end = whole.index(b"\r\n\r\n") + 4

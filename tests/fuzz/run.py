@@ -28,25 +28,25 @@ TENTHS = 10
 
 @dataclass(frozen=True)
 class Plan:
-    """What is sent, and where."""
+    """Requests that are sent, and their server."""
 
     seed: int
     requests: int
     grpc_url: str
     http_url: str
     headers: tuple[tuple[str, str], ...] = ()
-    """Of every request: its API key."""
+    """Headers of every request: its API key."""
     callers: int = 16
     corpus: Path | None = None
     run_folder: Path | None = None
-    """Where the server's temporary files are; with it the control line is fuzzed too."""
+    """Folder of the server's temporary files; with it the control line is fuzzed too."""
     findings: Path = Path("build/fuzz/findings")
     checks_memory: bool = True
 
 
 @dataclass
 class Outcome:
-    """What came of it."""
+    """Result of a run."""
 
     answers: Counter[tuple[str, str]] = field(default_factory=Counter)
     kinds: Counter[tuple[str, str]] = field(default_factory=Counter)

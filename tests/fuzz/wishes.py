@@ -1,4 +1,4 @@
-"""What a caller asks for, good or wrong, whatever the door: public inputs by name."""
+"""Wishes of callers, good or wrong, whatever the door: public inputs by name."""
 
 from __future__ import annotations
 
