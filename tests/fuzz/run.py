@@ -24,6 +24,8 @@ HANGS_AFTER_S = 60.0
 MAX_FINDINGS = 200
 LINE_EVERY_S = 5.0
 TENTHS = 10
+COMPARED_FROM = 20_000
+"""Requests of the shortest run whose memory is judged: in the tenth of a shorter one little is warm."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ class Run:
                     self._found(fault)
         self.outcome.took_s = time.monotonic() - self._began_s
         self.outcome.pictures = self.judge.pictures
-        if self.plan.checks_memory:
+        if self.plan.checks_memory and self.plan.requests >= COMPARED_FROM:
             for now, like, is_more in growth(self.outcome.memory[0], self.outcome.memory[-1]):
                 if is_more:
                     before = f"{like.rss_bytes / 1e6:.1f} MB" if like else "nothing"

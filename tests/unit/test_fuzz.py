@@ -418,3 +418,13 @@ def test_any_checkpoint_is_read_or_refused(saved: Path, rng: random.Random, new:
             load_checkpoint(saved)
     finally:
         path.write_bytes(whole)
+
+
+def test_refusals_tell_neither_of_a_parsers_inside_nor_all_that_came() -> None:
+    form = PortraitsForm("multipart/form-data; boundary=b")
+    with pytest.raises(InvalidRequest, match=r"can't be read: Segment header failed to decode$"):
+        form.feed(b'--b\r\nContent-Disposition: form-data; name="\xff"\r\n\r\n1\r\n--b--\r\n')
+    tensor = {"name": "seed", "shape": ["x" * 100_000], "datatype": "INT64", "data": [1]}
+    with pytest.raises(InvalidRequest) as caught:
+        read_infer(json.dumps({"inputs": [tensor]}).encode())
+    check_text(caught.value)
