@@ -1,6 +1,6 @@
 """The checks before tritonserver is started. Each refuses, in one line, a repository that can't run here.
 
-The plans' manifests are the authority. No table here says which container release brings which TensorRT: the library
+The manifests of graphs and plans are the authority. No table here says which container release brings which TensorRT: the library
 that the server would load is asked for its version.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import functools
 import multiprocessing
 import shutil
 from collections.abc import Iterator, Mapping
@@ -20,8 +21,8 @@ from icportrait.deploy.machine_memory import room
 from icportrait.deploy.memory import fit, shared_memory, summary
 from icportrait.deploy.repository import ENGINE_OWNERS, TRITON_PLAN_NAME
 from icportrait.errors import CheckpointError, NotEnoughMemory, PlanError, RuntimeNotAvailable
-from icportrait.manifest import Manifest
-from icportrait.policy import PLAN_RUNTIMES, ServingPolicy
+from icportrait.manifest import MANIFEST_NAME, Manifest
+from icportrait.policy import CPU_RUNTIMES, PLAN_RUNTIMES, ServingPolicy
 from icportrait.runtime import cuda
 from icportrait.runtime.cuda import Gpu
 from icportrait.runtime.latency_table import LATENCY_TABLE_NAME, LatencyTable
@@ -103,6 +104,32 @@ def check_shared_memory(repository: Path, policy: ServingPolicy) -> None:
             f"{SHM} has {free / 2**20:.0f} MB left, and the models' processes share up to {needed / 2**20:.0f} MB with "
             "tritonserver there; remove what others have left in it, or allow it more: of a container with --shm-size"
         )
+
+
+def check_graphs(repository: Path, policy: ServingPolicy) -> None:
+    """Compare the graphs that a CPU's runtime would load with what was exported: a damaged one may load, and draw wrong.
+
+    Args:
+        repository: the model repository.
+        policy: how it is to be served.
+
+    Raises:
+        CheckpointError: a graph is missing or was changed, or a manifest can't be read.
+    """
+    if policy.runtime not in CPU_RUNTIMES or not (repository / "denoise" / "1" / MANIFEST_NAME).is_file():
+        return  # no repository of ours: Triton says what it makes of it
+    for engine, model in ENGINE_OWNERS.items():
+        folder = repository / model / "1"
+        manifest = Manifest.read(folder)
+        present = [path for path in manifest.files(engine, folder) if path.is_file()]
+        stats = [(str(path), path.stat()) for path in present]
+        _check_graph(engine, folder, manifest.engines[engine], *((name, s.st_mtime_ns, s.st_size) for name, s in stats))
+
+
+@functools.cache
+def _check_graph(engine: str, folder: Path, *_: object) -> None:
+    """Check an engine's files; files that haven't changed since aren't read again when Triton is started again."""
+    Manifest.read(folder).check_files(engine, folder)
 
 
 def check_plans(repository: Path, runtime: str, installation: Installation) -> None:

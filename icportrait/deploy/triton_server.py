@@ -21,7 +21,7 @@ from pathlib import Path
 from icportrait.deploy.installation import find_installation
 from icportrait.deploy.leftovers import Run, remove_leftovers
 from icportrait.deploy.machine_memory import oom_kills
-from icportrait.deploy.preflight import check_plans, check_shared_memory, fit_memory, repository_policy
+from icportrait.deploy.preflight import check_graphs, check_plans, check_shared_memory, fit_memory, repository_policy
 from icportrait.deploy.stub_processes import (
     StubProcess,
     describe,
@@ -115,6 +115,7 @@ class TritonServer:
         Raises:
             RuntimeNotAvailable: no server is installed, this Python has no shared library, or the repository's runtime
                 can't run here.
+            CheckpointError: a graph in the repository is missing or was changed.
             PlanError: a plan in the repository was changed, or built by another TensorRT.
             NotEnoughMemory: the server would need more than there is.
             IcPortraitError: there is no room for its files, or the server or a part of it ended, was stopped by a
@@ -123,6 +124,7 @@ class TritonServer:
         policy = repository_policy(self.repository, self.overrides)
         installation = find_installation(policy.runtime)
         check_plans(self.repository, policy.runtime, installation)
+        check_graphs(self.repository, policy)
         fitted, summary = fit_memory(self.repository, policy)
         if summary:
             self.say(summary)

@@ -240,9 +240,9 @@ class _Life:
         self._hold(engine)
 
     async def _replay(self) -> None:
-        """Ask the next engine, once it is up, for what this one has let in."""
+        """Ask anew for what was let in: the next engine, once it is up, or the same one after it has failed."""
         self._service.replays += 1
-        logger.debug("a request is asked of the next engine")
+        logger.debug("a request is asked of the engine anew")
         while True:
             engine = await self._service.engines.engine()
             try:
@@ -329,8 +329,12 @@ class _Life:
         return prepared
 
     async def _denoise(self, crops: tuple[Array, Array, Array]) -> tuple[Array, dict[str, Any]]:
-        """Denoise to pixels and a report, on the first engine that doesn't end meanwhile."""
+        """Denoise to pixels and a report, on the first engine that doesn't end meanwhile.
+
+        An engine's failure fails all requests of its batch, and may pass: each of them is tried once more.
+        """
         self._asks_engine = True
+        has_failed = False
         for _ in range(1 + MAX_REPLAYS):
             engine = self._engine
             assert engine
@@ -343,6 +347,11 @@ class _Life:
                     if isinstance(error.__cause__, Unavailable):
                         raise error.__cause__ from None
                     break
+            except IcPortraitError as error:
+                if has_failed or error.code != IcPortraitError.code:
+                    raise
+                has_failed = True
+                engine.release(self._request.key)
             await self._replay()
         raise Unavailable(f"the engine has failed under this request; try again later; {RETRY}")
 

@@ -26,7 +26,8 @@ class RowCache:
 
     A row's key is the SHA-256 of its input and of the partition it belongs to, so that no caller can make a picture
     that is taken for another, or learn from the time it takes what callers of another partition have sent. Rows that
-    are equal within a batch and a partition are computed once. Nothing of a run that failed is kept. For one thread.
+    are equal within a batch and a partition are computed once. Nothing of a run that failed is kept, nor a row with NaN or
+    Inf. For one thread.
     """
 
     def __init__(
@@ -85,6 +86,8 @@ class RowCache:
             if key in self._places:
                 self._places.move_to_end(key)
         for key, position in new.items():
+            if not all(np.isfinite(computed[name][position]).all() for name in self._kept):
+                continue
             self._places[key] = place = self._free_place()
             self._computed_s[key] = self._clock()
             for name, kept in self._kept.items():

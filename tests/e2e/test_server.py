@@ -159,10 +159,10 @@ def test_the_gateway_alone_listens_and_on_loopback_only(server: ServerProcess) -
     assert {pid for pid, _, _ in found} == {server.process.pid}
 
 
-def test_a_model_that_fails_to_load_ends_the_start_with_the_cause(trivial: Path, tmp_path: Path) -> None:
+def test_a_graph_that_is_missing_ends_the_start_with_the_cause(trivial: Path, tmp_path: Path) -> None:
     shutil.copytree(trivial, tmp_path / "repository")
     (tmp_path / "repository" / "denoise" / "1" / "unet.onnx").unlink()
-    with pytest.raises(IcPortraitError, match=r"unet.onnx is missing[\s\S]*tritonserver ended with status 1"):
+    with pytest.raises(IcPortraitError, match=r"unet.onnx is missing, but manifest.json names it"):
         ServerProcess(tmp_path / "repository", Ports.free(), tmp_path / "server.log").start()
 
 

@@ -136,6 +136,17 @@ def test_nothing_of_a_failed_run_is_kept(engine: Doubling) -> None:
     assert engine.runs == [[1], [2], [2]]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_row_with_nan_or_inf_is_not_kept(engine: Doubling, value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = RowCache(engine, 1000)
+    spoilt = {"latent": np.array([[2.0, 2.0], [4.0, value]], np.float32)}
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "run", lambda _: spoilt)
+        assert not np.isfinite(cache(pixels(1, 2))["latent"][1]).all()
+    encode(cache, 1, 2)
+    assert engine.runs == [[2]]
+
+
 def test_callers_of_different_partitions_share_nothing(engine: Doubling) -> None:
     cache = RowCache(engine, 1000)
     for partitions in (["ann", "ann"], ["ben", "ann"], ["", "ben"], ["ben", ""]):

@@ -446,6 +446,32 @@ def test_a_request_under_which_engines_end_again_and_again_is_refused(run: Calla
     run(test)
 
 
+@pytest.mark.parametrize("fails", [1, 2])
+def test_a_request_whose_engine_fails_is_tried_once_more(run: Callable[..., None], fails: int) -> None:
+    async def test(world: World) -> None:
+        portraits, tries = world.engine.portraits, 0
+
+        async def failing(*arguments: Any) -> Any:
+            nonlocal tries
+            tries += 1
+            if tries <= fails:
+                raise IcPortraitError("denoising failed on this server; its log has the cause")
+            return await portraits(*arguments)
+
+        world.engine.portraits = failing  # type: ignore[method-assign]
+        world.engine.answer()
+        call = world.call()
+        if fails == 1:
+            assert len((await call).images) == 1
+        else:
+            with pytest.raises(IcPortraitError, match="denoising failed"):
+                await call
+        assert tries == 2 and world.service.replays == 1
+        assert world.engine.said[:3] == [("lease", False), ("release", False), ("lease", True)]
+
+    run(test)
+
+
 def test_a_request_whose_engine_is_not_started_again_is_told_so(run: Callable[..., None]) -> None:
     async def test(world: World) -> None:
         call = world.call()

@@ -14,10 +14,10 @@ import pytest
 import icportrait.deploy.installation
 import icportrait.deploy.preflight
 from icportrait.deploy.installation import Installation, find_installation
-from icportrait.deploy.preflight import backend_version, check_plans, repository_policy
+from icportrait.deploy.preflight import backend_version, check_graphs, check_plans, repository_policy
 from icportrait.deploy.repository import assemble
 from icportrait.deploy.triton_server import TritonServer
-from icportrait.errors import IcPortraitError, RuntimeNotAvailable
+from icportrait.errors import CheckpointError, IcPortraitError, RuntimeNotAvailable
 from icportrait.gateway.access import Access
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
@@ -245,6 +245,28 @@ def test_a_plan_that_is_missing_is_refused(
     monkeypatch.setattr(icportrait.deploy.preflight, "backend_version", lambda *_: "11.4.0")
     (repository / plan).unlink()
     assert f"{plan} is missing" in refusal(repository, "tensorrt", container)
+
+
+@pytest.mark.parametrize(("model", "graph"), [("denoise", "unet"), ("vae_encoder", "vae_encoder")])
+def test_a_graph_that_was_damaged_or_is_missing_is_refused_and_read_once_while_it_stays(
+    trivial: Path, model: str, graph: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, policy = trivial / model / "1" / f"{graph}.onnx", ServingPolicy()
+    check_graphs(trivial, policy)
+    whole = path.read_bytes()
+    path.unlink()  # a link to the export's
+    with pytest.raises(CheckpointError, match=f"{graph}.onnx is missing"):
+        check_graphs(trivial, policy)
+    for damaged in (whole[:-1], whole[:-1] + bytes([whole[-1] ^ 1])):
+        path.write_bytes(damaged)
+        with pytest.raises(CheckpointError, match=f"{graph}.onnx: hash is "):
+            check_graphs(trivial, policy)
+        with pytest.raises(CheckpointError, match=f"{graph}.onnx: hash is "):
+            TritonServer(trivial).start()
+    path.write_bytes(whole)
+    check_graphs(trivial, policy)
+    monkeypatch.setattr(Manifest, "check_files", lambda *_: pytest.fail("it was read again"))
+    check_graphs(trivial, policy)
 
 
 def test_the_gpu_is_asked_for_in_a_process_that_ends() -> None:

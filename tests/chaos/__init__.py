@@ -1,0 +1,1 @@
+"""Faults under load, and how the server comes back: ``make chaos``."""
