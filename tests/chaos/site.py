@@ -29,7 +29,6 @@ READY_TIMEOUT_S = 60.0
 RESTART_S = 0.1
 """systemd's own pause before it starts a unit again."""
 POLL_S = 0.02
-CACHE_BYTES = 2**20
 ENGINES = {
     "denoise": ("context.slots()", 'faulty("unet", context.slots(), "wait")'),
     "vae_encoder": ('context.engine("vae_encoder")', 'faulty("vae_encoder", context.engine("vae_encoder"), "run")'),
@@ -38,9 +37,14 @@ ENGINES = {
 """The place in each model's code where its engine is loaded, and the same with faults to order."""
 
 
-def make_repository(folder: Path) -> Path:
-    """Assemble the tests' small export, with real networks, as a repository whose engines fail on demand."""
-    policy = ServingPolicy(slots=4, engine_threads=1, cache_bytes=CACHE_BYTES)
+def make_repository(folder: Path, cache_bytes: int = 0) -> Path:
+    """Assemble the tests' small export, with real networks, as a repository whose engines fail on demand.
+
+    Args:
+        folder: for the repository.
+        cache_bytes: of the encoder's cache; without one, every request runs every engine.
+    """
+    policy = ServingPolicy(slots=4, engine_threads=1, cache_bytes=cache_bytes)
     assemble(shared_export("small"), folder / "repository", policy)
     for model, (loads, loads_faulty) in ENGINES.items():
         version = folder / "repository" / model / "1"
@@ -61,13 +65,16 @@ def make_repository(folder: Path) -> Path:
 class Site:
     """The server's process, the next one when it has ended, and what a test reads of it from outside."""
 
-    def __init__(self, repository: Path, folder: Path, environment: Mapping[str, str] = {}) -> None:
+    def __init__(
+        self, repository: Path, folder: Path, environment: Mapping[str, str] = {}, flags: tuple[str, ...] = ()
+    ) -> None:
         """Prepare; ``start`` starts it.
 
         Args:
             repository: to be served.
             folder: of this site alone, for its log, its temporary files and the ordered faults.
             environment: of the server, beside this process's own.
+            flags: of the server's command, beside its ports.
         """
         self.repository, self.folder, self.ports = repository, folder, Ports.free()
         self.url, self.http_url = f"{HOST}:{self.ports.grpc}", f"{HOST}:{self.ports.http}"
@@ -77,6 +84,7 @@ class Site:
         self.ends: list[int] = []
         """The statuses with which processes have ended before they were to."""
         self._environment = {**os.environ, **environment, "TMPDIR": str(folder), faulty.FOLDER: str(self.faults)}
+        self._flags = flags
         self._stopping = threading.Event()
         self._server: Supervised | None = None
         self._keeper = threading.Thread(target=self._keep, name="keeper", daemon=True)
@@ -134,9 +142,7 @@ class Site:
 
     def _keep(self) -> None:
         ports = [f"--{name}-port={port}" for name, port in vars(self.ports).items()]
-        command = [sys.executable, "-m", "icportrait.server", f"--repository={self.repository}", *ports]
-        # So that every request needs the pictures' processes.
-        command.append("--pictures-kept=0")
+        command = [sys.executable, "-m", "icportrait.server", f"--repository={self.repository}", *ports, *self._flags]
         while not self._stopping.is_set():
             with (self.folder / "server.log").open("a") as log:
                 process = subprocess.Popen(
