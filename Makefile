@@ -48,7 +48,7 @@ endif
 WORKERS := --dist loadgroup --numprocesses
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants fuzz lint sbom audit format clean
+.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants fuzz lint sbom audit format clean chaos soak
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -155,6 +155,12 @@ fuzz: $(STAMP) ## send 100,000 requests, most of them wrong, to a server, and fu
 	@$(PYTHON) -m tests.fuzz --seed $(SEED_OF_FUZZ) $(if $(REQUESTS),--requests $(REQUESTS)) $(if $(CORPUS),--corpus "$(CORPUS)") \
 		$(if $(REPLAY),--replay "$(REPLAY)")
 	@$(if $(REPLAY),true,FUZZ_EXAMPLES=500 $(PYTHON) -m pytest -q --timeout 1200 --hypothesis-seed $(SEED_OF_FUZZ) tests/unit/test_fuzz.py)
+
+chaos: $(STAMP) ## break every part of a server under load: what do callers see, how soon is it back? about 10 minutes
+	@$(PYTHON) -m tests.chaos $(if $(ONLY),--only "$(ONLY)")
+
+soak: $(STAMP) ## 20 minutes of mixed load (DURATION=seconds): does any process grow, do answers get slower?
+	@$(PYTHON) -m tests.soak $(if $(DURATION),--duration $(DURATION)) $(if $(SEED),--seed $(SEED))
 
 lint: $(STAMP) ## ruff, and mypy against the real signatures of both TensorRT products
 	@$(PYTHON) -m ruff check .

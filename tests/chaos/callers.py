@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import contextlib
 import itertools
 import re
 import threading
@@ -11,11 +13,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import grpc
 from icportrait_client import PortraitClient, PortraitError
 from tritonclient.utils import InferenceServerException
 
 from tests.chaos.site import Site
+from tests.conftest import EXAMPLES
 from tests.e2e.caller import generate, infer
 
 CALLERS = 16
@@ -108,7 +110,7 @@ class Callers:
         return "served"
 
     def _over_http(self) -> str:
-        values = {name: _base64(data) for name, data in self._pictures.items()}
+        values = {name: base64.b64encode(data).decode() for name, data in self._pictures.items()}
         try:
             status, answer = generate(self._site.http_url, **values, encoding="base64", seed=1, **OPTIONS)
         except (OSError, ValueError) as error:
@@ -116,24 +118,15 @@ class Callers:
         return "served" if status == 200 else plain(f"HTTP {status}: {answer.get('error')}")
 
 
-def _base64(data: bytes) -> str:
-    import base64
-
-    return base64.b64encode(data).decode()
-
-
 def plain(text: str) -> str:
     """Return an outcome without its figures and addresses, so that equal ones are counted together."""
-    first, _, _ = text.partition("\n")
-    if "failed to connect" in first.lower() or "connection refused" in first.lower() or "Connect" in first:
-        return f"{first.split()[0]} connection refused"
-    if any(sign in first for sign in ("Connection reset", "Socket closed", "Remote end closed", "IncompleteRead")):
-        return f"{first.split()[0]} connection cut"
-    return (
-        re.sub(r"\d+(\.\d+)?", "N", first)
-        if "HTTP" not in first[:5]
-        else re.sub(r"(?<=retry_after_ms: )\d+", "N", first)
-    )
+    first = text.partition("\n")[0]
+    door = first.partition(" ")[0]
+    if re.search(r"[Cc]onnection refused|[Ff]ailed to connect", first):
+        return f"{door} connection refused"
+    if re.search(r"reset|[Cc]losed|IncompleteRead|GOAWAY|without response", first):
+        return f"{door} connection cut"
+    return re.sub(r"(?<=retry_after_ms: )\d+", "N", first)
 
 
 def portraits(site: Site, pictures: dict[str, bytes]) -> dict[int, bytes]:
@@ -142,4 +135,19 @@ def portraits(site: Site, pictures: dict[str, bytes]) -> dict[int, bytes]:
         return {seed: client.generate(**pictures, seed=seed, **OPTIONS).bytes for seed in SEEDS}
 
 
-__all__ = ["Callers", "grpc", "plain", "portraits"]
+def watch(url: str, callers: int) -> None:
+    """Watch streams with previews, one after another, until the process is killed."""
+    pictures = {name: EXAMPLES / file for name, file in (("profile", "hopper.jpg"), ("reference", "astronaut.jpg"))}
+
+    def call(client: PortraitClient) -> None:
+        while True:
+            with contextlib.suppress(PortraitError):
+                for _ in client.stream(**pictures, preview_every=1, guidance_scale=1.0, num_inference_steps=150):
+                    pass
+
+    with PortraitClient(url) as client:
+        threads = [threading.Thread(target=call, args=(client,)) for _ in range(callers)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()

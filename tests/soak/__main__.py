@@ -100,8 +100,8 @@ def _table(found: list[Growth]) -> Table:
 
 def _drift_line(found: Drift, windows: int) -> str:
     return (
-        f"p50 {found.p50_ms:.0f} ms, drift over the run {found.share:+.1%} (95 %: {found.low:+.1%} to {found.high:+.1%}, "
-        f"{windows} windows); fails where the low end is over {DRIFT:.0%}"
+        f"p50 {found.p50_ms:.0f} ms, drift over the run {found.share:+.1%} "
+        f"(95 %: {found.low:+.1%} to {found.high:+.1%}; {windows} windows), fails where the low end is over {DRIFT:.0%}"
     )
 
 
