@@ -127,10 +127,11 @@ class Run:
                 say(f"{time.monotonic() - began_s:6.0f} s  {number} of {len(faults)}  {fault.name}: {end}")
         cold_s = statistics.median(self._cold_s)
         Console(width=None if sys.stdout.isatty() else 200).print(_table(results, cold_s, self._is_short))
+        print(f"A cold start takes {cold_s:.1f} s here, the median of {len(self._cold_s)} of this run.")
         print(
-            f"A cold start takes {cold_s:.1f} s here, the median of {len(self._cold_s)} of this run. A recovery's time is"
+            f"A recovery's time is the median of its tries, and must be within {RATIO} cold starts. Where a try to start"
         )
-        print(f"the median of its tries and must be within {RATIO} cold starts; tries that fail may add what is shown.")
+        print("may have begun before the fault was mended, the seconds of that try are added, as shown.")
         wrong = [result for result in results if not result.skipped and result.verdict(self._limit(cold_s))]
         print(f"{len(results) - len(wrong)} passed, {len(wrong)} failed")
         return bool(wrong)
@@ -166,7 +167,11 @@ class Run:
             or not site.is_ready()
             or site.metric(STARTS) - 1 + fault.engine_restarts > 3
         ):
-            site = self._start(fault.environment)
+            try:
+                site = self._start(fault.environment)
+            except TimeoutError as error:
+                self._site, result.failed = None, f"it didn't start: {error}"
+                return result
         callers = Callers(site, self._pictures, self._expected, self._callers)
         logged = len(site.log())
         try:

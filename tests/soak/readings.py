@@ -16,8 +16,8 @@ from tests.e2e.supervised import arguments, name
 
 GROWTH = 0.02
 """Growth that a process may have from the first third to the last."""
-GRAIN_MB = 0.25
-"""Memory comes in pages and arenas: a smaller growth of a small process is none."""
+GRAIN_MB, GRAIN_THREADS = 0.25, 1.0
+"""Growth that is none: memory comes in pages and arenas, and a pool's last thread comes when all others are busy."""
 DRIFT = 0.05
 """Drift of the p50 that is called none: windows of one run differ by more."""
 CONFIDENCE = 0.95
@@ -74,8 +74,8 @@ class Growth:
 
     @property
     def is_too_much(self) -> bool:
-        is_memory = self.quantity not in ("descriptors", "threads")
-        return self.share > GROWTH and (not is_memory or self.last - self.first > GRAIN_MB)
+        grain = {"descriptors": 0.0, "threads": GRAIN_THREADS}.get(self.quantity, GRAIN_MB)
+        return self.share > GROWTH and self.last - self.first > grain
 
 
 def growths(readings: Sequence[Reading]) -> list[Growth]:
