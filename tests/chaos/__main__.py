@@ -128,10 +128,8 @@ class Run:
         cold_s = statistics.median(self._cold_s)
         Console(width=None if sys.stdout.isatty() else 200).print(_table(results, cold_s, self._is_short))
         print(f"A cold start takes {cold_s:.1f} s here, the median of {len(self._cold_s)} of this run.")
-        print(
-            f"A recovery's time is the median of its tries, and must be within {RATIO} cold starts. Where a try to start"
-        )
-        print("may have begun before the fault was mended, the seconds of that try are added, as shown.")
+        print(f"A recovery's time is the median of its tries, and must be within {RATIO} cold starts. Where a try to")
+        print("start may have begun before the fault was mended, the seconds of that try are added, as shown.")
         wrong = [result for result in results if not result.skipped and result.verdict(self._limit(cold_s))]
         print(f"{len(results) - len(wrong)} passed, {len(wrong)} failed")
         return bool(wrong)

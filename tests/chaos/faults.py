@@ -253,7 +253,7 @@ def _needs_mounts() -> str:
 
 
 def _libfaketime() -> Path | None:
-    """Find PyPI's; Debian 12's (0.9.10) fails every ``time.sleep`` of Python where the monotonic clock is left alone."""
+    """Find PyPI's; Debian 12's (0.9.10) fails each ``time.sleep`` where the monotonic clock is left alone."""
     package = importlib.util.find_spec("libfaketime")
     folders = package.submodule_search_locations if package else None
     return next(Path(folders[0]).rglob("libfaketime.so.1"), None) if folders else None

@@ -50,14 +50,15 @@ VERBS = frozenset(
     re.findall(
         r"\w+",
         """
-    Adapt Add Advance Allocate Answer Ask Begin Bound Build Call Cancel Change Check Choose Close Compare Complete
-    Compute Configure Connect Convert Copy Count Cover Cut Decide Decode Denoise Describe Divide Do Drag Draw Drop Embed
-    Encode End Estimate Execute Export Extract Fill Find Finish Fit Flush Forecast Forget Give Grant Grow Guide Hand
-    Hang Hash Have Hold Illuminate Implement Infer Inflate Install Join Judge Keep Kill Launch Leave Let Lift Link List
-    Load Lock Look Make Mark Measure Mix Move Name Note Notice Open Paint Parse Place Predict Prepare Print Publish Put
-    Queue Raise Read Receive Record Refuse Remember Remove Render Replace Report Rescale Reshape Retrieve Return Round
-    Run Say Scale Search Send Separate Serve Set Show Sign Simulate Smooth Specify Split Stand Start Step Stop Submit
-    Sum Summarise Take Tell Test Train Try Turn Undo Use Wait Wake Warp Work Write Yield
+    Adapt Add Advance Allocate Answer Ask Assemble Begin Bound Build Call Cancel Change Check Choose Close Compare
+    Complete Compute Configure Connect Convert Copy Count Cover Cut Damage Decide Decode Denoise Describe Divide Do Drag
+    Draw Drop Embed Encode End Estimate Execute Export Extract Fill Find Finish Fit Flush Forecast Forget Give Grant
+    Group Grow Guide Hand Hang Hash Have Hold Illuminate Implement Infer Inflate Install Join Judge Keep Kill Launch
+    Leave Let Lift Link List Load Lock Look Make Mark Measure Mix Move Name Note Notice Open Order Paint Parse Place
+    Predict Prepare Print Publish Put Queue Raise Read Receive Record Refuse Remember Remove Render Replace Report
+    Rescale Reshape Retrieve Return Round Run Say Scale Search Send Separate Serve Set Show Sign Simulate Smooth Specify
+    Split Stand Start Step Stop Submit Sum Summarise Take Tell Test Train Try Turn Undo Use Wait Wake Warp Watch Work
+    Write Yield
     """,
     )
 )
