@@ -1,7 +1,7 @@
 """The checks before tritonserver is started. Each refuses, in one line, a repository that can't run here.
 
-The manifests of graphs and plans are the authority. No table here says which container release brings which TensorRT: the library
-that the server would load is asked for its version.
+The manifests of graphs and plans are the authority. No table here says which container release brings which TensorRT:
+the library that the server would load is asked for its version.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def check_shared_memory(repository: Path, policy: ServingPolicy) -> None:
 
 
 def check_graphs(repository: Path, policy: ServingPolicy) -> None:
-    """Compare the graphs that a CPU's runtime would load with what was exported: a damaged one may load, and draw wrong.
+    """Compare the graphs that a CPU's runtime would load with the exported ones, because a damaged graph may load.
 
     Args:
         repository: the model repository.

@@ -26,8 +26,8 @@ class RowCache:
 
     A row's key is the SHA-256 of its input and of the partition it belongs to, so that no caller can make a picture
     that is taken for another, or learn from the time it takes what callers of another partition have sent. Rows that
-    are equal within a batch and a partition are computed once. Nothing of a run that failed is kept, nor a row with NaN or
-    Inf. For one thread.
+    are equal within a batch and a partition are computed once. Nothing of a run that failed is kept, and no row with
+    NaN or Inf. For one thread.
     """
 
     def __init__(
