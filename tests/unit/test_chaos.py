@@ -23,6 +23,7 @@ HINT = "gRPC UNAVAILABLE: the engine is being restarted; try again later; retry_
         ({}, ""),
         ({"took_s": [1.0, 1.25, 9.0]}, "took 1.2 s, expected 1.2 s or less"),
         ({"took_s": [1.0, 1.1, 9.0]}, ""),
+        ({"took_s": [1.9], "cold_s": 1.6}, ""),
         ({"lost": ["no answer"]}, "1 lost: no answer"),
         ({"changed": 1}, "1 portraits were other ones"),
         ({"seen": Counter(["served", "gRPC INTERNAL: denoising failed"])}, "callers got: gRPC INTERNAL"),
