@@ -27,12 +27,12 @@ def test_every_kind_of_the_soaks_load_ends_as_it_must(slow: ServerProcess, pictu
     assert slow.process
     readings = []
     with load.client() as client:
+        for kind in KINDS:
+            load.call(kind, client, random.Random(kind))
         for _ in range(3):
-            for kind in KINDS:
-                load.call(kind, client, random.Random(kind))
             settled(slow.metrics_url)
             readings.append(read(slow.process.pid))
     assert not load.unexpected
-    assert {kind: ends.total() for kind, ends in by_kind(load.ends).items()} == dict.fromkeys(KINDS, 3)
+    assert {kind: ends.total() for kind, ends in by_kind(load.ends).items()} == dict.fromkeys(KINDS, 1)
     processes = {each.process.partition(" ")[0] for each in growths(readings)}
     assert {"gateway", "tritonserver", "denoise", "vae_encoder", "vae_decoder", "pictures"} <= processes
