@@ -12,7 +12,7 @@ from icportrait_client.errors import InvalidRequest, PortraitError
 
 from benchmarks.ladder_names import RUNGS
 from benchmarks.mix import mixed, weighted
-from benchmarks.output import Output, add_output_arguments
+from benchmarks.output import Output, add_output_arguments, check_file
 from benchmarks.planning import command as planning
 from benchmarks.settings import (
     HEADS,
@@ -83,6 +83,8 @@ def main(argv: list[str] | None = None) -> int:
     except InvalidRequest as error:
         commands.choices[command].error(str(error))
     try:
+        for path in (output.page, getattr(settings, "hdr", None), getattr(settings, "out", None)):
+            check_file(path)
         return int(run(settings, output))
     except (PortraitError, IcPortraitError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -124,7 +124,7 @@ def measure(process: Process, count: int, settings: CoverageSettings) -> dict[st
         "samples": count,
         "answered": round(float(gave.mean()), 4),
         "coverage": round(float(np.concatenate(covered)[gave].mean()), 4) if gave.any() else None,
-        "width": round(float(np.median(np.concatenate(widths)[gave]) / spread), 3) if gave.any() else None,
+        "width": round(float(np.median(np.concatenate(widths)[gave]) / spread), 3) if gave.any() and spread else None,
     }
 
 

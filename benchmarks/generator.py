@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from icportrait_client.errors import InvalidRequest
+from icportrait_client.errors import InvalidRequest, PortraitError
 from tritonclient.grpc import service_pb2, service_pb2_grpc
 
 from benchmarks.load import run_load
@@ -134,7 +134,7 @@ def main(argv: list[str] | None = None) -> int:
     """Measure the generator.
 
     Returns:
-        0. A wrong command line ends the process with 2.
+        0, 1 after an error. A wrong command line ends the process with 2.
     """
     parser = argparse.ArgumentParser(prog="python -m benchmarks.generator", description=__doc__)
     default = GeneratorSettings()
@@ -153,7 +153,11 @@ def main(argv: list[str] | None = None) -> int:
         settings = GeneratorSettings(**{**args, "rates_per_s": tuple(args["rates_per_s"])})
     except InvalidRequest as error:
         parser.error(str(error))
-    report = measure(settings, lambda line: print(line, flush=True))
+    try:
+        report = measure(settings, lambda line: print(line, flush=True))
+    except PortraitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     if out is not None:
         out.write_text(json.dumps(report, indent=2) + "\n")
     return 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,21 @@ class Output:
             from benchmarks.pages import write_page
 
             write_page(self.page, title, report, sections(report))
+
+
+def check_file(path: Path | None) -> None:
+    """Refuse a file that can't be written, before a run spends minutes on its content. Make the file's folder.
+
+    Raises:
+        OSError: the reason.
+    """
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path}: is a folder, expected a file to write")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise PermissionError(f"{path}: can't be written here; name another file")
 
 
 def add_output_arguments(command: argparse.ArgumentParser, has_page: bool = False) -> None:

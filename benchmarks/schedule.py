@@ -20,7 +20,7 @@ from icportrait_client.contract import load_contract
 from icportrait_client.errors import InvalidRequest
 
 from benchmarks.mix import Mix, Number
-from benchmarks.settings import LoadSettings
+from benchmarks.settings import LONGEST_S, LoadSettings
 
 _DRAWN_SEEDS = 2**31
 TRACE_FIELDS = {
@@ -194,19 +194,23 @@ def read_trace(settings: LoadSettings) -> list[PlannedRequest]:
 
 def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     try:
-        lines = path.read_text("utf-8").splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()  # spreadsheets write the signature
     except (OSError, ValueError) as error:
         raise InvalidRequest(f"{path}: can't be read ({getattr(error, 'strerror', None) or error})") from None
     if not next((line for line in lines if line.strip()), "").lstrip().startswith("{"):
         rows = csv.DictReader(lines, restkey="more than the names")
-        yield from ((rows.line_num, row) for row in rows)
+        try:
+            yield from ((rows.line_num, row) for row in rows)
+        except csv.Error as error:
+            raise InvalidRequest(f"{path}: line {rows.line_num + 1}: no CSV ({error})") from None
         return
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InvalidRequest(f"{path}: line {number}: no JSON ({error.msg})") from None
+            except (ValueError, RecursionError) as error:
+                message = getattr(error, "msg", None) or error
+                raise InvalidRequest(f"{path}: line {number}: no JSON ({message})") from None
             if not isinstance(row, dict):
                 raise InvalidRequest(f"{path}: line {number}: {line.strip()[:40]!r}, expected an object")
             yield number, row
@@ -214,16 +218,18 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 def _offset_s(value: Any) -> float:
     offset_s = -1.0 if value is None else _number(float, "offset_s", value)
-    if not (math.isfinite(offset_s) and offset_s >= 0):
-        raise InvalidRequest(f"offset_s: {value!r}, expected a number of 0 or more")
+    if not 0 <= offset_s <= LONGEST_S:
+        raise InvalidRequest(f"offset_s: {value!r}, expected a number of 0 or more, up to {LONGEST_S:g}")
     return offset_s
 
 
 def _number(kind: Callable[[Any], Number], name: str, value: Any) -> Number:
     try:
         number = kind(value)
-    except (TypeError, ValueError):
-        raise InvalidRequest(f"{name}: {value!r}, expected a number") from None
-    if isinstance(value, bool) or (isinstance(value, float) and number != value):
+    except (TypeError, ValueError, OverflowError):
+        raise InvalidRequest(f"{name}: {str(value)[:40]!r}, expected a number") from None
+    if isinstance(value, bool):
+        raise InvalidRequest(f"{name}: {value!r}, expected a number")
+    if kind is int and isinstance(value, float) and number != value:
         raise InvalidRequest(f"{name}: {value!r}, expected a whole number")
     return number

@@ -130,10 +130,19 @@ def _limit(probe: Probe) -> float:
 def search(
     probe: Callable[[float], Probe], first_per_s: float, probes: int, say: Callable[[Probe], None] = lambda _: None
 ) -> list[Probe]:
-    """Try rates until the search is done, or ``probes`` were made."""
+    """Try rates until the search is done, ``probes`` were made, or a rate is beyond any that can be tried.
+
+    Raises:
+        InvalidRequest: the first rate can't be tried.
+    """
     made: list[Probe] = []
     while len(made) < probes and (rate_per_s := next_rate(made, first_per_s)) is not None:
-        made.append(probe(rate_per_s))
+        try:
+            made.append(probe(rate_per_s))
+        except InvalidRequest:
+            if not made:
+                raise
+            break  # a rate so low that no request falls into a probe, or so high that no generator has the memory
         say(made[-1])
     return made
 

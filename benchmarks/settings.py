@@ -18,6 +18,10 @@ from icportrait.policy import BATCHING_MODES, CPU_RUNTIMES, ServingPolicy
 
 ROOT = Path(__file__).parents[1]
 HEADS = ROOT / "examples" / "heads"
+LONGEST_S = 1e7
+"""Four months. No clock that a run waits for takes much more."""
+_REQUESTS, _CALLERS = 2_000_000, 10_000
+"""Limits of the memory of a generator in one process."""
 LEAST_ROUNDS = 6
 """With fewer, no interval of 95 % lies within what was measured."""
 LATENCY_TABLE = ROOT / "benchmarks" / "latency" / "h200-torch-sd15-512.json"
@@ -70,14 +74,12 @@ class LoadSettings:
         Raises:
             InvalidRequest: names the value, what came and what was expected.
         """
-        for name, value in (
-            ("rate", self.rate_per_s),
-            ("burstiness", self.burstiness),
-            ("duration", self.duration_s),
-            ("timeout", self.timeout_s),
-            ("leaving-ms", self.leaving_ms),
-        ):
+        for name, value in (("rate", self.rate_per_s), ("leaving-ms", self.leaving_ms)):
             _check_above_0(name, value)
+        for name, value in (("duration", self.duration_s), ("timeout", self.timeout_s)):
+            _check_above_0(name, value, LONGEST_S)
+        if not 0.01 <= self.burstiness <= 1000:
+            raise InvalidRequest(f"burstiness: {self.burstiness:g}, expected 0.01 to 1000")
         if not 0 <= self.warm_up_s < self.duration_s:
             raise InvalidRequest(
                 f"warm-up: {self.warm_up_s:g} s, expected 0 or more and less than the duration, {self.duration_s:g} s"
@@ -89,8 +91,13 @@ class LoadSettings:
         for name, share in (("returning", self.returning), ("leaving", self.leaving)):
             if share is not None and not 0 <= share <= 1:
                 raise InvalidRequest(f"{name}: {share:g}, expected a share from 0 to 1")
-        if self.concurrency is not None and self.concurrency < 1:
-            raise InvalidRequest(f"concurrency: {self.concurrency}, expected 1 or more")
+        if self.concurrency is not None and not 1 <= self.concurrency <= _CALLERS:
+            raise InvalidRequest(f"concurrency: {self.concurrency}, expected 1 to {_CALLERS}")
+        if self.concurrency is None and self.trace is None and self.rate_per_s * self.duration_s > _REQUESTS:
+            raise InvalidRequest(
+                f"rate: {self.rate_per_s:g}/s for {self.duration_s:g} s are {self.rate_per_s * self.duration_s:g} "
+                f"requests, expected {_REQUESTS} at most: all are drawn before the run"
+            )
         if self.trace is not None and (self.concurrency is not None or self.ramp_s or self.burstiness != 1):
             raise InvalidRequest("trace: has its own moments; leave out concurrency, ramp and burstiness")
         if self.concurrency is not None and (self.burstiness != 1 or self.returning is not None):
@@ -149,9 +156,10 @@ class SearchSettings:
             raise InvalidRequest("goodput: counts answers within deadline-ms, which isn't given")
         if self.load.trace is not None or self.load.concurrency is not None:
             raise InvalidRequest("search: draws its moments by the rate; leave out trace and concurrency")
-        if self.longest_s < self.load.duration_s:
+        if not self.load.duration_s <= self.longest_s <= LONGEST_S:
             raise InvalidRequest(
-                f"longest: {self.longest_s:g} s, expected the duration, {self.load.duration_s:g} s, or more"
+                f"longest: {self.longest_s:g} s, expected the duration, {self.load.duration_s:g} s, or more, up to "
+                f"{LONGEST_S:g}"
             )
         if self.probes < 1:
             raise InvalidRequest(f"probes: {self.probes}, expected 1 or more")
@@ -184,8 +192,14 @@ class GeneratorSettings:
         Raises:
             InvalidRequest: names the value, what came and what was expected.
         """
-        if self.duration_s <= 2:
-            raise InvalidRequest(f"duration: {self.duration_s:g} s, expected more than 2 s")
+        if not 2 < self.duration_s <= LONGEST_S:
+            raise InvalidRequest(f"duration: {self.duration_s:g} s, expected more than 2 s, up to {LONGEST_S:g}")
+        for rate_per_s in self.rates_per_s:
+            LoadSettings(rate_per_s=rate_per_s, duration_s=self.duration_s, warm_up_s=0.0)
+        if not 0 <= self.latency_ms <= 1000 * LONGEST_S:
+            raise InvalidRequest(f"latency-ms: {self.latency_ms:g}, expected 0 to {1000 * LONGEST_S:g}")
+        if not 0 <= self.image_bytes <= 2**30:
+            raise InvalidRequest(f"image-bytes: {self.image_bytes}, expected 0 to {2**30}")
 
 
 @dataclass(frozen=True)
@@ -418,10 +432,20 @@ class MarkingSettings:
     seed: int = 0
     """Not used: nothing is drawn."""
 
+    def __post_init__(self) -> None:
+        """Check the values.
 
-def _check_above_0(name: str, value: float) -> None:
-    if not (math.isfinite(value) and value > 0):
-        raise InvalidRequest(f"{name}: {value:g}, expected a number above 0")
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        if self.rounds < 1:
+            raise InvalidRequest(f"rounds: {self.rounds}, expected 1 or more")
+
+
+def _check_above_0(name: str, value: float, most: float = math.inf) -> None:
+    if not (math.isfinite(value) and 0 < value <= most):
+        limit = "" if math.isinf(most) else f", up to {most:g}"
+        raise InvalidRequest(f"{name}: {value:g}, expected a number above 0{limit}")
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,9 @@ def _plan_lines(question: Question, plan: Plan) -> list[str]:
             f", {plan.cost_an_hour:,.2f} {question.currency} an hour, "
             f"{plan.images_an_hour / plan.cost_an_hour:,.0f} portraits for 1 {question.currency}".rstrip()
             if plan.cost_an_hour
-            else "; no price was given for this GPU"
+            else f"; no price was given for {profile.device}"
+            if plan.cost_an_hour is None
+            else ", for nothing"
         ),
         f"  breaks first          {plan.breaks_first}",
     ]
@@ -126,18 +128,31 @@ def _plan_lines(question: Question, plan: Plan) -> list[str]:
     return lines
 
 
-def _bound_line(plan: Plan) -> str:
+def _bound_ms(plan: Plan) -> float | None:
+    """Return the bound of the mean latency, infinite where whole batches can't serve the rate.
+
+    Returns:
+        None where the bound doesn't apply.
+    """
     figures = plan.figures
-    rate = figures.scenario.workload.rate_per_s / figures.scenario.replicas
-    bound_s, batch = plan.bound.mean_latency_s(rate), plan.bound.mean_batch(rate)
     workload, slots = figures.scenario.workload, figures.scenario.settings.policy.slots
-    text = f"  mean latency          {figures.mean_ms:.0f} ms simulated; "
+    rate = workload.rate_per_s / figures.scenario.replicas
+    bound_s = plan.bound.mean_latency_s(rate)
     if not math.isfinite(bound_s):
-        return text + "whole batches could not serve this rate (arXiv 1912.06322)"
-    if batch > slots / workload.mean_rows or workload.burstiness != 1:
-        return text + "the bound of whole batches (arXiv 1912.06322) doesn't apply: bursts, or batches beyond the slots"
+        return math.inf
+    if plan.bound.mean_batch(rate) > slots / workload.mean_rows or workload.burstiness != 1:
+        return None
     host_ms = sum(figures.stage_ms.get(stage, 0.0) for stage in ("front", "preprocess", "postprocess", "back"))
-    bound_ms = 1000 * bound_s + host_ms
+    return 1000 * bound_s + host_ms
+
+
+def _bound_line(plan: Plan) -> str:
+    bound_ms = _bound_ms(plan)
+    text = f"  mean latency          {_figure(plan.figures.mean_ms)} ms simulated; "
+    if bound_ms is None:
+        return text + "the bound of whole batches (arXiv 1912.06322) doesn't apply: bursts, or batches beyond the slots"
+    if math.isinf(bound_ms):
+        return text + "whole batches could not serve this rate (arXiv 1912.06322)"
     return text + f"whole batches of the mean request at most {bound_ms:.0f} ms (bound of arXiv 1912.06322)"
 
 
@@ -147,9 +162,7 @@ def _no_plan_lines(answer: NoPlan) -> list[str]:
 
 def _plan_json(plan: Plan) -> dict[str, Any]:
     profile, figures = plan.profile, plan.figures
-    rate = figures.scenario.workload.rate_per_s / figures.scenario.replicas
-    cost = plan.cost_an_hour
-    bound_s = plan.bound.mean_latency_s(rate)
+    cost, bound_ms = plan.cost_an_hour, _bound_ms(plan)
     return {
         "profile": profile.name,
         "device": profile.device,
@@ -167,7 +180,7 @@ def _plan_json(plan: Plan) -> dict[str, Any]:
         "images_per_currency_unit": None if not cost else round(plan.images_an_hour / cost, 1),
         "breaks_first": plan.breaks_first,
         "replicas_by_hour": list(plan.day),
-        "batch_service_bound_ms": round(1000 * bound_s, 1) if math.isfinite(bound_s) else None,
+        "batch_service_bound_ms": round(bound_ms, 1) if bound_ms and math.isfinite(bound_ms) else None,
         "knee": [{"load": share, **figures_json(each)} for share, each in plan.knee],
         "changes": [
             {

@@ -10,7 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
+from icportrait_client.errors import InvalidRequest
+
 from benchmarks.output import Output, add_output_arguments
+from benchmarks.settings import LoadSettings
 from icportrait.policy import CPU_RUNTIMES
 
 
@@ -30,6 +33,16 @@ class PlanSettings:
     """None is one a core."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the values that aren't the question's.
+
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        _check("seed", self.seed, 0, 2**63)
+        if self.processes is not None:
+            _check("processes", self.processes, 1, 256)
+
 
 @dataclass(frozen=True)
 class ProfileSettings:
@@ -47,6 +60,14 @@ class ProfileSettings:
     requests: int = 20
     """Requests of each kind."""
     note: str = ""
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        _check("requests", self.requests, 1, 1000)
 
 
 @dataclass(frozen=True)
@@ -66,6 +87,27 @@ class ReplaySettings:
     """The server makes pictures of 128 px, whatever its profile says."""
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        _check("duration", self.duration_s, 2 * LoadSettings.warm_up_s, 86_400)
+        _ = self.load
+
+    @property
+    def load(self) -> LoadSettings:
+        """Return the load, but the server's address."""
+        return LoadSettings(
+            rate_per_s=self.rate_per_s,
+            duration_s=self.duration_s,
+            steps=self.steps,
+            guidance_scale=self.guidance_scale,
+            deadline_ms=self.deadline_ms,
+            seed=self.seed,
+        )
+
 
 @dataclass(frozen=True)
 class ValidationSettings:
@@ -76,6 +118,20 @@ class ValidationSettings:
     export: Path | None = None
     """Export of the scenarios with real engines; None leaves them out."""
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        _check("duration", self.duration_s, 20, 86_400)
+        _check("seed", self.seed, 0, 2**31)
+
+
+def _check(name: str, value: float, least: float, most: float) -> None:
+    if not least <= value <= most:
+        raise InvalidRequest(f"{name}: {value:g}, expected {least:g} to {most:g}")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -230,7 +286,6 @@ def run_replay(settings: ReplaySettings, output: Output) -> int:
     from benchmarks.planning.replay import replay, small, table
     from benchmarks.planning.simulation import ServerSettings
     from benchmarks.report import conditions_here
-    from benchmarks.settings import LoadSettings
     from icportrait.policy import ServingPolicy
 
     policy = ServingPolicy(runtime=settings.runtime) if settings.export else ServingPolicy()
@@ -239,15 +294,8 @@ def run_replay(settings: ReplaySettings, output: Output) -> int:
         if settings.export
         else find_profile(settings.profile, Path())
     )
-    load = LoadSettings(
-        rate_per_s=settings.rate_per_s,
-        duration_s=settings.duration_s,
-        steps=settings.steps,
-        guidance_scale=settings.guidance_scale,
-        deadline_ms=settings.deadline_ms,
-        seed=settings.seed,
-    )
-    found, host = replay(small(profile) if settings.small else profile, load, ServerSettings(policy), settings.export)
+    engines = small(profile) if settings.small else profile
+    found, host = replay(engines, settings.load, ServerSettings(policy), settings.export)
     report = {**found.to_json(), "host": host_json(host), "conditions": conditions_here(cast(Any, settings))}
     output.show(report, table, "A load, measured and simulated", replay_sections)
     return 0

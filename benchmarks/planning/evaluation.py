@@ -10,16 +10,18 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import signal
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
 import numpy as np
 
-from benchmarks.planning.profile import ServiceProfile
+from benchmarks.planning.profile import PlanningError, ServiceProfile
 from benchmarks.planning.simulation import OK, ServerSettings, SimulatedServer
 from benchmarks.planning.workload import Workload
 from icportrait.contract import Array
@@ -81,6 +83,10 @@ class Estimate:
     def scaled(self, factor: float) -> Estimate:
         """Return a factor of the figure and of its interval."""
         return Estimate(factor * self.value, factor * self.low, factor * self.high)
+
+    def at_least(self, least: float) -> Estimate:
+        """Return the figure and its interval, neither below ``least``."""
+        return Estimate(*(max(least, each) for each in (self.value, self.low, self.high)))
 
     def to_json(self) -> dict[str, float | None]:
         """Return the figure with null for what isn't finite."""
@@ -167,7 +173,11 @@ class Simulator:
         """Requests simulated by now."""
         count = processes or len(os.sched_getaffinity(0))
         context = multiprocessing.get_context("spawn")
-        self._pool = ProcessPoolExecutor(count, mp_context=context) if count > 1 else None
+        # Ctrl-C goes to all processes of a terminal: this one ends the others.
+        ignore = (signal.SIGINT, signal.SIG_IGN)
+        self._pool = (
+            ProcessPoolExecutor(count, context, initializer=signal.signal, initargs=ignore) if count > 1 else None
+        )
 
     def __enter__(self) -> Simulator:
         return self
@@ -189,11 +199,19 @@ class Simulator:
             requests: of a run.
             limit_ms: that goodput counts within.
             seed: of the first run.
+
+        Raises:
+            PlanningError: a process has died.
         """
         tasks = [(scenario, requests, seed + run) for scenario in scenarios for run in range(runs)]
         self.requests += requests * len(tasks)
         if self._pool:
-            samples = list(self._pool.map(run_once, *zip(*tasks, strict=True)))
+            try:
+                samples = list(self._pool.map(run_once, *zip(*tasks, strict=True)))
+            except BrokenProcessPool as error:
+                raise PlanningError(
+                    "a process of the simulation was killed, for want of memory perhaps; try --processes 1"
+                ) from error
         else:
             samples = [run_once(*task) for task in tasks]
         return [

@@ -196,16 +196,18 @@ def like(longer: Figures, shorter: Figures, others: Sequence[Figures]) -> list[F
         shorter: the same scenario's, of few.
         others: of as few runs with the same draws.
     """
-    factors = {
-        name: getattr(longer, name).value / getattr(shorter, name).value
-        if math.isfinite(getattr(shorter, name).value)
-        else 1.0
-        for name in ("p50_ms", "p99_ms")
-    }
-    return [
-        replace(each, **{name: getattr(each, name).scaled(factor) for name, factor in factors.items()})
-        for each in others
-    ]
+    p50, p99 = (_ratio(getattr(longer, name).value, getattr(shorter, name).value) for name in ("p50_ms", "p99_ms"))
+    scaled = []
+    for each in others:
+        p50_ms = each.p50_ms.scaled(p50)
+        # Each has a factor of its own, which must not bring a p99 below its p50.
+        scaled.append(replace(each, p50_ms=p50_ms, p99_ms=each.p99_ms.scaled(p99).at_least(p50_ms.value)))
+    return scaled
+
+
+def _ratio(longer_ms: float, shorter_ms: float) -> float:
+    """Return the factor between two figures; 1 where either of them tells nothing."""
+    return longer_ms / shorter_ms if math.isfinite(longer_ms) and 0 < shorter_ms < math.inf else 1.0
 
 
 def _redundancy(question: Question) -> tuple[int, int, bool]:
@@ -270,13 +272,21 @@ def check_size(question: Question) -> None:
     """Refuse a question that no fleet can be simulated for.
 
     Raises:
-        PlanningError: a request needs more rows than a server has.
+        PlanningError: a request needs more rows than a server has, or all need more replicas than are tried.
     """
+    planned = question.workload.at(question.workload.rate_per_s * (1 + question.headroom))
     for profile in question.profiles:
         slots = min(question.settings.policy.slots, profile.preset.max_unet_batch)
-        rows = max(question.workload.portraits) * (2 if question.workload.guided else 1)
+        most = max(number for number, weight in question.workload.portraits.items() if weight)
+        rows = most * (2 if question.workload.guided else 1)
         if rows > slots:
             raise PlanningError(
-                f"workload: a request of {max(question.workload.portraits)} portraits takes {rows} rows, and "
+                f"workload: a request of {most} portraits takes {rows} rows, and "
                 f"{profile.name} has {slots} slots; ask for fewer portraits, or raise server.slots"
+            )
+        least = least_replicas(Scenario(profile, planned, settings=question.settings))
+        if least > MOST_REPLICAS:
+            raise PlanningError(
+                f"workload: {planned.rate_per_s:g} requests a second take {least:,} replicas of {profile.name} or "
+                f"more, expected {MOST_REPLICAS:,} at most; plan for a part of them"
             )

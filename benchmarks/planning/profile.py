@@ -188,8 +188,17 @@ def read_host(fields: Any) -> Host:
     return Host(**values)
 
 
+def as_number(value: object) -> float:
+    """Return a number of JSON or TOML: NaN for what is none, and infinity for an integer that no float holds."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def _milliseconds(name: str, value: Any) -> float:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not 0 <= value <= LONGEST_MS:
+    if not 0 <= as_number(value) <= LONGEST_MS:
         raise PlanningError(f"host: {name} is {json.dumps(value)[:60]}, expected milliseconds, 0 to {LONGEST_MS:g}")
     return float(value)

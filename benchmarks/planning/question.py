@@ -30,11 +30,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks.planning.profile import PlanningError, ServiceProfile
+from benchmarks.planning.profile import PlanningError, ServiceProfile, as_number
 from benchmarks.planning.simulation import ServerSettings
 from benchmarks.planning.workload import BALANCERS, Workload, uniform
 from icportrait.errors import IcPortraitError
-from icportrait.policy import ServingPolicy
+from icportrait.policy import BATCHING_MODES, ServingPolicy
 
 PROFILES = Path(__file__).parents[1] / "profiles"
 _SERVER = ("slots", "max_queued_slots", "max_pending_requests", "cache_bytes", "cache_s", "batching")
@@ -106,10 +106,12 @@ class Question:
             raise PlanningError(f"fleet: no profile, expected some of {', '.join(known_profiles())}, or paths")
         if not 0 <= _number("fleet: headroom", self.headroom) <= 10:
             raise PlanningError(f"fleet: headroom is {self.headroom:g}, expected a share such as 0.2, 0 to 10")
-        for name, least in (("spare", 0), ("zones", 1)):
+        for name, least, most in (("spare", 0, 10_000), ("zones", 1, 1000)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise PlanningError(f"fleet: {name} is {value!r}, expected a whole number from {least}")
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+                raise PlanningError(f"fleet: {name} is {value!r}, expected a whole number from {least} to {most}")
+        if not isinstance(self.survive_zone, bool):
+            raise PlanningError(f"fleet: survive_zone is {self.survive_zone!r}, expected true or false")
         if self.survive_zone and self.zones < 2:
             raise PlanningError(f"fleet: survive_zone with zones = {self.zones}, expected 2 zones or more")
         if self.balancer not in BALANCERS:
@@ -120,8 +122,8 @@ class Question:
 
     def price(self, profile: ServiceProfile) -> float | None:
         """Return the price of an hour of a profile's GPU; None where none was given."""
-        words = profile.device.split()
-        return next((price for name, price in self.prices.items() if name in words), None)
+        words = profile.device.casefold().split()
+        return next((price for name, price in self.prices.items() if name.casefold() in words), None)
 
 
 def read(path: Path | None, flags: Mapping[str, Any]) -> Question:
@@ -137,7 +139,12 @@ def read(path: Path | None, flags: Mapping[str, Any]) -> Question:
     """
     tables = _tables(path)
     given = {name: value for name, value in flags.items() if value is not None}
-    workload = tables["workload"] | {name: given[name] for name in ("rate_per_s",) if name in given}
+    workload = tables["workload"]
+    if {"rate_per_s", "hourly"} <= set(workload):
+        raise PlanningError("workload: has rate_per_s and hourly, expected one of them")
+    if "rate_per_s" in given:
+        workload = {name: value for name, value in workload.items() if name != "hourly"}
+        workload["rate_per_s"] = given["rate_per_s"]
     goal = tables["slo"] | {name: given[name] for name in ("p99_ms", "goodput", "within_ms") if name in given}
     fleet = tables["fleet"] | {name: given[name] for name in ("headroom", "spare") if name in given}
     names = given.get("profiles") or fleet.pop("profiles", ())
@@ -229,8 +236,13 @@ def _settings(fields: Mapping[str, Any]) -> ServerSettings:
     policy = {name: fields[name] for name in _SERVER if name in fields}
     rest = {name: fields[name] for name in fields if name not in _SERVER}
     for name, value in {**policy, **rest}.items():
-        if name != "batching" and _number(f"server: {name}", value) < 0:
+        if name == "batching":
+            if not isinstance(value, str):
+                raise PlanningError(f"server: batching is {value!r}, expected one of {', '.join(BATCHING_MODES)}")
+        elif not 0 <= _number(f"server: {name}", value) < math.inf:
             raise PlanningError(f"server: {name} is {value!r}, expected 0 or more")
+        elif not isinstance(value, int) and not name.endswith("_s"):
+            raise PlanningError(f"server: {name} is {value!r}, expected a whole number")
     try:
         return ServerSettings(ServingPolicy(**policy), **rest)
     except PlanningError:
@@ -277,6 +289,7 @@ def _weights(name: str, given: Any) -> dict[int, float]:
 
 
 def _number(name: str, value: Any) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or math.isnan(value):
+    number = as_number(value)
+    if math.isnan(number):
         raise PlanningError(f"{name} is {value!r}, expected a number")
-    return float(value)
+    return number

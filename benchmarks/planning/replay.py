@@ -19,7 +19,7 @@ from benchmarks.calls import OK
 from benchmarks.load import LoadRun, Outcome, run_load
 from benchmarks.planning.evaluation import quantile
 from benchmarks.planning.measured import measure_host, real_server, simulated_server, stages_ms
-from benchmarks.planning.profile import Host, ServiceProfile
+from benchmarks.planning.profile import Host, PlanningError, ServiceProfile
 from benchmarks.planning.simulation import Passage, ServerSettings, SimulatedServer
 from benchmarks.planning.workload import Call
 from benchmarks.schedule import PlannedRequest
@@ -49,7 +49,7 @@ class Pair:
     @property
     def cause(self) -> str:
         """Name the stages that most of the difference comes from."""
-        if self.measured_code != self.simulated_code:
+        if self.measured_code != self.simulated_code or self.measured_code != OK:
             return f"measured {self.measured_code}, simulated {self.simulated_code}"
         parts = {name: self.simulated_stages[name] - self.measured_stages[name] for name in self.simulated_stages}
         largest = sorted(parts, key=lambda name: -abs(parts[name]))[:2]
@@ -74,7 +74,19 @@ class Replay:
         ]
 
     def to_json(self) -> dict[str, Any]:
-        """Return the comparison's figures."""
+        """Return the comparison's figures.
+
+        Raises:
+            PlanningError: there is no request to compare.
+        """
+        if not self.steady:
+            measured_codes, simulated_codes = (
+                _count(getattr(pair, name) for pair in self.pairs) for name in ("measured_code", "simulated_code")
+            )
+            raise PlanningError(
+                f"no request after the first {self.settings.warm_up_s:g} s was answered by both: measured"
+                f" {measured_codes}, simulated {simulated_codes}; ask for a lower rate or a longer duration"
+            )
         measured = np.array([pair.measured_ms for pair in self.steady])
         simulated = np.array([pair.simulated_ms for pair in self.steady])
         rows = {}

@@ -8,7 +8,7 @@ encoder's cache and the order of waiting pictures are the server's. What is mode
     encoder     both pictures in Triton's dynamic batches of all callers          to_encoder_ms, to_loop_ms
     loop        warping and steps                                                 step_outside_ms
     decoder     in dynamic batches                                                to_decoder_ms, to_gateway_ms
-    device      runs one engine at a time, whoever comes first                    the engines' times
+    device      runs one engine at a time, first come first served                 the engines' times
 
 Triton's dynamic batching without a delay takes what waits, once its instance is free, up to the largest batch.
 """
@@ -185,7 +185,7 @@ class _Slots:
         self._device.hold()
         duration_s += self._late_s
         self._end_s = self._time.now_s + duration_s
-        self._device.busy_s += duration_s
+        self._device.begin(duration_s)
 
     def _wait(self) -> None:
         self._time.wait_until(self._end_s)

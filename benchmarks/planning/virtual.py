@@ -80,11 +80,15 @@ class Device:
 
     def __init__(self, time: VirtualTime) -> None:
         """Begin without work."""
-        self.busy_s = 0.0
-        """Seconds of runs, by now."""
         self._time = time
         self._waiting: deque[Event] = deque()
         self._is_held = False
+        self._runs_s = self._end_s = 0.0
+
+    @property
+    def busy_s(self) -> float:
+        """Return the seconds of runs until now."""
+        return self._runs_s - max(0.0, self._end_s - self._time.now_s)
 
     def acquire(self, granted: Event) -> None:
         """Call ``granted`` once the device is free for it."""
@@ -109,10 +113,15 @@ class Device:
             ended()
 
         def begin() -> None:
-            self.busy_s += duration_s
+            self.begin(duration_s)
             self._time.after(duration_s, end)
 
         self.acquire(begin)
+
+    def begin(self, duration_s: float) -> None:
+        """Note a run of the device's holder that begins now."""
+        self._runs_s += duration_s
+        self._end_s = self._time.now_s + duration_s
 
     def hold(self) -> None:
         """Wait for the device, as the loop's thread does."""
@@ -127,11 +136,17 @@ class Servers:
 
     def __init__(self, time: VirtualTime, count: int) -> None:
         """Begin without work."""
-        self.busy_s = 0.0
-        """Seconds of work, summed over servers."""
         self.count = count
         self._time, self._free = time, count
+        self._works_s = 0.0
+        self._ends_s: list[float] = []
+        """A heap: when the work that is being done ends."""
         self._waiting: list[tuple[Any, float, Event]] = []
+
+    @property
+    def busy_s(self) -> float:
+        """Return the seconds of work until now, summed over servers."""
+        return self._works_s - sum(end_s - self._time.now_s for end_s in self._ends_s)
 
     def serve(self, duration_s: float, ended: Event, key: Callable[[float], Any] | None = None) -> None:
         """Work for a while once a server is free, then call ``ended``.
@@ -151,11 +166,13 @@ class Servers:
                 index = min(range(len(self._waiting)), key=lambda each: self._waiting[each][0](now_s))
             _, duration_s, ended = self._waiting.pop(index)
             self._free -= 1
-            self.busy_s += duration_s
+            self._works_s += duration_s
+            heappush(self._ends_s, now_s + duration_s)
             self._time.after(duration_s, lambda ended=ended: self._end(ended))  # type: ignore[misc]
 
     def _end(self, ended: Event) -> None:
         self._free += 1
+        heappop(self._ends_s)
         ended()
         self._assign()
 

@@ -12,11 +12,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from benchmarks.planning.profile import PlanningError
+from benchmarks.planning.profile import PlanningError, as_number
 from icportrait.contract import Array
 from icportrait.request import INPUTS
 
 BALANCERS = ("random", "round-robin")
+_RATES = 1e-10, 1e9
+"""A clock of 64 bits still tells milliseconds apart at the lowest rate."""
+_PICTURES = 10**9
 MAX_STEPS = int(next(given.maximum for given in INPUTS if given.name == "num_inference_steps") or 0)
 
 
@@ -67,8 +70,8 @@ class Workload:
         Raises:
             PlanningError: names the value, what came and what was expected.
         """
-        _check("rate_per_s", self.rate_per_s, 0, math.inf, "requests a second, more than 0", is_open=True)
-        _check("burstiness", self.burstiness, 0, 1000, "a coefficient of variation, above 0", is_open=True)
+        _check("rate_per_s", self.rate_per_s, *_RATES, "requests a second, more than 0, up to {1:g}".format(*_RATES))
+        _check("burstiness", self.burstiness, 0.01, 1000, "a coefficient of variation, 0.01 to 1000")
         for name in ("guided", "returning"):
             _check(name, getattr(self, name), 0, 1, "a share from 0 to 1")
         for name, most in (("steps", MAX_STEPS), ("portraits", 8), ("priorities", 9)):
@@ -78,7 +81,7 @@ class Workload:
                 raise PlanningError(f"{name}: no weight above 0, expected a weight for one value or more")
             for value, weight in weights.items():
                 _check(name, value, least, most, f"a number from {least} to {most}")
-                _check(f"{name}: weight of {value}", weight, 0, math.inf, "0 or more")
+                _check(f"{name}: weight of {value}", weight, 0, 1e9, "a weight from 0 to 1e+09")
         for value, share in self.deadlines_ms.items():
             _check("deadlines_ms", value, 1, 3_600_000, "milliseconds from 1 to 3600000")
             _check(f"deadlines_ms: share of {value}", share, 0, 1, "a share from 0 to 1")
@@ -87,10 +90,9 @@ class Workload:
         if self.hourly and len(self.hourly) != 24:
             raise PlanningError(f"hourly: {len(self.hourly)} rates, expected 24, one an hour")
         for rate in self.hourly:
-            _check("hourly", rate, 0, math.inf, "requests a second, 0 or more")
+            _check("hourly", rate, 0, _RATES[1], "requests a second, 0 or more")
         for name, least in (("profiles", 1), ("references", 0)):
-            if getattr(self, name) < least:
-                raise PlanningError(f"{name}: {getattr(self, name)}, expected {least} or more")
+            _check(name, getattr(self, name), least, _PICTURES, f"a number from {least} to {_PICTURES}")
 
     @property
     def mean_steps(self) -> float:
@@ -215,8 +217,6 @@ def _choose(generator: np.random.Generator, weights: Mapping[int, float], count:
     return chosen
 
 
-def _check(name: str, value: object, least: float, most: float, expected: str, is_open: bool = False) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    number = float(value) if is_number else math.nan  # type: ignore[arg-type]
-    if not (math.isfinite(number) and (least < number if is_open else least <= number) and number <= most):
-        raise PlanningError(f"{name}: {value!r}, expected {expected}")
+def _check(name: str, value: object, least: float, most: float, expected: str) -> None:
+    if not least <= as_number(value) <= most:
+        raise PlanningError(f"{name}: {str(value)[:60]}, expected {expected}")

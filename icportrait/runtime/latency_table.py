@@ -81,12 +81,12 @@ class LatencyTable:
         return table
 
     def _check_peak(self, preset: object) -> None:
-        if preset not in TFLOP_A_ROW:
+        if not isinstance(preset, str) or preset not in TFLOP_A_ROW:
             raise LatencyTableError(f"preset is {_told(preset)}, expected one of {', '.join(TFLOP_A_ROW)}")
         peaks = {name: peak for name, peak in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", self.device)}
         for (name, peak), engine in product(peaks.items(), ENGINES):
             for size, latency_ms in self.latency_ms[engine].items():
-                tflop = size * TFLOP_A_ROW[str(preset)][engine]
+                tflop = size * TFLOP_A_ROW[preset][engine]
                 if tflop / (latency_ms / 1000) > peak:
                     raise LatencyTableError(
                         f"{engine}: batch {size} in {latency_ms:g} ms is {1000 * tflop / latency_ms:.0f} TFLOP/s, and "

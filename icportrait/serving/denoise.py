@@ -119,11 +119,18 @@ class DenoiseStage:
         request = self._check(tensors)
         if self._is_standalone:
             lease = self._lease_standalone(request)
-        elif (leased := self._leases.get(request.key)) is None:
+            try:
+                self._submit(request, lease, tensors, answer)
+            except Exception:
+                self._admission.release(lease.key)  # because no answer will
+                raise
+            return
+        if (leased := self._leases.get(request.key)) is None:
             raise Cancelled(CANCELLED)
-        else:
-            lease = leased
-        _check_lease(request, lease)
+        _check_lease(request, leased)
+        self._submit(request, leased, tensors, answer)
+
+    def _submit(self, request: PortraitRequest, lease: Lease, tensors: Mapping[str, Array], answer: Answer) -> None:
         arrived_ns = time.monotonic_ns()
 
         def on_done(result: DenoiseResult | IcPortraitError) -> None:

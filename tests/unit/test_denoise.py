@@ -112,6 +112,15 @@ def test_a_standalone_request_gets_its_lease_as_it_arrives_and_gives_it_back() -
         assert front.submit("", BASE, label=1.0).get(timeout=10)["portrait_latent"].shape[0] == 1
 
 
+def test_a_standalone_request_that_the_loop_refuses_gives_its_lease_back() -> None:
+    with open_stage(is_standalone=True) as (_, stage), Front(stage) as front:
+        for _ in range(3):
+            stage._loop.rows = 1  # as where a GPU's memory holds fewer slots than were asked for
+            with pytest.raises(IcPortraitError, match="slots"):
+                front.submit("", GUIDED)
+        assert (metric(stage, "queued_requests"), metric(stage, "queued_slots")) == (0, 0)
+
+
 def test_a_request_runs_once_on_its_lease() -> None:
     with open_stage() as (slots, stage), Front(stage) as front:
         slots.step_gate.clear()

@@ -75,11 +75,15 @@ def test_a_schedule_without_a_request_is_refused() -> None:
         ({"deadline_ms": 0}, "deadline_ms: 0, expected 1..3600000"),
         ({"priority": 10}, "priority: 10, expected 0..9"),
         ({"reference": ()}, "reference: no picture, expected one or more"),
-        ({"burstiness": 0}, "burstiness: 0, expected a number above 0"),
+        ({"burstiness": 0}, "burstiness: 0, expected 0.01 to 1000"),
+        ({"burstiness": 1e9}, "burstiness: 1e+09, expected 0.01 to 1000"),
+        ({"rate_per_s": 1e9}, "rate: 1e+09/s for 30 s are 3e+10 requests, expected 2000000 at most"),
+        ({"duration_s": 1e12}, "duration: 1e+12, expected a number above 0, up to 1e+07"),
+        ({"concurrency": 10**9}, "concurrency: 1000000000, expected 1 to 10000"),
         ({"ramp_s": 6}, "ramp: 6 s, expected 0 or more and within the warm-up, 5 s"),
         ({"returning": 1.5}, "returning: 1.5, expected a share from 0 to 1"),
         ({"leaving": -0.1}, "leaving: -0.1, expected a share from 0 to 1"),
-        ({"concurrency": 0}, "concurrency: 0, expected 1 or more"),
+        ({"concurrency": 0}, "concurrency: 0, expected 1 to 10000"),
         ({"concurrency": 2, "burstiness": 2}, "leave out burstiness"),
         ({"trace": Path("t.csv"), "concurrency": 2}, "trace: has its own moments; leave out concurrency"),
         ({"guidance_scale": Mix((1.0, 0.5), (1, 1))}, "guidance_scale: 0.5, expected 1.0..20.0"),
@@ -498,3 +502,11 @@ def test_a_large_picture_is_sent_as_it_is(tmp_path: Path) -> None:
 def test_a_picture_that_is_not_there_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["load", "--profile", str(tmp_path / "gone.png")]) == 1
     assert "profile: " in capsys.readouterr().err
+
+
+def test_a_file_that_can_not_be_written_is_refused_before_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flag in ("--hdr", "--report"):
+        assert main(["load", "--url", "localhost:1", flag, str(tmp_path)]) == 1
+        assert "is a folder, expected a file to write" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import re
+import signal
 import tomllib
 from collections import Counter
 from pathlib import Path
@@ -20,10 +21,11 @@ from benchmarks.planning import planner, validation
 from benchmarks.planning.answer import table, to_json
 from benchmarks.planning.bound import BatchService, fit, whole_batches
 from benchmarks.planning.computed import GPUS, MEASURED_ON, compute, peak_tflops, write_all
-from benchmarks.planning.evaluation import Estimate, Sample, Scenario, Simulator, run_once, summarise
+from benchmarks.planning.evaluation import Estimate, Figures, Sample, Scenario, Simulator, run_once, summarise
 from benchmarks.planning.planner import NoPlan, Plan, keeps, least_replicas, plan, total_replicas
 from benchmarks.planning.profile import Host, PlanningError, ServiceProfile, read_host
 from benchmarks.planning.question import PROFILES, Goal, Question, find_profile, known_profiles, read, read_workload
+from benchmarks.planning.replay import Pair, Replay
 from benchmarks.planning.replay import simulate as simulate_load
 from benchmarks.planning.simulation import OK, Run, ServerSettings, SimulatedServer
 from benchmarks.planning.validation import LOADS, Mix, assess, capacity_per_s, crossing, highest_rates, summary
@@ -410,6 +412,8 @@ def profile_json(**fields: Any) -> dict[str, Any]:
         ({"host": {"workers": 0}}, "host: workers is 0, expected a whole number from 1"),
         ({"host": {"step_outside_ms": {"x": 1}}}, "host: step_outside_ms is"),
         ({"engines": {}}, "engines is empty, expected an object with"),
+        ({"preset": []}, "preset is [], expected one of demo-128, sd15-512"),
+        ({"host": {"prepare_ms": 10**400}}, "host: prepare_ms is 1000"),
     ],
 )
 def test_a_wrong_profile_is_named(
@@ -443,6 +447,18 @@ def test_a_wrong_profile_is_named(
         ("[server]\nslots = 0", "server: slots, rows_at_once: 0"),
         ("[tariff]\nx = 1", "'tariff' is unknown, expected some of workload"),
         ("[workload", "can't be read as TOML"),
+        ("[workload]\nburstiness = 1e-200", "burstiness: 1e-200, expected a coefficient of variation, 0.01 to 1000"),
+        (f"[workload]\nrate_per_s = 1{400 * '0'}", "rate_per_s: inf, expected requests a second"),
+        (f"[workload]\nsteps = {{ 1{400 * '0'} = 1 }}", "expected a number from 1 to 150"),
+        ("[workload]\nsteps = { 5 = 1e308, 6 = 1e308 }", "weight of 5: 1e+308, expected a weight from 0 to 1e+09"),
+        (f"[workload]\nreferences = 1{30 * '0'}", "expected a number from 0 to 1000000000"),
+        (f"[workload]\nrate_per_s = 9\nhourly = {[1] * 24}", "has rate_per_s and hourly, expected one of them"),
+        ("[workload]\nrate_per_s = 1e6", "replicas of l4-sd15-512-fp16 or more, expected 10,000 at most"),
+        ("[server]\nslots = 2.5", "server: slots is 2.5, expected a whole number"),
+        ("[server]\ncache_s = inf", "server: cache_s is inf, expected 0 or more"),
+        ('[server]\nbatching = ["whole"]', "server: batching is ['whole'], expected one of in-flight"),
+        ('[fleet]\nsurvive_zone = "no"\nzones = 3', "survive_zone is 'no', expected true or false"),
+        ("[fleet]\nspare = 1_000_000_000", "spare is 1000000000, expected a whole number from 0 to 10000"),
     ],
 )
 def test_a_wrong_question_is_named(
@@ -472,6 +488,80 @@ def test_a_goal_a_profile_and_rows_that_do_not_fit_are_named(capsys: pytest.Capt
                 settings=ServerSettings(ServingPolicy(slots=4)),
             )
         )
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ("plan --seed -1", "seed: -1, expected 0 to"),
+        ("plan --processes 0", "processes: 0, expected 1 to 256"),
+        ("profile --requests 0", "requests: 0, expected 1 to 1000"),
+        ("replay --duration 5", "duration: 5, expected 10 to"),
+        ("replay --rate nan", "rate: nan, expected a number above 0"),
+        ("validate --duration nan", "duration: nan, expected 20 to"),
+    ],
+)
+def test_a_wrong_flag_is_named_before_anything_runs(
+    command: str, text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(command.split())
+    assert text in capsys.readouterr().err
+
+
+def test_a_rate_as_a_flag_goes_before_the_files_hours(tmp_path: Path) -> None:
+    file = tmp_path / "question.toml"
+    file.write_text(f"[workload]\nhourly = {[1] * 24}\n[slo]\np99_ms = 900\n[fleet]\nprofiles = ['l4-sd15-512-fp16']")
+    assert read(file, {}).workload.hourly == (1.0,) * 24
+    workload = read(file, {"rate_per_s": 30.0}).workload
+    assert (workload.rate_per_s, workload.hourly) == (30, ())
+
+
+def test_a_price_is_found_whatever_its_case_and_may_be_0(short: None) -> None:
+    asked = dataclasses.replace(question(), prices={"TEST": 0})
+    assert asked.price(profile_of()) == 0
+    with Simulator(processes=1) as simulator:
+        (answer,) = plan(asked, simulator)
+    assert isinstance(answer, Plan)
+    assert ", for nothing" in table(asked, [answer], 1, 1.0)
+    unpriced = dataclasses.replace(answer, hour_price=dataclasses.replace(asked, prices={"H20": 2}).price(profile_of()))
+    assert "no price was given for NVIDIA test" in table(asked, [unpriced], 1, 1.0)
+
+
+def test_a_run_that_is_under_way_counts_until_now() -> None:
+    """Send the last request while the device and the worker have just begun: neither is busy for more than the time."""
+    run = simulate([call(0), call(0.010, picture=1)])
+    assert 0 < run.busy["workers"] <= 1
+    host = dataclasses.replace(HOST, prepare_ms=0, kept_ms=0, front_ms=0)
+    run = simulate([call(0), call(0.002, picture=1)], profile_of(host))
+    assert 0 < run.busy["device"] <= 1
+
+
+def test_figures_of_few_runs_are_scaled_and_stay_in_order() -> None:
+    def figures(p50_ms: float, p99_ms: float) -> Figures:
+        both = (Estimate(each, each - 1, each + 1) for each in (p50_ms, p99_ms))
+        whole = Estimate(1.0, 1.0, 1.0)
+        return Figures(Scenario(profile_of(), Workload()), 1, *both, whole, whole, 1.0, {}, {}, {}, {}, np.array([]))
+
+    (found,) = planner.like(figures(90, 100), figures(80, 200), [figures(100, 120)])
+    assert (found.p50_ms.value, found.p99_ms.value) == pytest.approx((112.5, 112.5))
+    # Some requests of the longer runs had no portrait, or the shorter ones took no time: neither tells anything.
+    for longer, shorter in ((figures(90, math.inf), figures(90, 100)), (figures(90, 100), figures(90, 0))):
+        assert planner.like(longer, shorter, [figures(50, 60)])[0].p99_ms.value == 60
+
+
+def test_a_comparison_without_answers_and_pairs_that_both_refused_are_told() -> None:
+    request = poisson_schedule(LoadSettings())[-1]
+    refused = Pair(request, 1.0, 2.0, "UNAVAILABLE", "UNAVAILABLE", {}, {"encode": 1.0})
+    assert refused.cause == "measured UNAVAILABLE, simulated UNAVAILABLE"
+    with pytest.raises(PlanningError, match="no request after the first 5 s was answered by both"):
+        Replay(LoadSettings(), [refused], 0.0).to_json()
+
+
+def test_processes_of_a_simulation_leave_ctrl_c_to_their_parent() -> None:
+    with Simulator(processes=2) as simulator:
+        assert simulator._pool
+        assert simulator._pool.submit(signal.getsignal, signal.SIGINT).result(60) == signal.SIG_IGN
 
 
 def test_the_committed_profiles_are_the_computed_ones(tmp_path: Path) -> None:

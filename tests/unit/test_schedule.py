@@ -118,7 +118,13 @@ def test_a_trace_is_read_as_csv_and_as_json_lines(tmp_path: Path) -> None:
         ('{"offset_s": 0}\n{"offset_s"\n', "line 2: no JSON ("),
         ('{"offset_s": 0}\n[0]\n', "line 2: '[0]', expected an object"),
         ('{"offset_s": 0, "steps": 2.5}\n', "line 1: steps: 2.5, expected a whole number"),
-        ('{"offset_s": 0, "steps": true}\n', "line 1: steps: True, expected a whole number"),
+        ('{"offset_s": 0, "steps": true}\n', "line 1: steps: True, expected a number"),
+        ('{"offset_s": 0, "steps": 1e999}\n', "line 1: steps: 'inf', expected a number"),
+        ('{"offset_s": NaN}\n', "line 1: offset_s: nan, expected a number of 0 or more"),
+        (f'{{"offset_s": 1{400 * "0"}}}\n', "line 1: offset_s: '1000"),
+        (f'{{"offset_s": 1{5000 * "0"}}}\n', "line 1: no JSON (Exceeds the limit"),
+        ("offset_s\n1e18\n", "line 2: offset_s: '1e18', expected a number of 0 or more, up to 1e+07"),
+        (f"offset_s,profile\n0,{'x' * 200_000}\n", "line 2: no CSV (field larger than field limit"),
     ],
 )
 def test_a_trace_that_is_wrong_names_its_line(text: str, message: str, tmp_path: Path) -> None:
@@ -127,6 +133,12 @@ def test_a_trace_that_is_wrong_names_its_line(text: str, message: str, tmp_path:
     with pytest.raises(InvalidRequest) as refused:
         read_trace(LoadSettings(trace=path))
     assert f"{path}: {message}" in str(refused.value)
+
+
+def test_a_trace_of_a_spreadsheet_may_begin_with_its_signature(tmp_path: Path) -> None:
+    path = tmp_path / "trace.csv"
+    path.write_text("offset_s,steps\n0.5,7\n", "utf-8-sig")
+    assert [each.num_inference_steps for each in read_trace(LoadSettings(trace=path))] == [7]
 
 
 def test_a_trace_that_is_not_there_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

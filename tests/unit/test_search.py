@@ -132,6 +132,13 @@ def test_a_lower_rate_that_surely_misses_more_makes_a_search_invalid() -> None:
     assert not contradict([kept, doubtful])
 
 
+def test_a_rate_that_can_not_be_tried_ends_the_search_with_what_is_known() -> None:
+    settings = SearchSettings(load=LoadSettings(duration_s=30, warm_up_s=5, rate_per_s=1.0), p99_ms=10, longest_s=30)
+    probes = search(ServerProbe(settings, Server(latency_ms=50)), 1.0, 8)
+    assert 1 <= len(probes) < 8
+    assert not any(probe.kept for probe in probes)
+
+
 def test_no_more_probes_are_made_than_asked_for() -> None:
     asked: list[float] = []
 
@@ -228,7 +235,8 @@ def test_a_probe_without_a_request_says_what_to_change() -> None:
         ("--p99-ms 0", "p99-ms: 0, expected a number above 0"),
         ("--goodput 0.99", "goodput: counts answers within deadline-ms, which isn't given"),
         ("--goodput 1 --deadline-ms 9", "goodput: 1, expected a share between 0 and 1, such as 0.99"),
-        ("--p99-ms 9 --longest 10", "longest: 10 s, expected the duration, 30 s, or more"),
+        ("--p99-ms 9 --longest 10", "longest: 10 s, expected the duration, 30 s, or more, up to 1e+07"),
+        ("--p99-ms 9 --longest nan", "longest: nan s, expected the duration, 30 s, or more, up to 1e+07"),
         ("--p99-ms 9 --probes 0", "probes: 0, expected 1 or more"),
         ("--p99-ms 9 --start 0", "rate: 0, expected a number above 0"),
     ],
