@@ -254,10 +254,10 @@ def _check(settings: Settings) -> None:
     if settings.c2pa_timestamp_url and not settings.c2pa_certificate:
         raise IcPortraitError("c2pa_timestamp_url: given without c2pa_certificate, expected both")
     if settings.otlp_endpoint and not settings.otlp_endpoint.startswith(("http://", "https://")):
-        raise IcPortraitError(f"otlp_endpoint: {settings.otlp_endpoint!r}, expected http:// or https://")
+        raise IcPortraitError(f"otlp_endpoint: {_short(settings.otlp_endpoint)}, expected http:// or https://")
     for name, allowed in (("log_level", LEVELS), ("log_format", FORMATS), ("picture_sandbox", MODES)):
         if getattr(settings, name) not in allowed:
-            raise IcPortraitError(f"{name}: {getattr(settings, name)!r}, expected {' or '.join(allowed)}")
+            raise IcPortraitError(f"{name}: {_short(getattr(settings, name))}, expected {' or '.join(allowed)}")
     for name in ("api_keys", "tls_certificate", "tls_key", "tls_client_ca", "c2pa_certificate", "c2pa_key"):
         path = getattr(settings, name)
         if path and not _is_file(path):
