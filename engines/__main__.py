@@ -11,7 +11,7 @@ from icportrait.contract import ENGINES, engine_specs
 from icportrait.disk import check_room
 from icportrait.errors import IcPortraitError, RuntimeNotAvailable
 from icportrait.manifest import Manifest
-from icportrait.runtime.tensorrt.plans import BUCKETS
+from icportrait.runtime.device_engine import BUCKETS
 from icportrait.runtime.tensorrt.products import FLAVOURS, TENSORRT_RTX, Flavour
 
 NO_GPU = 3

@@ -26,8 +26,9 @@ from icportrait.contract import ENGINES, engine_specs
 from icportrait.errors import IcPortraitError, RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.runtime.cuda import Stream, find_gpu
+from icportrait.runtime.device_engine import DeviceEngine
 from icportrait.runtime.eager import source_modules
-from icportrait.runtime.tensorrt.engine import TensorRtEngine, share_scratch
+from icportrait.runtime.tensorrt.engine import TensorRtExecutor, share_scratch
 from icportrait.runtime.tensorrt.products import FLAVOURS, Flavour
 
 TIMED = "unet"
@@ -94,12 +95,18 @@ def _accept_product(product: str, onnx: Path, out: Path, seed: int) -> Acceptanc
     acceptance = Acceptance(product, _conditions(flavour, manifest, seed))
     modules = _torch_modules(manifest)
     stream = Stream()
-    engines: dict[str, TensorRtEngine] = {}
+    executors: dict[str, TensorRtExecutor] = {}
     for name in ENGINES:
         with _error_noted(acceptance, name, "build"):
-            engines[name] = _build_and_load(flavour, onnx, manifest, name, out / "plans" / product, stream)
-    if engines:
-        share_scratch(engines.values())
+            executors[name] = _build_and_load(flavour, onnx, manifest, name, out / "plans" / product, stream)
+    if executors:
+        share_scratch(executors.values())
+    engines: dict[str, DeviceEngine] = {}
+    for name, executor in executors.items():
+        with _error_noted(acceptance, name, "warm-up"):
+            engine = DeviceEngine(executor.spec, executor, stream)
+            engine.warm_up()
+            engines[name] = engine
     for name, engine in engines.items():
         reference = partial(torch_outputs, modules[name], engine.spec)
         tolerance = TOLERANCES[manifest.engines[name].precision][name]
@@ -125,13 +132,12 @@ def _error_noted(acceptance: Acceptance, engine: str, name: str) -> Iterator[Non
 
 def _build_and_load(
     flavour: Flavour, onnx: Path, manifest: Manifest, name: str, plans: Path, stream: Stream
-) -> TensorRtEngine:
+) -> TensorRtExecutor:
     spec = engine_specs(manifest.preset, manifest.precision)[name]
     config = BuildConfig(compute_capabilities=(find_gpu().compute_capability,))
-    # On a GPU the builder warns of the machine too. What it prints is for the reader; the checks are what judges.
-    build_engine(flavour, onnx, manifest, spec, config, plans, allow_warnings=True)
+    build_engine(flavour, onnx, manifest, spec, config, plans)
     (plan,) = config.plans(spec)
-    return TensorRtEngine(plans / plan, spec, manifest.contract_hash, flavour, stream)
+    return TensorRtExecutor(plans / plan, spec, manifest.contract_hash, flavour, stream)
 
 
 def _torch_modules(manifest: Manifest) -> dict[str, torch.nn.Module]:

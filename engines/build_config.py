@@ -7,7 +7,8 @@ from pathlib import Path
 
 from icportrait.contract import ModelSpec
 from icportrait.errors import PlanError
-from icportrait.runtime.tensorrt.plans import BUCKETS, Shape
+from icportrait.runtime.device_engine import BUCKETS
+from icportrait.runtime.tensorrt.plans import Shape
 
 Profile = dict[str, tuple[Shape, Shape, Shape]]
 LAYOUTS = ("profiles", "dynamic", "static")

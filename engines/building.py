@@ -47,14 +47,14 @@ def build_engine(
         config: what to build.
         out: directory for the plans, made where it is missing.
         allow_mixed: also build graphs that do much of their arithmetic in other types than the engine's precision.
-        allow_warnings: also build where TensorRT warns of something that isn't known to be harmless.
+        allow_warnings: also build where TensorRT's parser warns of something that isn't known to be harmless.
 
     Raises:
         CheckpointError: the graph isn't the one that its manifest names.
         PlanError: TensorRT couldn't build it.
         RuntimeNotAvailable: the product isn't installed, or needs a GPU that isn't here.
-        VerificationError: TensorRT can't parse the graph or warns of it, or its arithmetic isn't in the engine's
-            precision.
+        VerificationError: TensorRT can't parse the graph or warns of it while it parses, or its arithmetic isn't in the
+            engine's precision.
         NotEnoughDisk: a plan is larger than the room that is left.
     """
     target = gpu_target(flavour, config.compute_capabilities_for(manifest.precision))
@@ -80,7 +80,7 @@ def build_engine(
             PlanManifest.path(old).unlink(missing_ok=True)
             old.unlink()
     return [
-        _build_plan(target, parsed, onnx, manifest, spec, config, profiles, out / name, allow_warnings)
+        _build_plan(target, parsed, onnx, manifest, spec, config, profiles, out / name)
         for name, profiles in plans.items()
     ]
 
@@ -102,7 +102,6 @@ def _build_plan(
     config: BuildConfig,
     profiles: list[Profile],
     plan: Path,
-    allow_warnings: bool,
 ) -> PlanManifest:
     started, known = time.perf_counter(), len(parsed.warnings)
     with progress_monitor(parsed.flavour, plan.name) as monitor:
@@ -110,10 +109,9 @@ def _build_plan(
     warned = parsed.warnings[known:]
     if serialized is None:
         raise PlanError(f"{onnx}: TensorRT couldn't build {plan.name}: {'; '.join(warned) or 'it says nothing'}")
+    # The builder warns of tactics that it skipped, of the machine, and of much that says nothing against the plan.
     for line in warning_lines(warned):
         print(line, flush=True)
-    if not allow_warnings:
-        _refuse_warnings(onnx, warned)
     network = parsed.network
     tensors = [
         PlanTensor(tensor.name, is_input, tensor.dtype.name, tuple(tensor.shape))
@@ -139,6 +137,8 @@ def _build_plan(
         plan_bytes=size_bytes,
         build_seconds=round(time.perf_counter() - started, 3),
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        gpu_name=target.gpu_name,
+        warnings=tuple(dict.fromkeys(text.strip() for text in warned)),
     )
     with room_for("the plan", plan.parent, size_bytes, (plan.name, PlanManifest.path(plan).name)):
         # A plan without its manifest is never loaded, so neither half of an interrupted build is taken for a whole one.
@@ -182,8 +182,6 @@ def _serialize(
         settings["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: config.workspace_bytes}
     if flavour is not TENSORRT_RTX:
         create = CreateConfig(**settings)
-    elif target.is_current_gpu:
-        create = CreateConfigRTX(use_gpu=True, **settings)
     else:
         capabilities = [tuple(map(int, capability.split("."))) for capability in target.compute_capabilities]
         create = CreateConfigRTX(compute_capabilities=capabilities, **settings)

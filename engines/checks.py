@@ -27,7 +27,7 @@ POISON = 0xFF
 
 
 class Subject(Protocol):
-    """An engine with output buffers of its own, as ``TensorRtEngine`` is."""
+    """An engine with output buffers of its own, as ``DeviceEngine`` is."""
 
     spec: ModelSpec
 

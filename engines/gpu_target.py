@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from icportrait.errors import RuntimeNotAvailable
-from icportrait.runtime.cuda import find_gpu
-from icportrait.runtime.tensorrt.products import TENSORRT_RTX, Flavour
+from icportrait.runtime.cuda import Gpu, find_gpu
+from icportrait.runtime.tensorrt.products import TENSORRT, TENSORRT_RTX, Flavour
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,9 @@ class GpuTarget:
     """The GPUs that a plan is built for."""
 
     compute_capabilities: tuple[str, ...]
-    is_current_gpu: bool
-    """It is built for the GPU of this machine, and not for capabilities by their names."""
+    gpu_name: str = ""
+    """The model of this machine's GPU, which a plan that is built on it belongs to; empty for one compiled ahead of
+    time."""
 
 
 def gpu_target(flavour: Flavour, asked: tuple[str, ...]) -> GpuTarget:
@@ -23,30 +24,37 @@ def gpu_target(flavour: Flavour, asked: tuple[str, ...]) -> GpuTarget:
 
     Args:
         flavour: the product. One that doesn't compile ahead of time builds for this machine's GPU, whatever is asked.
-        asked: compute capabilities such as 8.9. One that TensorRT-RTX has no name for is built on a GPU that has it.
+        asked: compute capabilities such as 8.9.
 
     Raises:
-        RuntimeNotAvailable: the product or the GPU that this needs isn't here; the text says what is missing.
+        RuntimeNotAvailable: the product or the GPU that this needs isn't here, or the product has no kernels for a
+            capability; the text says what is missing, and what to use instead.
     """
     if not flavour.compiles_without_gpu:
-        return GpuTarget((_gpu_for(flavour),), is_current_gpu=True)
-    named = flavour.load().ComputeCapability
-    unnamed = [capability for capability in asked if not hasattr(named, f"SM{capability.replace('.', '')}")]
-    if not unnamed:
-        return GpuTarget(asked, is_current_gpu=False)
-    only_there = f"{flavour.name} can't compile for compute capability {unnamed[0]} ahead of time, only on such a GPU"
-    if len(asked) > 1:
-        raise RuntimeNotAvailable(f"{only_there} and for it alone; leave it out of {', '.join(asked)}")
-    try:
-        found = find_gpu()
-    except RuntimeNotAvailable as error:
-        raise RuntimeNotAvailable(f"{only_there}: {error}") from error
-    if found.compute_capability != unnamed[0]:
-        raise RuntimeNotAvailable(f"{only_there}: {found.name} has {found.compute_capability}")
-    return GpuTarget(asked, is_current_gpu=True)
+        gpu = _gpu_for(flavour)
+        return GpuTarget((gpu.compute_capability,), gpu.name)
+    if unsupported := [capability for capability in asked if not is_supported(flavour, capability)]:
+        raise RuntimeNotAvailable(no_kernels(flavour, unsupported[0]))
+    return GpuTarget(asked)
 
 
-def _gpu_for(flavour: Flavour) -> str:
+def is_supported(flavour: Flavour, capability: str) -> bool:
+    """Tell whether a product has kernels for a compute capability; the full product has, for every GPU that runs it."""
+    return not flavour.compiles_without_gpu or hasattr(
+        flavour.load().ComputeCapability, f"SM{capability.replace('.', '')}"
+    )
+
+
+def no_kernels(flavour: Flavour, capability: str) -> str:
+    """Say that a product can't run on GPUs of a compute capability, and what can."""
+    data_centre = " (H100, H200)" if capability == "9.0" else ""
+    return (
+        f"{flavour.name} has no kernels for compute capability {capability}{data_centre}; on such a GPU use --target "
+        f"{TENSORRT.name}, or serve with RUNTIME=torch, which needs no plans"
+    )
+
+
+def _gpu_for(flavour: Flavour) -> Gpu:
     missing = []
     for needed in (find_gpu, flavour.load):
         try:
@@ -58,4 +66,4 @@ def _gpu_for(flavour: Flavour) -> str:
             f"--target {flavour.name} builds on the GPU that will run the plans: {'; '.join(missing)}; or use --target "
             f"{TENSORRT_RTX.name}, which compiles without one"
         )
-    return find_gpu().compute_capability
+    return find_gpu()

@@ -20,7 +20,7 @@ from icportrait.contract import Array, ModelSpec
 
 if TYPE_CHECKING:
     from icportrait.runtime.cuda import Stream
-    from icportrait.runtime.tensorrt.engine import TensorRtEngine
+    from icportrait.runtime.device_engine import DeviceEngine
 
 WARM_UP = 10
 REPEATS = 30
@@ -48,11 +48,11 @@ class Rung:
         return None if eager is None or self.rows_per_s is None else self.rows_per_s / eager
 
 
-def climb(engine: TensorRtEngine, module: torch.nn.Module, seed: int) -> Iterator[Rung]:
+def climb(engine: DeviceEngine, module: torch.nn.Module, seed: int) -> Iterator[Rung]:
     """Measure every rung.
 
     Args:
-        engine: has its scratch memory.
+        engine: is warm.
         module: what the engine was made from, in the engine's precision; on the GPU where torch has CUDA.
         seed: of the inputs.
     """

@@ -8,6 +8,7 @@ the addresses that it was recorded with.
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,6 +32,15 @@ class Work:
     do: Callable[[], object]
 
 
+class Moment(cuda.cudaEvent_t):
+    """An event; as a handle it is null, which CUDA itself refuses, because it may outlive its test."""
+
+    at_s = 0.0
+
+    def note(self) -> None:
+        self.at_s = time.perf_counter()
+
+
 class RecordedGraph(cuda.cudaGraph_t):
     work: tuple[Work, ...] = ()
 
@@ -46,10 +56,18 @@ class HostCuda:
 
     # All tests': what one leaves to the garbage collector is given back while another runs.
     _blocks: ClassVar[dict[int, np.ndarray]] = {}
+    _pinned: ClassVar[dict[int, np.ndarray]] = {}
 
     def __init__(self) -> None:
         self.log: list[tuple[str, int]] = []
+        self.calls: list[str] = []
+        """Names of all calls."""
         self.free_bytes = 8 * 10**9
+        self.pageable_bytes = 0
+        """Bytes that crossed between host and GPU from or to memory that isn't pinned."""
+        self.has_batches, self.can_capture = True, True
+        self.sticky_error = SUCCESS
+        """The device's answer once its context has ended."""
         self.graphs: list[RecordedGraph | ExecutableGraph] = []
         """Graphs that weren't destroyed."""
         self._work: list[Callable[[], object]] = []
@@ -62,7 +80,10 @@ class HostCuda:
             "cudaMallocAsync": lambda nbytes, stream: self._allocate(nbytes),
             "cudaFree": self._give_back,
             "cudaFreeAsync": lambda pointer, stream: self._give_back(pointer),
+            "cudaHostAlloc": self._allocate_pinned,
+            "cudaFreeHost": self._give_back_pinned,
             "cudaMemcpyAsync": self._copy,
+            "cudaMemcpyBatchAsync": self._copy_all,
             "cudaMemsetAsync": self._fill,
             "cudaStreamCreateWithFlags": lambda flags: (SUCCESS, 7),
             "cudaStreamSynchronize": self._synchronize,
@@ -72,9 +93,23 @@ class HostCuda:
             "cudaGraphLaunch": self._launch,
             "cudaGraphDestroy": self._destroy,
             "cudaGraphExecDestroy": self._destroy,
+            "cudaEventCreate": lambda: (SUCCESS, Moment()),
+            "cudaEventRecord": self._note_time,
+            "cudaEventElapsedTime": lambda begin, end: (SUCCESS, 1000 * (end.at_s - begin.at_s)),
+            "cudaEventDestroy": lambda event: (SUCCESS,),
+            "cudaSetDevice": lambda device: (SUCCESS,),
+            "cudaGetLastError": lambda: (SUCCESS,),
+            "cudaDeviceSynchronize": lambda: (self.sticky_error,),
         }
         for name, answer in answers.items():
-            monkeypatch.setattr(cuda, name, answer)
+            monkeypatch.setattr(cuda, name, self._counted(name, answer))
+
+    def _counted(self, name: str, answer: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+        def call(*arguments: Any) -> tuple[Any, ...]:
+            self.calls.append(name)
+            return answer(*arguments)
+
+        return call
 
     def put(self, name: str, work: Callable[[], object], nbytes: int = 0) -> None:
         """Put work on the stream, such as an engine's."""
@@ -96,6 +131,8 @@ class HostCuda:
         return SUCCESS, pointer
 
     def _give_back(self, pointer: int) -> tuple[Any, ...]:
+        if self._recorded is not None:
+            self._break_capture()
         block = self._blocks.pop(pointer)
         self._work.append(lambda: block)
         return (SUCCESS,)
@@ -103,7 +140,43 @@ class HostCuda:
     def _copy(self, target: int, source: int, nbytes: int, kind: object, stream: int) -> tuple[Any, ...]:
         way = {(False, True): "upload", (True, False): "download", (True, True): "copy"}
         name = way[self.is_on_device(source), self.is_on_device(target)]
+        if name != "copy":
+            self.pageable_bytes += 0 if self.is_pinned(source if name == "upload" else target) else nbytes
         self.put(name, lambda: ctypes.memmove(target, source, nbytes), nbytes)
+        return (SUCCESS,)
+
+    def _copy_all(
+        self,
+        targets: Any,
+        sources: Any,
+        sizes: Any,
+        count: int,
+        attributes: Any,
+        indices: Any,
+        number: int,
+        stream: int,
+    ) -> tuple[Any, ...]:
+        if not self.has_batches:
+            return (cuda.cudaError_t.cudaErrorCallRequiresNewerDriver,)
+        assert count == len(targets) == len(sources) == len(sizes) and (number, indices) == (1, [0])
+        for target, source, nbytes in zip(targets, sources, sizes, strict=True):
+            self._copy(target, source, nbytes, None, stream)
+        return (SUCCESS,)
+
+    def _allocate_pinned(self, nbytes: int, flags: int) -> tuple[Any, ...]:
+        block = np.full(nbytes, 0xFF, np.uint8)
+        self._pinned[block.ctypes.data] = block
+        return SUCCESS, block.ctypes.data
+
+    def _give_back_pinned(self, pointer: int) -> tuple[Any, ...]:
+        del self._pinned[pointer]
+        return (SUCCESS,)
+
+    def is_pinned(self, pointer: int) -> bool:
+        return any(start <= pointer < start + block.nbytes for start, block in self._pinned.items())
+
+    def _note_time(self, event: Moment, stream: int) -> tuple[Any, ...]:
+        self._work.append(event.note)
         return (SUCCESS,)
 
     def _fill(self, target: int, byte: int, nbytes: int, stream: int) -> tuple[Any, ...]:
@@ -120,6 +193,8 @@ class HostCuda:
 
     def _begin_capture(self, stream: int, mode: object) -> tuple[Any, ...]:
         assert self._recorded is None, "the stream is captured already"
+        if not self.can_capture:
+            return (UNSUPPORTED,)
         self._recorded, self._is_invalid = [], False
         return (SUCCESS,)
 

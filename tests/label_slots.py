@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,8 @@ class LabelSlots:
     """
 
     rows, max_jobs, version = 16, 3, "labels"
+    engine_s: float | None = None
+    step_s: Mapping[int, float] = MappingProxyType({})
 
     def __init__(self) -> None:
         self.labels = np.zeros(self.rows)
@@ -96,9 +99,6 @@ class LabelSlots:
         swapped = np.roll(canvas_latent, canvas_latent.shape[-1] // 2, axis=-1)
         times = timestep[:, None, None, None] / 1000
         return (0.1 * canvas_latent + 0.05 * swapped + labels + times).astype(np.float32)
-
-    def to_host(self, array):
-        return array
 
 
 @dataclass

@@ -19,6 +19,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -136,6 +137,9 @@ class _Counted(Metrics):
 class _Slots:
     """``Slots`` in virtual time."""
 
+    engine_s: float | None = None
+    step_s: Mapping[int, float] = MappingProxyType({})
+
     def __init__(self, server: SimulatedServer) -> None:
         profile, policy = server.profile, server.settings.policy
         self.rows, self.version = min(policy.slots, profile.preset.max_unet_batch), "virtual"
@@ -177,9 +181,6 @@ class _Slots:
     def clear(self, rows: Sequence[int]) -> None: ...
 
     def move(self, source: int, target: int) -> None: ...
-
-    def to_host(self, array: Any) -> Any:
-        return array
 
     def _launch(self, duration_s: float) -> None:
         self._device.hold()

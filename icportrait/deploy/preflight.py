@@ -166,7 +166,7 @@ def check_plans(repository: Path, runtime: str, installation: Installation) -> N
                 f"{plan}: was built by {manifest.flavour} {manifest.tensorrt_version}, and {where} has {found}; "
                 f"{way_out}, or build the plans with {found}"
             )
-        host = PlanHost(runtime, manifest.tensorrt_version, export.contract_hash, gpu.compute_capability)
+        host = PlanHost(runtime, manifest.tensorrt_version, export.contract_hash, gpu.compute_capability, gpu.name)
         check_host(plan, manifest, host)
         check_content(plan, manifest)
 

@@ -26,7 +26,7 @@ from icportrait.request import client_contract_text
 from icportrait.runtime.latency_table import LATENCY_TABLE_NAME, LatencyTable
 from icportrait.runtime.load import compiled_folder
 from icportrait.runtime.tensorrt.plans import BatchRange, PlanManifest, fitting_plans
-from icportrait.runtime.tensorrt.products import TENSORRT
+from icportrait.runtime.tensorrt.products import TENSORRT, TENSORRT_RTX
 
 ROOT = Path(__file__).parents[2]
 TEMPLATE = ROOT / "triton_repo"
@@ -96,7 +96,7 @@ def assemble(
         placed += [path for name in ENGINES for path in manifest.files(name, export)]
     with room_for("the repository", repository, _copied_bytes(placed, repository), ["*"]):
         _remove_old(repository)
-        if policy.runtime == "openvino":
+        if policy.runtime in ("openvino", TENSORRT_RTX.name):
             _make_compiled_folders(repository, manifest)
         for model in sorted(set(served) - {ensemble}):
             version = repository / model / "1"

@@ -84,9 +84,10 @@ def model_configs(
         configs[name] = _plan_model(spec, list(by_triton[name])) if in_triton else engine_model(spec, policy)
     if policy.uses_plans:
         for name in {"denoise", *engines} - set(by_triton):
-            # Else Triton copies every tensor to the host before a Python model sees it.
-            configs[name].parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
             _place_on_gpu(configs[name])
+        for name in set(engines) - set(by_triton):
+            # Else Triton copies every tensor to the host before a Python model sees it. ``denoise`` works there.
+            configs[name].parameters["FORCE_CPU_ONLY_INPUT_TENSORS"].string_value = "no"
     return configs
 
 

@@ -96,14 +96,16 @@ class Batch:
 
     def fill(self, job: Job) -> None:
         """Put a joining job's first canvas and latents into its rows."""
-        self._latents.fill(job.slots, job.trajectory, job.noise, self._slots.to_host(job.profile_latent))
+        self._latents.fill(job.slots, job.trajectory, job.noise, job.profile_latent)
 
     def wait_warping(self, jobs: Sequence[Job]) -> None:
         """Wait for the warping network over the jobs that ``launch_warping`` was given."""
+        engine_s = None
         try:
             confidences = self._slots.wait_warping()
+            engine_s = self._slots.engine_s
         finally:
-            warp_s = self._times.end()
+            warp_s = self._times.end(engine_s)
         self._times.warped(warp_s)
         now_ns, portraits = time.monotonic_ns(), sum(job.request.num_portraits for job in jobs)
         for job, confidence in zip(jobs, confidences, strict=True):
@@ -134,10 +136,12 @@ class Batch:
 
     def wait(self) -> None:
         """Wait for the UNet, and make the next canvas of every row that was prepared."""
+        measured_s = None
         try:
             noise_pred = self._slots.wait()
+            measured_s = self._slots.engine_s
         finally:
-            engine_s = self._times.end()
+            engine_s = self._times.end(measured_s)
         self._latents.advance(noise_pred)
         self._times.stepped(self.used_rows, engine_s)
         self._stepped_ns = time.monotonic_ns()

@@ -12,7 +12,6 @@ from icportrait.contract import Array
 from icportrait.diffusion.sampling import Trajectory
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError
 from icportrait.request import PortraitRequest
-from icportrait.runtime.placement import Placed
 
 logger = logging.getLogger(__name__)
 CANCELLED = "the caller cancelled"
@@ -68,10 +67,11 @@ class Job:
     """
 
     request: PortraitRequest
-    profile_latent: Placed
-    """[1, 4, s, s] float32, in the host's memory or the GPU's. The next two fields lie there too."""
-    reference_latent: Placed
-    visibility: Placed
+    profile_latent: Array
+    """[1, 4, s, s] float32."""
+    reference_latent: Array
+    """[1, 4, s, s] float32."""
+    visibility: Array
     """[1, 1, s, s]."""
     on_done: OnDone | None = field(repr=False)
     """The loop's thread calls it once, then sets it to None, because the caller may hold the job and be held by it."""

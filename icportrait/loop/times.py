@@ -64,11 +64,20 @@ class Times:
         self._expected_s = self._pace.step_s(rows) if rows else 0.0
         self._outside_s += self._moved_s - self._free_since_s
 
-    def end(self) -> float:
-        """Note that the engine has ended or failed, and return the seconds of its run."""
+    def end(self, engine_s: float | None = None) -> float:
+        """Note that the engine has ended or failed, and return the seconds of its run.
+
+        Args:
+            engine_s: the engine's own time, where the device has measured it. The rest, such as copies, counts as time
+                between runs.
+        """
         began_s, self._moved_s, self._expected_s = self._moved_s, self._clock(), 0.0
         self._free_since_s = self._moved_s
-        return self._moved_s - began_s
+        seconds = self._moved_s - began_s
+        if engine_s is None or engine_s > seconds:
+            return seconds
+        self._outside_s += seconds - engine_s
+        return engine_s
 
     def warped(self, seconds: float) -> None:
         """Note a warping that has ended."""

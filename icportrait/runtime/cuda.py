@@ -1,10 +1,12 @@
-"""The CUDA calls that the TensorRT runner needs, through cuda-python. Every failed call raises."""
+"""The CUDA calls that engines on a GPU need, through cuda-python. Every failed call raises."""
 
 from __future__ import annotations
 
+import gc
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,6 +68,19 @@ def call(result: tuple[Any, ...]) -> Any:
     if status != cuda.cudaError_t.cudaSuccess:
         raise CudaError(f"CUDA: {status.name}: {cuda.cudaGetErrorString(status)[1].decode()}")
     return None if not values else values[0] if len(values) == 1 else tuple(values)
+
+
+def is_lost() -> bool:
+    """Tell whether the GPU's context of this process has ended, as an illegal access ends it.
+
+    No call works in such a process any more. An error that a process survives is cleared.
+    """
+    if (cuda := sys.modules.get("cuda.bindings.runtime")) is None:
+        return False
+    cuda.cudaGetLastError()
+    (status,) = cuda.cudaDeviceSynchronize()
+    errors = cuda.cudaError_t
+    return status not in (errors.cudaSuccess, errors.cudaErrorNoDevice, errors.cudaErrorInsufficientDriver)
 
 
 @dataclass(frozen=True)
@@ -136,6 +151,31 @@ class DeviceMemory:
             self._free(self.pointer)
 
 
+class PinnedMemory:
+    """A block of the host's memory that the GPU reads and writes by itself, given back with the last array on it."""
+
+    def __init__(self, nbytes: int) -> None:
+        from cuda.bindings import runtime as cuda
+
+        self._cuda, self._nbytes = cuda, nbytes
+        self._pointer = int(call(cuda.cudaHostAlloc(max(nbytes, 1), cuda.cudaHostAllocDefault)))
+
+    @property
+    def __array_interface__(self) -> dict[str, Any]:
+        return {"shape": (self._nbytes,), "typestr": "|u1", "data": (self._pointer, False), "version": 3}
+
+    def __del__(self) -> None:
+        if hasattr(self, "_pointer"):
+            self._cuda.cudaFreeHost(self._pointer)
+
+
+def pinned_array(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
+    """Make a NumPy array in pinned memory, of which copies to and from the GPU run beside the host. It holds zeros."""
+    array = np.asarray(PinnedMemory(math.prod(shape) * dtype.itemsize)).view(dtype).reshape(shape)
+    array[...] = 0
+    return array
+
+
 def as_device_array(array: Any, stream: Stream) -> DeviceArray:
     """Take anything with ``__cuda_array_interface__`` or DLPack, torch's, CuPy's and pycuda's arrays for example.
 
@@ -148,8 +188,12 @@ def as_device_array(array: Any, stream: Stream) -> DeviceArray:
     """
     if isinstance(array, DeviceArray):
         return array
+    from cuda.bindings import runtime as cuda
     from cuda.core.utils import StridedMemoryView
 
+    # The view asks the driver, for which a thread needs a current context; only the runtime's own calls see to that.
+    with suppress(CudaError):  # where there is no GPU, the array isn't in its memory either
+        call(cuda.cudaSetDevice(0))
     try:
         view = StridedMemoryView.from_any_interface(array, stream_ptr=stream.handle)
     except (AssertionError, BufferError, RuntimeError) as error:  # NumPy and torch refuse a stream for host memory
@@ -160,7 +204,12 @@ def as_device_array(array: Any, stream: Stream) -> DeviceArray:
         expected *= size
     if not view.is_device_accessible or not contiguous:
         raise ContractError("a device array must be C-contiguous and in GPU memory; make a contiguous copy of it")
-    return DeviceArray(view.ptr, tuple(view.shape), np.dtype(view.dtype), array)
+    # With the view goes a DLPack capsule, and with the capsule the memory, though the array itself is still there.
+    return DeviceArray(view.ptr, tuple(view.shape), np.dtype(view.dtype), (view, array))
+
+
+_WITHOUT_BATCHES = ("cudaErrorCallRequiresNewerDriver", "cudaErrorNotSupported")
+"""Answers of a driver that is older than CUDA 12.8 to a batch of copies."""
 
 
 class Stream:
@@ -169,7 +218,7 @@ class Stream:
     def __init__(self) -> None:
         from cuda.bindings import runtime as cuda
 
-        self._cuda = cuda
+        self._cuda, self._has_batches = cuda, True
         self.handle = int(call(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking)))
 
     def synchronize(self) -> None:
@@ -180,15 +229,39 @@ class Stream:
         """Copy a host array; ``source`` must live until the stream is synchronised."""
         self._copy(target.pointer, source.ctypes.data, source.nbytes)
 
-    def download(self, source: DeviceArray) -> Array:
-        """Copy an array to the host; the copy is whole once the stream is synchronised."""
-        target = np.empty(source.shape, source.dtype)
+    def download(self, source: DeviceArray, target: Array | None = None) -> Array:
+        """Copy an array to the host, into ``target`` or fresh memory; it is whole once the stream is synchronised."""
+        if target is None:
+            target = np.empty(source.shape, source.dtype)
         self._copy(target.ctypes.data, source.pointer, source.nbytes)
         return target
 
     def copy(self, source: DeviceArray, target: DeviceArray) -> None:
         """Copy within the GPU's memory."""
         self._copy(target.pointer, source.pointer, source.nbytes)
+
+    def copy_all(self, pairs: Sequence[tuple[DeviceArray, DeviceArray]]) -> None:
+        """Copy from each pair's first array to its second, in one call, because each call gives up Python's lock.
+
+        Args:
+            pairs: arrays in the GPU's memory, of which none overlaps another that is written.
+        """
+        cuda, count = self._cuda, len(pairs)
+        if not pairs:
+            return
+        if self._has_batches:
+            order = cuda.cudaMemcpyAttributes()
+            order.srcAccessOrder = cuda.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
+            sources, targets = ([pair[side].pointer for pair in pairs] for side in (0, 1))
+            sizes = [source.nbytes for source, _ in pairs]
+            (status,) = cuda.cudaMemcpyBatchAsync(targets, sources, sizes, count, [order], [0], 1, self.handle)
+            if status.name not in _WITHOUT_BATCHES:
+                call((status,))
+                return
+            cuda.cudaGetLastError()
+            self._has_batches = False
+        for source, target in pairs:
+            self.copy(source, target)
 
     def fill(self, target: DeviceArray, byte: int) -> None:
         """Set every byte."""
@@ -200,34 +273,67 @@ class Stream:
 
     def time_ms(self, work: Callable[[], object]) -> float:
         """Measure the GPU's milliseconds from the first to the last work that ``work`` queues, gaps included."""
-        cuda = self._cuda
-        events = []
-        try:
-            for _ in range(2):
-                events.append(call(cuda.cudaEventCreate()))
-            call(cuda.cudaEventRecord(events[0], self.handle))
+        timer = Timer(self)
+        with timer:
             work()
-            call(cuda.cudaEventRecord(events[1], self.handle))
-            self.synchronize()
-            return float(call(cuda.cudaEventElapsedTime(*events)))
-        finally:
-            for event in events:
-                cuda.cudaEventDestroy(event)
+        self.synchronize()
+        return 1000 * timer.seconds()
 
     @contextmanager
     def capture(self) -> Iterator[Graph]:
-        """Record what is put on the stream instead of doing it: the graph is whole after the ``with`` block."""
+        """Record what is put on the stream instead of doing it: the graph is whole after the ``with`` block.
+
+        Python's collector is off meanwhile, because memory that it gives back to the GPU would end the recording.
+        """
         graph = Graph(self)
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
-        call(self._cuda.cudaStreamBeginCapture(self.handle, mode))
-        try:
-            yield graph
-        except BaseException:
-            self._cuda.cudaStreamEndCapture(self.handle)  # may fail too, for what is being raised
-            raise
-        recorded = call(self._cuda.cudaStreamEndCapture(self.handle))
+        with collector_off():
+            call(self._cuda.cudaStreamBeginCapture(self.handle, mode))
+            try:
+                yield graph
+            except BaseException:
+                self._cuda.cudaStreamEndCapture(self.handle)  # may fail too, for what is being raised
+                raise
+            recorded = call(self._cuda.cudaStreamEndCapture(self.handle))
         graph.executable = call(self._cuda.cudaGraphInstantiate(recorded, 0))
         call(self._cuda.cudaGraphDestroy(recorded))
+
+
+@contextmanager
+def collector_off() -> Iterator[None]:
+    """Let Python's collector give back nothing within the block."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+class Timer:
+    """Measures the GPU's time between the begin and the end of a ``with`` block, by two events that are kept."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._cuda, self._stream = stream._cuda, stream
+        self._events: list[Any] = []
+        for _ in range(2):
+            self._events.append(call(self._cuda.cudaEventCreate()))
+
+    def __enter__(self) -> None:
+        call(self._cuda.cudaEventRecord(self._events[0], self._stream.handle))
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            call(self._cuda.cudaEventRecord(self._events[1], self._stream.handle))
+
+    def seconds(self) -> float:
+        """Return the time of the last block; the stream must have been synchronised since."""
+        return float(call(self._cuda.cudaEventElapsedTime(*self._events))) / 1000
+
+    def __del__(self) -> None:
+        for event in getattr(self, "_events", ()):
+            self._cuda.cudaEventDestroy(event)
 
 
 class Graph:

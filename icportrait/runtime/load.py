@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from icportrait.contract import MODEL_ENGINES, ModelSpec, engine_specs
@@ -61,7 +62,8 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
 
         rows = pinned_rows(spec, policy)
         pinned = None if rows is None else {name: rows}
-        return load_plans([name], directory, manifest, FLAVOURS[policy.runtime], pinned)[name]
+        caches = _kernel_caches([name], directory, manifest)
+        return load_plans([name], directory, manifest, FLAVOURS[policy.runtime], pinned, caches)[name]
     raise RuntimeNotAvailable(f"runtime: {policy.runtime!r}, expected one of {', '.join(RUNTIMES)}")
 
 
@@ -79,8 +81,9 @@ def load_slots(directory: Path, manifest: Manifest, policy: ServingPolicy) -> Sl
         names = ("warping_network", "unet")
         specs = engine_specs(manifest.preset, manifest.precision)
         rows = {name: count for name in names if (count := pinned_rows(specs[name], policy))}
-        plans = load_plans(names, directory, manifest, FLAVOURS[policy.runtime], rows)
-        from icportrait.runtime.tensorrt.slots import DeviceSlots
+        caches = _kernel_caches(names, directory, manifest)
+        plans = load_plans(names, directory, manifest, FLAVOURS[policy.runtime], rows, caches)
+        from icportrait.runtime.device_slots import DeviceSlots
 
         return DeviceSlots(plans["warping_network"], plans["unet"], policy.slots)
     if policy.is_simulated:
@@ -92,8 +95,14 @@ def load_slots(directory: Path, manifest: Manifest, policy: ServingPolicy) -> Sl
     return HostSlots(warping, unet, policy.slots)
 
 
+def _kernel_caches(names: Iterable[str], directory: Path, manifest: Manifest) -> dict[str, Path]:
+    """Return the file of each engine's compiled kernels, where there is a folder for it."""
+    folders = {name: compiled_folder(directory.parent.parent, manifest, name) for name in names}
+    return {name: folder / "kernels" for name, folder in folders.items() if folder.is_dir()}
+
+
 def compiled_folder(repository: Path, manifest: Manifest, name: str) -> Path:
-    """Return the folder of an engine's compiled models for OpenVINO.
+    """Return the folder of an engine's compiled models for OpenVINO, or of its kernels for TensorRT-RTX.
 
     It lies beside the repository, because the repository is written anew more often.
     """

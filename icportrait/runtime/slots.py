@@ -12,18 +12,15 @@ the UNet computes every row by itself.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Protocol
+from types import MappingProxyType
+from typing import Protocol
 
 import numpy as np
 
 from icportrait.contract import Array, ModelSpec
 from icportrait.runtime.engine import Engine
-from icportrait.runtime.placement import Placed
 
-if TYPE_CHECKING:
-    pass
-
-Inputs = Mapping[str, Placed]
+Inputs = Mapping[str, Array]
 
 
 class Slots(Protocol):
@@ -35,12 +32,22 @@ class Slots(Protocol):
     """The most that ``launch_warping`` takes at once."""
     version: str
     """The runtime and its version, for a request's metadata."""
+    step_s: Mapping[int, float]
+    """Seconds of a step by its rows, as far as they were measured at start-up."""
+
+    @property
+    def engine_s(self) -> float | None:
+        """Return the seconds that the engine of the last ``wait`` or ``wait_warping`` computed, without copies.
+
+        None where the engine doesn't tell.
+        """
+        ...
 
     def launch_warping(self, jobs: Sequence[Inputs], rows: Sequence[Sequence[int]]) -> None:
         """Begin to run the warping network over jobs and to put each one's ``F_ref`` into its rows.
 
         Args:
-            jobs: for each the warping network's inputs by name, [1, ...], in the host's memory or the GPU's.
+            jobs: for each the warping network's inputs by name, [1, ...].
             rows: for each the rows that share its ``F_ref``, one or more.
 
         Raises:
@@ -76,13 +83,12 @@ class Slots(Protocol):
         """Wait for ``launch``, and return ``noise_pred``, [n, 4, s, 2 s] float32; it stays until the next ``wait``."""
         ...
 
-    def to_host(self, array: Placed) -> Array:
-        """Return an array of either memory in the host's."""
-        ...
-
 
 class HostSlots:
     """Rows in the host's memory, over any two engines, which run in ``wait`` and ``wait_warping``."""
+
+    engine_s: float | None = None
+    step_s: Mapping[int, float] = MappingProxyType({})
 
     def __init__(self, warping: Engine, unet: Engine, rows: int) -> None:
         """Make the rows.
@@ -135,11 +141,6 @@ class HostSlots:
     def wait(self) -> Array:
         """Implement ``Slots.wait``."""
         return self._unet.run(self._to_step)["noise_pred"]
-
-    def to_host(self, array: Placed) -> Array:
-        """Implement ``Slots.to_host``."""
-        assert isinstance(array, np.ndarray), "a runtime of the host gets no array in GPU memory"
-        return array
 
 
 def joined(warping: ModelSpec, jobs: Sequence[Inputs]) -> dict[str, Array]:

@@ -27,6 +27,7 @@ from icportrait.policy import KEEPS_FAILING
 from icportrait.presets import Preset
 from icportrait.request import PortraitRequest
 from icportrait.runtime import Slots
+from icportrait.runtime.cuda import is_lost
 from icportrait.serving.admission import Admission, Lease, Limits
 from icportrait.serving.control import Asked, Cancel, Demand, LeaseAsked, Peer, Ping, Reply, Seen
 
@@ -57,7 +58,8 @@ class DenoiseStage:
             preset: see ``DenoisingLoop``.
             mode: see ``DenoisingLoop``.
             limits: of the queue.
-            give_up: called when the engines keep failing, once all that failed is answered.
+            give_up: called when the engines keep failing, or the GPU's context has ended, once all that failed is
+                answered.
             is_standalone: requests come without a lease, and get theirs as they arrive.
             numerics_id: equal where equal requests give equal bytes; None where they may not.
         """
@@ -71,6 +73,8 @@ class DenoiseStage:
         self._loop = DenoisingLoop(
             slots, schedule, preset, mode, metrics=self.metrics, on_failure=self._on_engine_failure
         )
+        for rows, seconds in slots.step_s.items():
+            self._loop.pace.stepped(rows, seconds)
         self._admission = Admission(self._loop.rows, limits, self._loop.pace, time.monotonic, self.metrics)
         self._leases: dict[str, Lease] = {}
         for name in ("queued_requests", "queued_slots", "admitted_bytes"):
@@ -181,8 +185,7 @@ class DenoiseStage:
         if request.arrived_ns > time.monotonic_ns():
             raise IcPortraitError(f"denoise: arrived_ns: {request.arrived_ns} is in the future")
         for name in ("profile_latent", "reference_latent", "visibility"):
-            # What lies in a GPU's memory is seen to be broken after its first step.
-            if isinstance(tensors[name], np.ndarray) and not np.isfinite(tensors[name]).all():
+            if not np.isfinite(tensors[name]).all():
                 raise IcPortraitError(f"denoise: {name} has NaN or Inf in it")
         return request
 
@@ -301,7 +304,7 @@ class DenoiseStage:
                 lease.job.go_on()
 
     def _on_engine_failure(self, failures: int) -> None:
-        if failures >= KEEPS_FAILING:
+        if failures >= KEEPS_FAILING or is_lost():
             # Behind the answers that are on their way.
             self._deliveries.put(self._give_up)
 

@@ -25,7 +25,7 @@ from icportrait.errors import ContractError, IcPortraitError, to_wire
 from icportrait.manifest import Manifest
 from icportrait.policy import KEEPS_FAILING, LOOP_VARIABLE, POLICY_VARIABLE, ServingPolicy
 from icportrait.runtime import Engine, Slots, load_engine, load_slots
-from icportrait.runtime.cuda import Stream
+from icportrait.runtime.cuda import Stream, is_lost
 from icportrait.runtime.placement import Placed, join, private_copy
 from icportrait.serving.counters import ENGINE_COUNTERS, CountedEngine, triton_counters
 
@@ -122,7 +122,7 @@ class EngineModel(StageModel):
         answers = attempt(self.context.name, lambda: self._run(requests))
         if isinstance(answers, IcPortraitError):
             self._failures += 1
-            if self._failures == KEEPS_FAILING:
+            if self._failures == KEEPS_FAILING or is_lost():
                 give_up()
             return [respond(answers) for _ in requests]
         self._failures = 0

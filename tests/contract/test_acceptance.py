@@ -51,6 +51,9 @@ class Buffered:
             tensor.name: np.zeros(tensor.shape(batch=largest), tensor.dtype.numpy) for tensor in self.spec.outputs
         }
 
+    def warm_up(self) -> None:
+        """Do nothing."""
+
     def fill_outputs(self, byte: int) -> None:
         for array in self.outputs.values():
             array.view(np.uint8).fill(byte)
@@ -323,6 +326,7 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(acceptance, "find_gpu", lambda: Gpu("NVIDIA Test", "9.0", 1, 1, "13.0"))
     monkeypatch.setattr(acceptance, "Stream", lambda: None)
     monkeypatch.setattr(acceptance, "share_scratch", lambda engines: None)
+    monkeypatch.setattr(acceptance, "DeviceEngine", lambda spec, executor, stream: executor)
     monkeypatch.setattr(acceptance, "_build_and_load", load)
     monkeypatch.setattr(acceptance, "climb", rungs)
     yield

@@ -24,6 +24,7 @@ from engines.polygraphy_setup import prepare_polygraphy
 from engines.progress import progress_monitor
 from icportrait.contract import engine_specs
 from icportrait.manifest import Manifest, file_sha256
+from icportrait.runtime.tensorrt.plans import PlanManifest
 from icportrait.runtime.tensorrt.products import TENSORRT_RTX, Flavour
 from tests.contract.test_engines import graph
 from tests.full_disk import full_disk
@@ -102,7 +103,7 @@ def test_plans_of_tensorrt_rtx_never_allocate_by_themselves(tmp_path: Path, monk
 
     monkeypatch.setattr(polygraphy.backend.trt, "engine_bytes_from_network", build_and_note)
     with progress_monitor(TENSORRT_RTX, "g.plan") as monitor:
-        target = GpuTarget(("8.9",), is_current_gpu=False)
+        target = GpuTarget(("8.9",))
         assert engines.building._serialize(target, parsed, BuildConfig(), [], monitor) is not None
     assert [config.get_flag(flag) for config in built_with] == [True]
 
@@ -133,18 +134,15 @@ def test_what_the_parser_warns_of_is_not_built(
     assert not list(tmp_path.glob("plans/*"))
 
 
-def test_what_the_builder_warns_of_is_not_built(
+def test_what_the_builder_warns_of_is_built_and_stands_beside_the_plan(
     trivial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Build the trivial UNet, which reads only one of its inputs. TensorRT notices that while it builds."""
     arguments = ["--onnx", str(trivial), "--out", str(tmp_path), "--engine", "unet", "--buckets", "1", "--allow-mixed"]
-    assert main(["build", *arguments]) == 1
-    streams = capsys.readouterr()
-    assert "unet.onnx: TensorRT warns: Unused Input: timestep" in streams.err
-    assert "warning: Unused Input: timestep" in streams.out
-    assert not list(tmp_path.glob("*.plan*"))
-    assert main(["build", *arguments, "--allow-warnings"]) == 0
-    assert (tmp_path / "unet.plan").is_file()
+    assert main(["build", *arguments]) == 0
+    assert "warning: Unused Input: timestep" in capsys.readouterr().out
+    plan = PlanManifest.read(tmp_path / "unet.plan")
+    assert any("Unused Input: timestep" in text for text in plan.warnings) and plan.gpu_name == ""
 
 
 def test_a_full_disk_ends_a_build_in_one_sentence_and_leaves_no_half(
@@ -183,7 +181,7 @@ def test_known_harmless_warnings_let_a_build_go_on(tmp_path: Path) -> None:
     ]
     weights = scales | {"kernel": np.ones((4, 4, 3, 3), np.int8)}
     parsed = parse(TENSORRT_RTX, graph(tmp_path / "g.onnx", nodes, weights, {"x": [2, 4, 8, 8]}, opset=23))
-    config, target = BuildConfig(), GpuTarget(("8.9",), is_current_gpu=False)
+    config, target = BuildConfig(), GpuTarget(("8.9",))
     with progress_monitor(TENSORRT_RTX, "g.plan") as monitor:
         assert engines.building._serialize(target, parsed, config, [], monitor) is not None
     assert parsed.warnings and not warnings_that_matter(parsed.warnings)

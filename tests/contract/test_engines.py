@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnx
@@ -202,51 +200,25 @@ def gpu_of(capability: str) -> Callable[[], Gpu]:
 
 
 def test_capabilities_with_a_name_are_compiled_ahead_of_time() -> None:
-    assert gpu_target(TENSORRT_RTX, ("8.0", "12.0")) == GpuTarget(("8.0", "12.0"), is_current_gpu=False)
+    assert gpu_target(TENSORRT_RTX, ("8.0", "12.0")) == GpuTarget(("8.0", "12.0"))
 
 
-@pytest.mark.parametrize(
-    ("here", "asked", "why"),
-    [
-        (None, ("9.0",), r"can't compile for compute capability 9\.0 ahead of time.*: no NVIDIA GPU was found"),
-        ("8.9", ("9.0",), r"9\.0 ahead of time, only on such a GPU: NVIDIA Test has 8\.9"),
-        ("9.0", ("8.9", "9.0"), r"9\.0 .* and for it alone; leave it out of 8\.9, 9\.0"),
-    ],
-)
-def test_a_capability_without_a_name_needs_its_gpu(
-    here: str | None, asked: tuple[str, ...], why: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asked", [("9.0",), ("8.9", "9.0")])
+def test_tensorrt_rtx_is_refused_where_it_has_no_kernels_and_says_what_to_use(
+    asked: tuple[str, ...], trivial: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    if here:
-        monkeypatch.setattr(engines.gpu_target, "find_gpu", gpu_of(here))
-    with pytest.raises(RuntimeNotAvailable, match=why):
-        gpu_target(TENSORRT_RTX, asked)
-
-
-def test_on_such_a_gpu_it_is_built_for_that_gpu_and_its_manifest_says_so(
-    trivial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Record that the builder is asked for the current GPU, and let the builder compile for another one."""
-    monkeypatch.setenv(PRODUCT_VARIABLE, "1")
-    polygraphy: Any = importlib.import_module("polygraphy.backend.tensorrt_rtx")
-    asked: list[tuple[bool, object]] = []
-
-    class Recorded(polygraphy.CreateConfigRTX):
-        def __init__(self, use_gpu: bool = False, **settings: Any) -> None:
-            asked.append((use_gpu, settings.pop("compute_capabilities", None)))
-            super().__init__(compute_capabilities=[(8, 9)], **settings)
-
-    monkeypatch.setattr(engines.gpu_target, "find_gpu", gpu_of("9.0"))
-    monkeypatch.setattr(polygraphy, "CreateConfigRTX", Recorded)
     arguments = ["--onnx", str(trivial), "--out", str(tmp_path), "--engine", "vae_decoder", *ALLOW]
-    assert main(["build", *arguments, "--compute-capability", "9.0", "--buckets", "1"]) == 0
-    assert asked == [(True, None)]
-    assert PlanManifest.read(tmp_path / "vae_decoder.plan").compute_capabilities == ("9.0",)
+    assert main(["build", *arguments, "--compute-capability", *asked, "--buckets", "1"]) == 1
+    said = capsys.readouterr().err
+    assert "tensorrt-rtx has no kernels for compute capability 9.0 (H100, H200)" in said
+    assert "--target tensorrt, or serve with RUNTIME=torch" in said
+    assert not list(tmp_path.glob("*.plan*"))
 
 
 def test_the_full_product_builds_for_the_gpu_that_is_here(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = Flavour("tensorrt", "json", "tensorrt==0", compiles_without_gpu=False)
     monkeypatch.setattr(engines.gpu_target, "find_gpu", gpu_of("9.0"))
-    assert gpu_target(installed, ("8.0", "8.9")) == GpuTarget(("9.0",), is_current_gpu=True)
+    assert gpu_target(installed, ("8.0", "8.9")) == GpuTarget(("9.0",), "NVIDIA Test")
 
 
 def test_the_full_product_names_only_what_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:

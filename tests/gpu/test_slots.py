@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from icportrait.runtime.tensorrt.slots import DeviceSlots
 
 from engines.build_config import LAYOUTS, BuildConfig
 from engines.building import build_engine
@@ -18,7 +19,6 @@ from icportrait.runtime.placement import private_copy
 from icportrait.runtime.slots import HostSlots, Slots
 from icportrait.runtime.tensorrt.loading import load_plans
 from icportrait.runtime.tensorrt.products import FLAVOURS
-from icportrait.runtime.tensorrt.slots import DeviceSlots
 from tests.rows import step, warp
 
 pytestmark = pytest.mark.timeout(1800)

@@ -500,7 +500,7 @@ def test_what_can_never_run_is_refused_at_once() -> None:
     [
         ("launch_warping", "warping"),
         ("wait_warping", "warping"),
-        ("to_host", "a job's start"),
+        ("fill", "a job's start"),
         ("launch", "denoising"),
         ("wait", "denoising"),
     ],
@@ -513,7 +513,7 @@ def test_the_log_has_the_cause_of_a_failure_and_the_caller_has_not(
 
     with label_loop() as (slots, loop):
         assert loop.used_rows == 0
-        monkeypatch.setattr(slots, method, fail)
+        monkeypatch.setattr(loop._batch if method == "fill" else slots, method, fail)
         with pytest.raises(IcPortraitError) as failure:
             submit(loop, steps_of(2)[0]).result(60)
         assert str(failure.value) == f"{what} failed on this server; its log has the cause"

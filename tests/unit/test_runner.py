@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import hashlib
 import logging
 import sys
 from collections.abc import Callable, Mapping
@@ -20,19 +22,21 @@ from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.errors import PlanError, RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
-from icportrait.presets import DEMO_128
 from icportrait.runtime import load_engine, load_slots
-from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Gpu, Stream
-from icportrait.runtime.tensorrt.engine import TensorRtEngine, share_scratch
+from icportrait.runtime.cuda import CudaError, DeviceArray, DeviceMemory, Gpu, Stream
+from icportrait.runtime.device_engine import DeviceEngine
+from icportrait.runtime.device_slots import DeviceSlots
+from icportrait.runtime.tensorrt.engine import TensorRtExecutor
 from icportrait.runtime.tensorrt.loading import load_plans
-from icportrait.runtime.tensorrt.plans import PlanManifest
+from icportrait.runtime.tensorrt.plans import PlanManifest, check_content
 from icportrait.runtime.tensorrt.products import FLAVOURS, TENSORRT_RTX, Flavour
-from icportrait.runtime.tensorrt.slots import DeviceSlots
 from tests.fake_plans import VERSIONS, write_fake_plans
 from tests.host_cuda import HostCuda, view
+from tests.tiny import TINY
 from tests.trivial_engines import write_trivial_export
 
-SPECS = engine_specs(DEMO_128)
+PRESET = dataclasses.replace(TINY, max_vae_batch=8, max_warping_batch=8, max_unet_batch=16)
+SPECS = engine_specs(PRESET)
 FULL = Flavour("tensorrt", "tensorrt_stand_in", "tensorrt==0", compiles_without_gpu=False)
 WARPING = SPECS["warping_network"]
 
@@ -71,8 +75,12 @@ class Context:
         return True
 
     def set_tensor_address(self, name: str, pointer: int) -> bool:
+        assert not self.bound, "an address is set after the first run, and so after a recording"
         self.addresses[name] = pointer
         return True
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        return self.engine.is_capturable
 
     def set_device_memory(self, pointer: int, nbytes: int) -> None:
         self.scratch = (pointer, nbytes)
@@ -99,6 +107,7 @@ class Context:
 
 class Engine:
     device_memory_size_v2 = 1000
+    is_capturable = True
 
     def __init__(self, spec: ModelSpec, content: bytes, cuda: HostCuda) -> None:
         self.spec, self.content, self.cuda, self.contexts = spec, content, cuda, list[Context]()
@@ -119,7 +128,31 @@ class Engine:
         return Context(self, config)
 
 
+class RuntimeCache:
+    """Holds what was read into it; what it gives is always the same."""
+
+    def __init__(self) -> None:
+        self.read: list[bytes] = []
+        CACHES.append(self)
+
+    def deserialize(self, content: bytes) -> bool:
+        self.read.append(content)
+        return content == b"kernels"
+
+    def serialize(self) -> bytes:
+        return b"kernels"
+
+
+CACHES: list[RuntimeCache] = []
+
+
 class RuntimeConfig(SimpleNamespace):
+    def create_runtime_cache(self) -> RuntimeCache:
+        return RuntimeCache()
+
+    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
+        return True
+
     def set_execution_context_allocation_strategy(self, strategy: str) -> None:
         self.allocation = strategy
 
@@ -164,7 +197,7 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
 
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
-    return write_trivial_export(tmp_path_factory.mktemp("export"), DEMO_128)
+    return write_trivial_export(tmp_path_factory.mktemp("export"), PRESET)
 
 
 @pytest.fixture
@@ -204,7 +237,7 @@ def test_plans_of_one_bucket_each_are_one_engine(plans, export, engines, cuda) -
 
 def test_engines_of_a_process_share_a_stream_and_scratch_memory(plans, export, engines, cuda) -> None:
     slots = load_slots(plans(), export, ServingPolicy(runtime="tensorrt", slots=12))
-    assert isinstance(slots, DeviceSlots) and slots.rows == 12 and slots.max_jobs == DEMO_128.max_warping_batch
+    assert isinstance(slots, DeviceSlots) and slots.rows == 12 and slots.max_jobs == PRESET.max_warping_batch
     assert slots.version == f"tensorrt-{VERSIONS['tensorrt']}"
     contexts = [context for name in ("unet", "warping_network") for context in engines[f"{name}.plan"].contexts]
     assert len({context.scratch for context in contexts}) == 1 and contexts[0].scratch[1] == 1000
@@ -265,22 +298,6 @@ def test_unused_rows_begin_as_zeros(plans, export, engines, cuda) -> None:
     assert filled == sum(array.nbytes for array in unet.inputs.values())
 
 
-def test_outputs_are_bound_elsewhere_for_one_run_only(plans, export, engines, cuda) -> None:
-    warping = load_plans(["warping_network"], plans(), export, FULL)["warping_network"]
-    own = warping.outputs["f_ref_00"]
-    target = DeviceMemory(own.nbytes).array(own.shape, own.dtype)
-    context = engines["warping_network.plan"].contexts[0]
-    warping.execute(1, {"f_ref_00": target})
-    assert context.bound[-1]["f_ref_00"] == target.pointer
-    context.fails = True
-    with pytest.raises(PlanError, match="refused to run"):
-        warping.execute(1, {"f_ref_00": target})
-    assert context.addresses["f_ref_00"] == own.pointer
-    short = DeviceArray(target.pointer, (1, *own.shape[1:]), own.dtype, target)
-    with pytest.raises(ValueError, match="f_ref_00 has 1 rows, expected 4"):
-        warping.execute(3, {"f_ref_00": short})
-
-
 @pytest.mark.parametrize("flavour", [FULL, TENSORRT_RTX], ids=lambda flavour: flavour.name)
 def test_only_tensorrt_rtx_is_asked_to_specialise_kernels_at_once(
     flavour: Flavour, tmp_path: Path, export, engines, cuda
@@ -298,10 +315,10 @@ def test_only_tensorrt_rtx_is_asked_to_specialise_kernels_at_once(
 def test_f_ref_of_half_precision_lies_in_half_the_bytes(
     precision: str, tmp_path: Path, engines, cuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    export = write_trivial_export(tmp_path / "export", DEMO_128, precision)
+    export = write_trivial_export(tmp_path / "export", PRESET, precision)
     write_fake_plans(tmp_path / "plans", export, "tensorrt")
     whole = SPECS["unet"].inputs[-1]
-    monkeypatch.setitem(SPECS, "unet", engine_specs(DEMO_128, precision)["unet"])
+    monkeypatch.setitem(SPECS, "unet", engine_specs(PRESET, precision)["unet"])
     unet = load_plans(["unet"], tmp_path / "plans", export, FULL)["unet"]
     assert unet.inputs[whole.name].nbytes == whole.nbytes(16) // 2
 
@@ -310,8 +327,8 @@ def test_f_ref_of_half_precision_lies_in_half_the_bytes(
 
 
 @pytest.fixture
-def warping(plans, export, engines, cuda) -> TensorRtEngine:
-    """Load the warping network in buckets of 1, 2, 4 and 8, none of which has run yet."""
+def warping(plans, export, engines, cuda) -> DeviceEngine:
+    """Load the warping network in buckets of 1, 2, 4 and 8."""
     loaded = load_plans(["warping_network"], plans(), export, FULL)["warping_network"]
     loaded.stream.synchronize()
     cuda.log.clear()
@@ -343,10 +360,10 @@ def enqueued(engine: Engine) -> list[int]:
     return [len(context.bound) for context in engine.contexts]
 
 
-def test_a_run_pads_its_bucket_and_gives_the_asked_rows(warping: TensorRtEngine, engines, cuda) -> None:
+def test_a_run_pads_its_bucket_and_gives_the_asked_rows(warping: DeviceEngine, engines, cuda) -> None:
     given = jobs(3)
+    warping.fill_outputs(0xFF)
     assert same(warping.run(given), computed(WARPING, given))
-    assert enqueued(engines["warping_network.plan"])[2] == sum(enqueued(engines["warping_network.plan"])) > 0
     moved = {way: sum(nbytes for name, nbytes in cuda.log if name == way) for way in ("upload", "download", "copy")}
     uploaded, downloaded = (sum(spec.nbytes(3) for spec in specs) for specs in (WARPING.inputs, WARPING.outputs))
     assert moved == {"upload": uploaded, "download": downloaded, "copy": 0}
@@ -356,7 +373,7 @@ def test_a_run_pads_its_bucket_and_gives_the_asked_rows(warping: TensorRtEngine,
     assert untouched(rows_of(warping.outputs, 4, 4))
 
 
-def test_inputs_on_the_device_are_copied_there(warping: TensorRtEngine, cuda) -> None:
+def test_inputs_on_the_device_are_copied_there(warping: DeviceEngine, cuda) -> None:
     given = jobs(2)
     name, array = next(iter(given.items()))
     placed = DeviceMemory(array.nbytes).array(array.shape, array.dtype)
@@ -366,75 +383,95 @@ def test_inputs_on_the_device_are_copied_there(warping: TensorRtEngine, cuda) ->
     assert [nbytes for way, nbytes in cuda.log if way == "copy"] == [array.nbytes]
 
 
-def test_the_first_run_of_a_bucket_records_and_later_ones_replay(warping: TensorRtEngine, engines, cuda) -> None:
-    """Count runs: one that records runs directly before that, and one that replays reaches TensorRT no more."""
-    done = []
-    for seed, batch in enumerate((4, 3, 4, 1, 4, 1)):
+def test_every_bucket_is_recorded_as_it_is_loaded_and_then_only_replays(warping: DeviceEngine, engines, cuda) -> None:
+    """Count runs: a warm-up runs a bucket directly, then records it; replays reach TensorRT no more."""
+    assert len(cuda.graphs) == 4  # one per bucket, and what they were made of is gone
+    for seed, batch in enumerate((4, 3, 4, 1, 8)):
         cuda.log.clear()
         given = jobs(batch, seed)
         assert same(warping.run(given), computed(WARPING, given))  # replays see what the buffers hold now
-        done.append((enqueued(engines["warping_network.plan"]), [name for name, _ in cuda.log].count("execute")))
-    assert done == [
-        ([0, 0, 2, 0], 2),
-        ([0, 0, 2, 0], 1),
-        ([0, 0, 2, 0], 1),
-        ([2, 0, 2, 0], 2),
-        ([2, 0, 2, 0], 1),
-        ([2, 0, 2, 0], 1),
-    ]
-    assert len(cuda.graphs) == 2  # one per bucket, and what they were made of is gone
+        assert [name for name, _ in cuda.log].count("execute") == 1
+        assert enqueued(engines["warping_network.plan"]) == [2, 2, 2, 2]
 
 
-def test_a_direct_run_neither_records_nor_replays(warping: TensorRtEngine, engines, cuda) -> None:
+def test_a_direct_run_replays_nothing(warping: DeviceEngine, engines, cuda) -> None:
     for count in (1, 2):
         given = jobs(2, count)
         assert same(warping.run(given, directly=True), computed(WARPING, given))
-        assert enqueued(engines["warping_network.plan"]) == [0, count, 0, 0] and not cuda.graphs
+        assert enqueued(engines["warping_network.plan"]) == [2, 2 + count, 2, 2]
 
 
-@pytest.mark.parametrize("recorded", ["before", "after"])
-def test_graphs_write_to_the_engines_own_outputs_whatever_was_bound(
-    recorded: str, warping: TensorRtEngine, engines
+@pytest.mark.parametrize("cause", ["the stream can't be captured", "TensorRT says so"])
+def test_a_bucket_that_cannot_be_recorded_runs_directly(
+    cause: str, tmp_path: Path, export, engines, cuda, caplog, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    targets = {
-        name: DeviceMemory(array.nbytes).array(array.shape, array.dtype)
-        for name, array in warping.outputs.items()
-        if name != "match_confidence"
-    }
-    first, second = jobs(2, 1), jobs(2, 2)
-    if recorded == "before":
-        warping.run(jobs(2))
-    for name, array in first.items():
-        warping.stream.upload(array, warping.inputs[name].rows(0, 2))
-    warping.fill_outputs(0xFF)
-    warping.execute(2, targets)
-    warping.stream.synchronize()
-    expected = computed(WARPING, first)
-    own = rows_of(warping.outputs, 0, 2)
-    assert np.array_equal(own.pop("match_confidence"), expected.pop("match_confidence"))
-    assert same(rows_of(targets, 0, 2), expected)
-    assert untouched(own)
-    assert same(warping.run(second), computed(WARPING, second))
-    assert same(rows_of(targets, 0, 2), expected)
-    assert enqueued(engines["warping_network.plan"]) == [0, 3, 0, 0]
-
-
-def test_with_other_scratch_memory_a_bucket_is_recorded_again(warping: TensorRtEngine, engines, cuda) -> None:
-    """Change the scratch memory, because a graph keeps the address of the memory that it was recorded with."""
-    first = share_scratch([warping])
-    given = jobs(1)
-    warping.run(given)
-    warping.run(jobs(2))
-    assert len(cuda.graphs) == 2
-    second = share_scratch([warping])
+    cuda.can_capture = cause == "TensorRT says so"
+    monkeypatch.setattr(Engine, "is_capturable", not cuda.can_capture)
+    write_fake_plans(tmp_path, export, "tensorrt-rtx")
+    warping = load_plans(["warping_network"], tmp_path, export, TENSORRT_RTX)["warping_network"]
     assert not cuda.graphs
-    for memory in (first, second):
-        warping.stream.fill(memory.array((memory.nbytes,), np.dtype(np.uint8)), 0)
-    for _ in range(2):
+    said = "says that it can't be captured" if cuda.can_capture else "operation not permitted when stream is capturing"
+    (line,) = (line for line in caplog.messages if "CUDA graph" in line)
+    assert line.startswith("warping_network: batches of 1, 2, 4, 8 rows run without") and said in line
+    for batch in (3, 8, 1):
+        given = jobs(batch)
         assert same(warping.run(given), computed(WARPING, given))
-        assert enqueued(engines["warping_network.plan"]) == [4, 2, 0, 0] and len(cuda.graphs) == 1
-    used = [view(memory.pointer, (memory.nbytes,), np.dtype(np.uint8)).all() for memory in (first, second)]
-    assert used == [False, True]
+
+
+def test_a_lost_device_ends_the_loading(tmp_path: Path, export, engines, cuda) -> None:
+    cuda.can_capture, cuda.sticky_error = False, lost_context()
+    write_fake_plans(tmp_path, export, "tensorrt-rtx")
+    with pytest.raises(CudaError):
+        load_plans(["warping_network"], tmp_path, export, TENSORRT_RTX)
+
+
+def test_memory_that_the_collector_finds_is_given_back_before_a_recording_or_after_it(
+    plans, export, engines, cuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Leave a block in a cycle, and let the collector look at every allocation."""
+    given_back: list[bool] = []
+    execute = Context.execute_async_v3
+
+    def allocating(self: Context, stream: int) -> bool:
+        cycle: list[Any] = [DeviceMemory(8)] if cuda._recorded is None else []
+        cycle.append(cycle)
+        del cycle
+        list(map(list, range(0)))
+        gc.collect(0) if gc.isenabled() else given_back.append(cuda._recorded is not None)
+        return execute(self, stream)
+
+    monkeypatch.setattr(Context, "execute_async_v3", allocating)
+    warping = load_plans(["warping_network"], plans(), export, FULL)["warping_network"]
+    assert given_back == [True] * 4 and len(cuda.graphs) == len(warping.buckets)
+    assert gc.isenabled()
+
+
+def test_kernels_that_tensorrt_rtx_compiled_are_kept_for_the_next_start(tmp_path: Path, export, engines, cuda) -> None:
+    write_fake_plans(tmp_path, export, "tensorrt-rtx")
+    caches = {"warping_network": tmp_path / "kernels"}
+    for expected in ((), (b"kernels",), (b"kernels",)):
+        load_plans(["warping_network"], tmp_path, export, TENSORRT_RTX, caches=caches)
+        assert CACHES[-1].read == list(expected) and caches["warping_network"].read_bytes() == b"kernels"
+    caches["warping_network"].write_bytes(b"of another GPU")
+    load_plans(["warping_network"], tmp_path, export, TENSORRT_RTX, caches=caches)
+    assert caches["warping_network"].read_bytes() == b"kernels"
+
+
+def test_a_plan_is_hashed_once_a_process(plans, export, engines, cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[bytes] = []
+    sha256 = hashlib.sha256
+
+    def counted(content: bytes = b"") -> Any:
+        hashed.append(content)
+        return sha256(content)
+
+    directory = plans()
+    monkeypatch.setattr("icportrait.runtime.tensorrt.plans.hashlib.sha256", counted)
+    load_plans(["warping_network", "unet"], directory, export, FULL)
+    assert sorted(hashed) == [b"unet.plan", b"warping_network.plan"]
+    for _ in range(3):  # and the gateway, which starts engines again
+        check_content(directory / "unet.plan", PlanManifest.read(directory / "unet.plan"))
+    assert len(hashed) == 3
 
 
 # Memory
@@ -477,7 +514,7 @@ def test_a_plan_for_another_gpu_never_reaches_tensorrt(plans, export, engines, c
     other = Gpu("NVIDIA Other", "9.0", 8 * 10**9, 8 * 10**9, "13.0")
     monkeypatch.setattr(icportrait.runtime.tensorrt.engine, "find_gpu", lambda: other)
     with pytest.raises(PlanError, match=r"compute capability 8\.9, and this one has 9\.0"):
-        TensorRtEngine(plans() / "unet.plan", SPECS["unet"], export.contract_hash, FULL, Stream())
+        TensorRtExecutor(plans() / "unet.plan", SPECS["unet"], export.contract_hash, FULL, Stream())
     assert not engines
 
 
@@ -494,7 +531,25 @@ def test_without_a_gpu_nothing_native_is_touched(
             load()
 
 
+def test_a_plan_of_another_gpu_model_is_refused(plans, export, engines, cuda, monkeypatch) -> None:
+    directory = plans()
+    manifest = PlanManifest.read(directory / "unet.plan")
+    dataclasses.replace(manifest, gpu_name="NVIDIA Test").write(directory / "unet.plan")
+    load_plans(["unet"], directory, export, FULL)
+    engines.clear()
+    dataclasses.replace(manifest, gpu_name="NVIDIA Other").write(directory / "unet.plan")
+    with pytest.raises(PlanError, match=r"was built on NVIDIA Other, and this is NVIDIA Test; .* build it again here"):
+        load_plans(["unet"], directory, export, FULL)
+    assert not engines
+
+
 def cuda_success() -> Any:
     from cuda.bindings import runtime
 
     return runtime.cudaError_t.cudaSuccess
+
+
+def lost_context() -> Any:
+    from cuda.bindings import runtime
+
+    return runtime.cudaError_t.cudaErrorIllegalAddress

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,11 +11,10 @@ import pytest
 
 from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.errors import ContractError
-from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Stream
-from icportrait.runtime.placement import join
+from icportrait.runtime.cuda import DeviceArray, Graph, Stream
+from icportrait.runtime.device_engine import Buffers, DeviceEngine, buckets_up_to
+from icportrait.runtime.device_slots import DeviceSlots
 from icportrait.runtime.slots import HostSlots
-from icportrait.runtime.tensorrt.plans import BUCKETS
-from icportrait.runtime.tensorrt.slots import DeviceSlots
 from tests.host_cuda import HostCuda, view
 from tests.rows import step
 from tests.rows import warp as run_warping
@@ -55,43 +55,35 @@ class HostEngine:
         return self._function(inputs)
 
 
-class DeviceEngine:
-    """The same with ``TensorRtEngine``'s buffers and buckets, all of a bucket's rows computed and written."""
+class FunctionExecutor:
+    """The same as the executor of an engine on the GPU: all of a bucket's rows are computed and written."""
 
     version = "fake"
 
     def __init__(
-        self, spec: ModelSpec, function: Function, cuda: HostCuda, stream: Stream, buckets: tuple[int, ...] = BUCKETS
+        self, spec: ModelSpec, function: Function, cuda: HostCuda, stream: Stream, buckets: tuple[int, ...]
     ) -> None:
-        self._buckets = buckets
-        self.spec, self.stream, self._function, self._cuda = spec, stream, function, cuda
-        self.inputs, self.outputs = (
-            {
-                tensor.name: DeviceMemory(tensor.nbytes(spec.batch.max)).array(
-                    tensor.shape(batch=spec.batch.max), np.dtype(tensor.dtype.numpy)
-                )
-                for tensor in tensors
-            }
-            for tensors in (spec.inputs, spec.outputs)
-        )
-        self.bound: list[set[str]] = []
+        self.spec, self.buckets, self._function = spec, buckets, function
+        self._cuda, self._stream = cuda, stream
+        self.enqueued: list[int] = []
 
-    def bucket(self, batch: int) -> int:
-        return min(size for size in self._buckets if size >= batch)
+    def bind(self, inputs: Buffers, outputs: Buffers) -> None:
+        self._inputs, self._outputs = inputs, outputs
 
-    def execute(self, batch: int, outputs: Mapping[str, DeviceArray] | None = None) -> None:
-        size = self.bucket(batch)
-        targets = self.outputs | dict(outputs or {})
-        assert all(array.shape[0] >= size for array in targets.values())
-        assert all(array.pointer % 256 == 0 for array in targets.values())
-        self.bound.append(set(outputs or {}))
+    def enqueue(self, bucket: int) -> None:
+        self.enqueued.append(bucket)
 
         def compute() -> None:
-            found = self._function({name: host(array.rows(0, size)) for name, array in self.inputs.items()})
-            for name, array in targets.items():
-                host(array.rows(0, size))[...] = found[name]
+            found = self._function({name: host(array.rows(0, bucket)) for name, array in self._inputs.items()})
+            for name, array in self._outputs.items():
+                host(array.rows(0, bucket))[...] = found[name]
 
         self._cuda.put("execute", compute)
+
+    def record(self, bucket: int) -> Graph:
+        with self._stream.capture() as graph:
+            self.enqueue(bucket)
+        return graph
 
 
 def host(array: DeviceArray) -> np.ndarray:
@@ -108,11 +100,16 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
 class OnDevice:
     def __init__(self, cuda: HostCuda, rows: int = 16, pinned: bool = False) -> None:
         self.stream = Stream()
-        warping, unet = ((WARPING.batch.max,), (UNET.batch.max,)) if pinned else (BUCKETS, BUCKETS)
-        self.warping = DeviceEngine(WARPING, warp, cuda, self.stream, warping)
-        self.unet = DeviceEngine(UNET, denoise, cuda, self.stream, unet)
-        engines: tuple[Any, Any] = (self.warping, self.unet)
-        self.slots = DeviceSlots(*engines, rows)
+        self.warping, self.unet = (self._engine(*model, cuda, pinned) for model in ((WARPING, warp), (UNET, denoise)))
+        self.slots = DeviceSlots(self.warping, self.unet, rows)
+        cuda.log.clear()
+        cuda.calls.clear()
+
+    def _engine(self, spec: ModelSpec, function: Function, cuda: HostCuda, pinned: bool) -> DeviceEngine:
+        buckets = (spec.batch.max,) if pinned else buckets_up_to(spec.batch.max)
+        engine = DeviceEngine(spec, FunctionExecutor(spec, function, cuda, self.stream, buckets), self.stream)
+        engine.warm_up()
+        return engine
 
     def f_ref(self, row: int) -> list[float]:
         """Return one value of each residual in a row."""
@@ -174,19 +171,10 @@ def test_rows_on_the_device_hold_what_rows_on_the_host_hold(cuda: HostCuda, pinn
         assert np.isfinite(found).all() and np.array_equal(found, expected)
 
 
-def test_a_full_bucket_is_warped_straight_into_its_rows(device: OnDevice, cuda: HostCuda) -> None:
-    run_warping(device.slots, [job(1.0)], [[0]])
-    run_warping(device.slots, [job(2.0), job(3.0)], [[4], [5]])
-    assert device.warping.bound == [set(F_REF), set(F_REF)]
-    assert "copy" not in moved(cuda)
-    assert [device.f_ref(row) for row in (0, 4, 5)] == [f_ref_of(value) for value in (1.0, 2.0, 3.0)]
-
-
 @pytest.mark.parametrize("rows", [[[0], [1], [2]], [[2], [0]], [[0, 1], [2]]], ids=["padding", "order", "shared"])
-def test_what_cannot_be_bound_writes_no_row_but_its_own(device: OnDevice, rows: list[list[int]]) -> None:
+def test_a_joining_job_writes_no_row_but_its_own(device: OnDevice, rows: list[list[int]]) -> None:
     run_warping(device.slots, [job(9.0)], [[3]])
     run_warping(device.slots, [job(float(index)) for index in range(len(rows))], rows)
-    assert device.warping.bound[-1] == set()
     assert device.f_ref(3) == f_ref_of(9.0)
     for index, targets in enumerate(rows):
         assert all(device.f_ref(row) == f_ref_of(float(index)) for row in targets)
@@ -195,7 +183,7 @@ def test_what_cannot_be_bound_writes_no_row_but_its_own(device: OnDevice, rows: 
 def test_portraits_of_one_request_share_one_conditioning(device: OnDevice, cuda: HostCuda) -> None:
     run_warping(device.slots, [job(7.0, 2.0)], [[1, 4, 6]])
     assert [name for name, _ in cuda.log].count("execute") == 1
-    assert moved(cuda)["copy"] == 2 * sum(spec.nbytes(1) for spec in WARPING.outputs if spec.name in F_REF)
+    assert moved(cuda)["copy"] == 3 * sum(spec.nbytes(1) for spec in WARPING.outputs if spec.name in F_REF)
     assert all(device.f_ref(row) == f_ref_of(7.0, 2.0) for row in (1, 4, 6))
 
 
@@ -215,27 +203,7 @@ def test_engines_run_from_their_launch_on(device: OnDevice, cuda: HostCuda) -> N
     cuda.log.append(("meanwhile", 0))
     device.slots.wait()
     names = [name for name, _ in cuda.log if name in ("execute", "meanwhile", "download", "synchronize")]
-    assert names == 2 * ["execute", "meanwhile", "download"]
-
-
-def test_a_latent_that_is_on_the_device_stays_there(device: OnDevice, cuda: HostCuda) -> None:
-    placed = job(5.0, 1.0)
-    placed["profile_latent"] = join([placed["profile_latent"]], device.stream)
-    moved(cuda)
-    run_warping(device.slots, [placed], [[0]])
-    totals = moved(cuda)
-    assert totals["copy"] == placed["profile_latent"].nbytes
-    assert totals["upload"] == placed["reference_latent"].nbytes + placed["visibility"].nbytes
-    assert device.f_ref(0) == f_ref_of(5.0, 1.0)
-    assert np.array_equal(device.slots.to_host(placed["profile_latent"]), job(5.0)["profile_latent"])
-
-
-def test_rows_that_tensorrt_could_not_write_to_are_copied(device: OnDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let no row begin where TensorRT wants an output to begin."""
-    monkeypatch.setattr("icportrait.runtime.tensorrt.slots.ALIGNMENT_BYTES", 1 << 30)
-    run_warping(device.slots, [job(1.0)], [[1]])
-    assert device.warping.bound == [set()]
-    assert device.f_ref(1) == f_ref_of(1.0)
+    assert names == 2 * ["execute", "download", "meanwhile"]
 
 
 def test_what_breaks_the_contract_is_refused_before_anything_runs(device: OnDevice, cuda: HostCuda) -> None:
@@ -256,9 +224,81 @@ def test_rows_are_at_most_the_engines_largest_batch(cuda: HostCuda) -> None:
 
 
 def test_engines_on_two_streams_are_refused(cuda: HostCuda) -> None:
-    engines: tuple[Any, Any] = (
-        DeviceEngine(WARPING, warp, cuda, Stream()),
-        DeviceEngine(UNET, denoise, cuda, Stream()),
-    )
     with pytest.raises(ValueError, match="one stream"):
-        DeviceSlots(*engines, 16)
+        DeviceSlots(OnDevice(cuda).warping, OnDevice(cuda).unet, 16)
+
+
+# Calls and bytes, which are what a step costs beside its engine
+
+
+@pytest.mark.parametrize("rows", [1, 16])
+def test_a_step_makes_as_many_calls_whatever_its_rows(rows: int, device: OnDevice, cuda: HostCuda) -> None:
+    step(device.slots, *canvas(rows))
+    assert sorted(cuda.calls) == sorted(
+        ["cudaMemcpyAsync"] * 3 + ["cudaEventRecord"] * 2 + ["cudaGraphLaunch", "cudaStreamSynchronize"]
+    )
+
+
+@pytest.mark.parametrize("has_batches", [True, False], ids=["batched copies", "an older driver"])
+def test_a_join_of_eight_guided_jobs_takes_a_few_calls(has_batches: bool, cuda: HostCuda) -> None:
+    device, jobs = OnDevice(cuda), [job(float(index)) for index in range(1, 5)]
+    cuda.has_batches = has_batches
+    for turn in range(2):  # a driver is asked for batches once
+        cuda.calls.clear()
+        for first in (0, 8):
+            device.slots.launch_warping(jobs, [[first + 2 * index] for index in range(4)])
+            device.slots.wait_warping()
+            device.slots.clear([first + 2 * index + 1 for index in range(4)])
+        assert len(cuda.calls) <= (24 if has_batches else 24 + 2 * 8 * len(F_REF) + (2 - 2 * turn))
+    assert [device.f_ref(row) for row in (2, 10)] == [f_ref_of(2.0)] * 2
+    assert device.f_ref(3) == [0.0] * len(F_REF)
+
+
+def test_nothing_crosses_from_memory_that_is_not_pinned(device: OnDevice, cuda: HostCuda) -> None:
+    cuda.pageable_bytes = 0
+    run_warping(device.slots, [job(1.0), job(2.0)], [[0], [1]])
+    step(device.slots, *canvas(2))
+    assert cuda.pageable_bytes == 0
+
+
+def test_a_prediction_stays_until_the_next_wait(device: OnDevice) -> None:
+    """Launch the next step before the last prediction has been read, as the loop does."""
+    first = step(device.slots, *canvas(2, seed=1))
+    kept = first.copy()
+    device.slots.launch(*canvas(2, seed=2))
+    device.stream.synchronize()
+    assert np.array_equal(first, kept)
+    assert not np.array_equal(device.slots.wait(), kept)
+
+
+def test_what_a_launch_was_given_may_change_before_it_is_done(device: OnDevice) -> None:
+    latent, timestep = canvas(2)
+    expected = step(device.slots, latent, timestep).copy()
+    device.slots.launch(latent, timestep)
+    latent[...] = timestep[...] = 0
+    assert np.array_equal(device.slots.wait(), expected)
+
+
+def test_every_bucket_has_run_and_is_recorded_before_the_first_request(cuda: HostCuda) -> None:
+    device = OnDevice(cuda)
+    executors: list[Any] = [device.warping._executor, device.unet._executor]
+    counts = [list(executor.enqueued) for executor in executors]
+    assert [set(count) for count in counts] == [set(executor.buckets) for executor in executors]
+    run_warping(device.slots, [job(1.0)], [[0]])
+    for rows in range(1, 17):
+        step(device.slots, *canvas(rows))
+    assert [executor.enqueued for executor in executors] == counts
+
+
+def test_the_pace_begins_with_what_the_warm_up_measured(cuda: HostCuda) -> None:
+    device = OnDevice(cuda, rows=5)
+    assert list(device.slots.step_s) == [1, 2, 3, 4, 5]
+    assert device.slots.step_s[3] == device.slots.step_s[4] > 0
+
+
+def test_copies_are_no_time_of_the_engine(device: OnDevice, cuda: HostCuda) -> None:
+    launch, seen = device.stream.upload, []
+    device.stream.upload = lambda source, target: (cuda.put("upload", lambda: time.sleep(0.02)), seen.append(target))
+    step(device.slots, *canvas(1))
+    device.stream.upload = launch
+    assert len(seen) == 2 and device.slots.engine_s < 0.02

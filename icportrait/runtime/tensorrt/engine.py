@@ -1,33 +1,31 @@
-"""TensorRT plans behind the ``Engine`` protocol, for both products.
+"""TensorRT plans as the executor of a ``DeviceEngine``, for both products.
 
     plan --deserialised once--> engine --one context per bucket--> CUDA graph per bucket
 
-An engine may also come as several plans, one per bucket. A bucket always runs whole, at its profile's largest batch.
-
-Inputs and outputs live in static buffers of the largest batch; a bucket of b uses their first b rows. A caller that
-keeps its data there (``inputs``, ``outputs``) copies nothing from step to step, and may bind an output to another
-engine's rows. Contexts own no scratch memory: engines that never run at once share one block.
+An engine may also come as several plans, one per bucket. A context's shapes and addresses are set once. Contexts own no
+scratch memory: engines that never run at once share one block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes  # noqa: F401 - NumPy learns bfloat16
-import numpy as np
 
-from icportrait.contract import Array, ModelSpec, TensorSpec
+from icportrait.contract import ModelSpec
 from icportrait.errors import PlanError, RuntimeNotAvailable
-from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Graph, Stream, as_device_array, find_gpu
-from icportrait.runtime.tensorrt.plans import PlanHost, PlanManifest, buckets_of, check_content, check_host, read_plan
+from icportrait.runtime.cuda import DeviceMemory, Graph, Stream, find_gpu
+from icportrait.runtime.device_engine import Buffers, NotRecordable
+from icportrait.runtime.tensorrt.plans import PlanHost, PlanManifest, buckets_of, check_host, read_plan
 from icportrait.runtime.tensorrt.products import TENSORRT_RTX, Flavour
 
 if TYPE_CHECKING:
     import tensorrt as trt
 
+logger = logging.getLogger(__name__)
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -38,15 +36,7 @@ _DTYPES = {
 }
 
 
-@dataclass
-class _Bucket:
-    """An execution context whose shapes never change."""
-
-    context: trt.IExecutionContext
-    graph: Graph | None = None
-
-
-class TensorRtEngine:
+class TensorRtExecutor:
     """An engine's plan, or its plans of one bucket each, on the GPU.
 
     Not thread-safe: one thread at a time loads it, gives it scratch memory with ``share_scratch`` and runs it.
@@ -60,8 +50,9 @@ class TensorRtEngine:
         flavour: Flavour,
         stream: Stream,
         pinned: int | None = None,
+        cache: Path | None = None,
     ) -> None:
-        """Check the plans, load them and make buffers and contexts.
+        """Check the plans, load them and make contexts.
 
         A profile of fixed shapes gives one bucket, one for a range of batches one for every batch of ``BUCKETS`` in it
         and one for its largest.
@@ -74,6 +65,7 @@ class TensorRtEngine:
             stream: everything is done on it.
             pinned: the one bucket that every batch runs in, so that a row's bits don't depend on how many there are;
                 None makes all.
+            cache: file of the kernels that TensorRT-RTX has compiled for this GPU; None keeps none.
 
         Raises:
             RuntimeNotAvailable: there is no GPU, or the product isn't installed.
@@ -85,122 +77,112 @@ class TensorRtEngine:
         else:
             trt = flavour.load()
         version = flavour.version()
-        host = PlanHost(flavour.name, version, contract_hash, gpu.compute_capability)
+        host = PlanHost(flavour.name, version, contract_hash, gpu.compute_capability, gpu.name)
         paths = [plans] if isinstance(plans, Path) else plans
         manifests = {plan: PlanManifest.read(plan) for plan in paths}
         for plan, manifest in manifests.items():  # all of it before the first native call
             check_host(plan, manifest, host)
-            check_content(plan, manifest)
         self.spec, self.stream = spec, stream
         self.version = f"{flavour.name}-{version}"
-        self._runtime = trt.Runtime(trt.Logger(trt.ILogger.WARNING))
-        self.inputs, self.outputs = _buffers(spec.inputs), _buffers(spec.outputs)
-        for array in self.inputs.values():
-            stream.fill(array, 0)  # what lies in a bucket's unused rows is computed with
+        self._flavour, self._cache_file = flavour, cache if flavour is TENSORRT_RTX else None
+        self._runtime: trt.Runtime | None = None
+        self._cache: Any = None
         self._engines: list[trt.ICudaEngine] = []
-        self._buckets: dict[int, _Bucket] = {}
+        self._contexts: dict[int, trt.IExecutionContext] = {}
         for plan, manifest in manifests.items():
-            engine = self._runtime.deserialize_cuda_engine(read_plan(plan, manifest, host))
+            content = read_plan(plan, manifest, host)  # hashed here, and never given to TensorRT where it was changed
+            if self._runtime is None:
+                self._runtime = trt.Runtime(trt.Logger(trt.ILogger.WARNING))
+            engine = self._runtime.deserialize_cuda_engine(content)
             if engine is None:
                 raise PlanError(f"{plan}: {flavour.name} {version} can't load it on {gpu.name}; build it again here")
             _compare(plan, spec, engine)
             self._engines.append(engine)
+            config = self._config(engine)
             for index, batches in enumerate(manifest.batch_ranges):
                 for batch in buckets_of([batches]):
                     if pinned in (None, batch):
-                        self._buckets[batch] = self._context(engine, flavour, index, batch)
+                        self._contexts[batch] = self._context(engine, config, index, batch)
 
     @property
     def buckets(self) -> tuple[int, ...]:
-        """Return the batches that the engine has a context for, smallest first."""
-        return tuple(sorted(self._buckets))
+        """Return the batches that there is a context for, smallest first."""
+        return tuple(sorted(self._contexts))
 
     @property
     def scratch_bytes(self) -> int:
         """Return the bytes of scratch memory that the largest bucket needs."""
         return max(engine.device_memory_size_v2 for engine in self._engines)
 
-    def share_scratch(self, memory: DeviceMemory) -> None:
-        """Use ``memory``, of ``scratch_bytes`` or more, while running; nothing else may use it then."""
-        for bucket in self._buckets.values():
-            bucket.context.set_device_memory(memory.pointer, memory.nbytes)
-            bucket.graph = None
+    def use_scratch(self, memory: DeviceMemory) -> None:
+        """Use ``memory``, of ``scratch_bytes`` or more, while running; nothing else may use it then.
+
+        It comes before the first bucket is recorded, because a graph keeps the address.
+        """
+        for context in self._contexts.values():
+            context.set_device_memory(memory.pointer, memory.nbytes)
         self._scratch = memory
 
-    def bucket(self, batch: int) -> int:
-        """Return the smallest bucket that holds ``batch`` rows."""
-        return min(size for size in self._buckets if size >= batch)
+    def bind(self, inputs: Buffers, outputs: Buffers) -> None:
+        """Implement ``Executor.bind``."""
+        for context in self._contexts.values():
+            for name, array in (*inputs.items(), *outputs.items()):
+                if not context.set_tensor_address(name, array.pointer):
+                    raise PlanError(f"{self.spec.name}: TensorRT refused the buffer of {name}; its log says why")
 
-    def execute(self, batch: int, outputs: Mapping[str, DeviceArray] | None = None) -> None:
-        """Start the bucket that holds the first ``batch`` rows of the buffers; it is done when the stream says so.
+    def enqueue(self, bucket: int) -> None:
+        """Implement ``Executor.enqueue``."""
+        if not self._contexts[bucket].execute_async_v3(self.stream.handle):
+            raise PlanError(f"{self.spec.name}: TensorRT refused to run it; its log says why")
 
-        Args:
-            batch: rows that matter; those up to the bucket's size are computed too.
-            outputs: write these outputs there and not into ``self.outputs``; each must hold the bucket's rows.
-        """
-        size = self.bucket(batch)
-        bucket = self._buckets[size]
-        if outputs:
-            for name, array in outputs.items():
-                if array.shape[0] < size:
-                    raise ValueError(f"{self.spec.name}: {name} has {array.shape[0]} rows, expected {size}")
-                bucket.context.set_tensor_address(name, array.pointer)
-            try:
-                self._enqueue(bucket.context)
-            finally:
-                for name in outputs:
-                    bucket.context.set_tensor_address(name, self.outputs[name].pointer)
+    def record(self, bucket: int) -> Graph:
+        """Implement ``Executor.record``."""
+        context: Any = self._contexts[bucket]  # the full product's bindings can't be asked
+        if self._flavour is TENSORRT_RTX and not context.is_stream_capturable(self.stream.handle):
+            raise NotRecordable(f"{self._flavour.name} says that it can't be captured")
+        with self.stream.capture() as graph:
+            self.enqueue(bucket)
+        return graph
+
+    def keep_cache(self) -> None:
+        """Write the kernels that were compiled at this start to the cache's file, for the next start."""
+        if self._cache_file is None or self._cache is None:
             return
-        if bucket.graph is None:
-            self._enqueue(bucket.context)  # TensorRT finishes its lazy work outside of the recording
-            self.stream.synchronize()
-            with self.stream.capture() as graph:
-                self._enqueue(bucket.context)
-            bucket.graph = graph
-        bucket.graph.launch()
+        content = bytes(memoryview(self._cache.serialize()))
+        try:
+            if not self._cache_file.is_file() or self._cache_file.read_bytes() != content:
+                part = self._cache_file.with_suffix(".part")
+                part.write_bytes(content)
+                part.replace(self._cache_file)
+        except OSError as error:
+            logger.warning("%s: kernels are compiled again at the next start (%s)", self._cache_file, error)
 
-    def execute_directly(self, batch: int) -> None:
-        """Execute a batch without a CUDA graph, for comparison with ``execute``."""
-        self._enqueue(self._buckets[self.bucket(batch)].context)
-
-    def fill_outputs(self, byte: int) -> None:
-        """Set every byte of the output buffers: what a run leaves of it, it didn't write."""
-        for array in self.outputs.values():
-            self.stream.fill(array, byte)
-
-    def run(self, inputs: Mapping[str, Any], *, directly: bool = False) -> dict[str, Array]:
-        """Run one batch; see ``Engine.run``. Inputs may also be arrays in GPU memory, of any library.
-
-        Args:
-            inputs: by name.
-            directly: without a CUDA graph.
-        """
-        batch = self.spec.check_inputs(inputs)[self.spec.batch.name]
-        keep = []
-        for spec in self.spec.inputs:
-            target = self.inputs[spec.name].rows(0, batch)
-            if isinstance(inputs[spec.name], np.ndarray):
-                keep.append(np.ascontiguousarray(inputs[spec.name]))
-                self.stream.upload(keep[-1], target)
-            else:
-                self.stream.copy(as_device_array(inputs[spec.name], self.stream), target)
-        if directly:
-            self.execute_directly(batch)
-        else:
-            self.execute(batch)
-        found = {name: self.stream.download(array.rows(0, batch)) for name, array in self.outputs.items()}
-        self.stream.synchronize()
-        return found
-
-    def _context(self, engine: trt.ICudaEngine, flavour: Flavour, profile: int, batch: int) -> _Bucket:
+    def _config(self, engine: trt.ICudaEngine) -> trt.IRuntimeConfig:
+        """Make the configuration of an engine's contexts."""
         if TYPE_CHECKING:
             import tensorrt as trt
         else:
-            trt = flavour.load()
+            trt = self._flavour.load()
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
-        if flavour is TENSORRT_RTX:
-            _specialise_kernels_at_once(flavour, config)
+        if self._flavour is TENSORRT_RTX:
+            _specialise_kernels_at_once(self._flavour, config)
+            if self._cache_file is not None:
+                self._use_cache(config)
+        return config
+
+    def _use_cache(self, config: Any) -> None:
+        """Let contexts take kernels from the cache, and add theirs. All of an engine's plans share one."""
+        if self._cache is None:
+            self._cache = config.create_runtime_cache()
+            file = self._cache_file
+            if file and file.is_file() and not self._cache.deserialize(file.read_bytes()):
+                logger.warning("%s: of another GPU or TensorRT; kernels are compiled again", file)
+        config.set_runtime_cache(self._cache)
+
+    def _context(
+        self, engine: trt.ICudaEngine, config: trt.IRuntimeConfig, profile: int, batch: int
+    ) -> trt.IExecutionContext:
         context = engine.create_execution_context(config)
         if context is None:
             raise RuntimeNotAvailable(
@@ -209,24 +191,17 @@ class TensorRtEngine:
         done = [context.set_optimization_profile_async(profile, self.stream.handle)]
         self.stream.synchronize()
         done += [context.set_input_shape(spec.name, spec.shape(batch=batch)) for spec in self.spec.inputs]
-        done += [
-            context.set_tensor_address(name, array.pointer) for name, array in (self.inputs | self.outputs).items()
-        ]
         if not all(done):
             raise PlanError(f"{self.spec.name}: TensorRT refused profile {profile} at batch {batch}; its log says why")
-        return _Bucket(context)
-
-    def _enqueue(self, context: trt.IExecutionContext) -> None:
-        if not context.execute_async_v3(self.stream.handle):
-            raise PlanError(f"{self.spec.name}: TensorRT refused to run it; its log says why")
+        return context
 
 
-def share_scratch(engines: Iterable[TensorRtEngine]) -> DeviceMemory:
+def share_scratch(executors: Iterable[TensorRtExecutor]) -> DeviceMemory:
     """Give engines that never run at once one block of scratch memory, as large as the largest needs."""
-    engines = list(engines)
-    memory = DeviceMemory(max(engine.scratch_bytes for engine in engines))
-    for engine in engines:
-        engine.share_scratch(memory)
+    executors = list(executors)
+    memory = DeviceMemory(max(executor.scratch_bytes for executor in executors))
+    for executor in executors:
+        executor.use_scratch(memory)
     return memory
 
 
@@ -238,15 +213,6 @@ def _specialise_kernels_at_once(flavour: Flavour, config: Any) -> None:
     """
     strategies = flavour.load().DynamicShapesKernelSpecializationStrategy
     config.dynamic_shapes_kernel_specialization_strategy = strategies.EAGER
-
-
-def _buffers(specs: tuple[TensorSpec, ...]) -> dict[str, DeviceArray]:
-    """Allocate arrays of the specifications' largest batches."""
-    arrays = {}
-    for spec in specs:
-        shape = spec.shape(batch=spec.axes[0].max)
-        arrays[spec.name] = DeviceMemory(spec.nbytes(shape[0])).array(shape, np.dtype(spec.dtype.numpy))
-    return arrays
 
 
 def _compare(plan: Path, spec: ModelSpec, engine: trt.ICudaEngine) -> None:

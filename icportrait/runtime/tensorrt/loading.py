@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 from icportrait.contract import ModelSpec, engine_specs
 from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.runtime.cuda import Gpu, Stream, find_gpu
-from icportrait.runtime.tensorrt.engine import TensorRtEngine, share_scratch
+from icportrait.runtime.device_engine import DeviceEngine, buffer_bytes
+from icportrait.runtime.tensorrt.engine import TensorRtExecutor, share_scratch
 from icportrait.runtime.tensorrt.plans import covering_bucket, find_plans
 from icportrait.runtime.tensorrt.products import Flavour
 
@@ -23,8 +25,11 @@ def load_plans(
     manifest: Manifest,
     flavour: Flavour,
     pinned_rows: Mapping[str, int] | None = None,
-) -> dict[str, TensorRtEngine]:
+    caches: Mapping[str, Path] = MappingProxyType({}),
+) -> dict[str, DeviceEngine]:
     """Load engines that never run at once: they work on one stream and share one block of scratch memory.
+
+    They are warm: every bucket has run and is recorded.
 
     Args:
         names: of ``contract.ENGINES``.
@@ -33,10 +38,11 @@ def load_plans(
         flavour: the product that built them.
         pinned_rows: for each engine the rows that every run of it must have room for: it gets their bucket and no
             other; None loads all buckets.
+        caches: for each engine the file of kernels that TensorRT-RTX keeps between starts.
 
     Raises:
         RuntimeNotAvailable: there is no GPU, the product isn't installed, or the engines won't fit into its memory.
-        PlanError: see ``TensorRtEngine`` and ``covering_bucket``.
+        PlanError: see ``TensorRtExecutor`` and ``covering_bucket``.
     """
     gpu = find_gpu()
     specs = engine_specs(manifest.preset, manifest.precision)
@@ -48,18 +54,24 @@ def load_plans(
         logger.info("%s: always runs %d rows", name, pinned[name])
     check_memory({name: memory_need(paths, specs[name]) for name, paths in plans.items()}, gpu)
     stream = Stream()
-    engines = {
-        name: TensorRtEngine(paths, specs[name], manifest.contract_hash, flavour, stream, pinned.get(name))
+    executors = {
+        name: TensorRtExecutor(
+            paths, specs[name], manifest.contract_hash, flavour, stream, pinned.get(name), caches.get(name)
+        )
         for name, paths in plans.items()
     }
-    scratch = max(engine.scratch_bytes for engine in engines.values())
-    logger.info("%s: %.2f GB of scratch memory, shared", ", ".join(engines), scratch / 1e9)
+    scratch = max(executor.scratch_bytes for executor in executors.values())
+    logger.info("%s: %.2f GB of scratch memory, shared", ", ".join(executors), scratch / 1e9)
     if scratch > (free := find_gpu().free_bytes):
         raise RuntimeNotAvailable(
-            f"{', '.join(engines)}: need {scratch / 1e9:.1f} GB of scratch memory, and {gpu.name} has "
+            f"{', '.join(executors)}: need {scratch / 1e9:.1f} GB of scratch memory, and {gpu.name} has "
             f"{free / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB left; build smaller --buckets"
         )
-    share_scratch(engines.values())
+    share_scratch(executors.values())
+    engines = {name: DeviceEngine(specs[name], executor, stream) for name, executor in executors.items()}
+    for name, engine in engines.items():
+        engine.warm_up()
+        executors[name].keep_cache()
     return engines
 
 
@@ -68,8 +80,7 @@ def memory_need(plans: Iterable[Path], spec: ModelSpec) -> int:
 
     TensorRT says how much scratch memory an engine needs when it is loaded, and not before.
     """
-    buffers = sum(tensor.nbytes(spec.batch.max) for tensor in (*spec.inputs, *spec.outputs))
-    return sum(plan.stat().st_size for plan in plans) + buffers
+    return sum(plan.stat().st_size for plan in plans) + buffer_bytes(spec)
 
 
 def check_memory(needs: dict[str, int], gpu: Gpu) -> None:

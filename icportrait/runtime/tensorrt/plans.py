@@ -12,16 +12,16 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from icportrait.errors import PlanError
 from icportrait.manifest import Manifest, file_sha256
+from icportrait.runtime.device_engine import BUCKETS
 
 Shape = tuple[int, ...]
 BatchRange = tuple[int, int]
 """The smallest and the largest batch of an optimization profile."""
-BUCKETS = (1, 2, 4, 8, 16)
-"""Batches that are run, where a plan's profiles have room for them; a profile's largest batch is always one."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,10 @@ class PlanManifest:
     build_seconds: float
     peak_memory_bytes: int
     """The building process's largest resident size."""
+    gpu_name: str = ""
+    """The GPU model that it was built on, and runs on alone; empty for a plan that was compiled ahead of time."""
+    warnings: tuple[str, ...] = ()
+    """The builder's warnings; a graph of which the parser warns isn't built."""
 
     @property
     def batch_ranges(self) -> tuple[BatchRange, ...]:
@@ -85,7 +89,8 @@ class PlanManifest:
             )
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            fields["compute_capabilities"] = tuple(fields["compute_capabilities"])
+            for name in ("compute_capabilities", "warnings"):
+                fields[name] = tuple(fields.get(name, ()))
             fields["profiles"] = tuple(
                 {name: tuple(tuple(shape) for shape in shapes) for name, shapes in profile.items()}
                 for profile in fields["profiles"]
@@ -107,6 +112,8 @@ class PlanHost:
     contract_hash: str
     compute_capability: str | None = None
     """The GPU's; None leaves it unchecked, where there is none."""
+    gpu_name: str = ""
+    """The GPU's; read where there is one."""
 
 
 def read_plan(plan: Path, manifest: PlanManifest, host: PlanHost) -> bytes:
@@ -147,6 +154,11 @@ def check_host(plan: Path, manifest: PlanManifest, host: PlanHost) -> None:
             f"{plan}: was built for GPUs of compute capability {', '.join(manifest.compute_capabilities)}, and this "
             f"one has {capability}; build it again with --compute-capability {capability}"
         )
+    if capability is not None and manifest.gpu_name not in ("", host.gpu_name):
+        raise PlanError(
+            f"{plan}: was built on {manifest.gpu_name}, and this is {host.gpu_name}; its kernels were chosen for that "
+            "model, so build it again here"
+        )
 
 
 def check_content(plan: Path, manifest: PlanManifest) -> None:
@@ -156,7 +168,8 @@ def check_content(plan: Path, manifest: PlanManifest) -> None:
         PlanError: the plan is missing or changed.
     """
     _check_there(plan)
-    _check_hash(plan, manifest, file_sha256(plan))
+    found = plan.stat()
+    _check_hash(plan, manifest, _hash_once(plan, found.st_ino, found.st_size, found.st_mtime_ns))
 
 
 def find_plans(directory: Path, engine: str) -> list[Path]:
@@ -221,6 +234,12 @@ def buckets_of(ranges: Iterable[BatchRange]) -> tuple[int, ...]:
     ranges = list(ranges)
     inside = {bucket for low, high in ranges for bucket in BUCKETS if low <= bucket <= high}
     return tuple(sorted(inside | {high for _, high in ranges}))
+
+
+@lru_cache(maxsize=64)
+def _hash_once(plan: Path, *_state: int) -> str:
+    """Hash a plan, once for each state of its file: gigabytes take seconds, and a gateway starts engines again."""
+    return file_sha256(plan)
 
 
 def _check_there(plan: Path) -> None:
