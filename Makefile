@@ -8,7 +8,14 @@ NEEDS_OPSET_23 := $(filter bf16 int8 fp8,$(PRECISION))
 # fp16 is what GPUs are fast in, and as good (docs/tensorrt.md); on the CPU it gains nothing.
 PRECISION ?= $(if $(filter demo-128-20,$(PRESET)-$(OPSET))$(filter demo-128-openvino,$(PRESET)-$(RUNTIME)),fp32,fp16)
 # Which of a CPU's is better for a preset was measured (ADR 0010).
-RUNTIME ?= $(if $(filter demo-128,$(PRESET))$(NEEDS_OPSET_23),onnxruntime,openvino)
+CPU_RUNTIME := $(if $(filter demo-128,$(PRESET))$(NEEDS_OPSET_23),onnxruntime,openvino)
+RUNTIME ?= $(CPU_RUNTIME)
+# "make serve" without a RUNTIME, or with RUNTIME=auto, takes the best that this machine runs.
+IS_CHOSEN := $(filter-out file,$(origin RUNTIME))
+ifeq ($(RUNTIME),auto)
+override RUNTIME := $(CPU_RUNTIME)
+IS_CHOSEN :=
+endif
 BATCHING ?= in-flight
 # 1, for runtimes other than onnxruntime: a seed's bytes are the same whatever shares its batch (docs/determinism.md).
 DETERMINISTIC ?=
@@ -48,7 +55,7 @@ endif
 WORKERS := --dist loadgroup --numprocesses
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants fuzz lint sbom audit format clean chaos soak
+.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants fuzz lint sbom audit format clean chaos soak serve-on
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -110,7 +117,12 @@ repository: $(EXPORT)/manifest.json $(if $(PLAN_RUNTIME),$(PLANS)/vae_decoder.pl
 		--batching $(BATCHING) $(if $(LATENCY_TABLE),--latency-table "$(LATENCY_TABLE)") $(if $(PLAN_RUNTIME),--plans $(PLANS)) \
 		$(if $(filter 1,$(DETERMINISTIC)),--deterministic)
 
-serve: repository ## run the gateway and its tritonserver on loopback until Ctrl-C
+serve: $(STAMP) ## run the gateway and its tritonserver on loopback until Ctrl-C (RUNTIME=auto: the best here)
+	@chosen=$(if $(IS_CHOSEN),RUNTIME=$(RUNTIME),"$$($(PYTHON) -m icportrait.deploy.choice --preset $(PRESET) \
+		--precision "$(if $(filter-out file,$(origin PRECISION)),$(PRECISION))")") \
+		&& exec $(MAKE) --no-print-directory serve-on $$chosen
+
+serve-on: repository
 	@exec $(PYTHON) -m icportrait.server --repository $(REPOSITORY) \
 		--grpc-port $(GRPC_PORT) --http-port $(HTTP_PORT) --metrics-port $(METRICS_PORT)
 

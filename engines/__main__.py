@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         default=Path("build/export/demo-128-fp16-opset23"),
         help="directory of an export (default: %(default)s)",
     )
-    accept.add_argument("--target", choices=FLAVOURS, help="product (default: all that are installed)")
+    accept.add_argument("--target", choices=(*FLAVOURS, "torch"), help="product (default: all that run here)")
     accept.add_argument(
         "--out",
         type=Path,
@@ -139,11 +139,14 @@ def _accept(args: argparse.Namespace) -> int:
     Manifest.read(args.onnx)
     print(f"{gpu.name}, compute capability {gpu.compute_capability}", flush=True)
     try:
-        from engines.acceptance import accept, installed_products
+        import torch
+
+        from engines.acceptance import accept, products_for
         from engines.acceptance_report import write_report
     except ImportError as error:
         raise RuntimeNotAvailable(f'engines are compared with torch ({error}); run "make setup"') from error
-    acceptances = accept(installed_products(args.target), args.onnx, args.out)
+    products = products_for(args.target, gpu.compute_capability, torch.cuda.is_available())
+    acceptances = accept(products, args.onnx, args.out)
     report = write_report(acceptances, args.out)
     passed = all(acceptance.passed for acceptance in acceptances)
     print(f"{'passed' if passed else 'FAILED'}: {report}")

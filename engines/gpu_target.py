@@ -33,16 +33,9 @@ def gpu_target(flavour: Flavour, asked: tuple[str, ...]) -> GpuTarget:
     if not flavour.compiles_without_gpu:
         gpu = _gpu_for(flavour)
         return GpuTarget((gpu.compute_capability,), gpu.name)
-    if unsupported := [capability for capability in asked if not is_supported(flavour, capability)]:
+    if unsupported := [capability for capability in asked if not flavour.supports(capability)]:
         raise RuntimeNotAvailable(no_kernels(flavour, unsupported[0]))
     return GpuTarget(asked)
-
-
-def is_supported(flavour: Flavour, capability: str) -> bool:
-    """Tell whether a product has kernels for a compute capability; the full product has, for every GPU that runs it."""
-    return not flavour.compiles_without_gpu or hasattr(
-        flavour.load().ComputeCapability, f"SM{capability.replace('.', '')}"
-    )
 
 
 def no_kernels(flavour: Flavour, capability: str) -> str:

@@ -48,21 +48,22 @@ class Rung:
         return None if eager is None or self.rows_per_s is None else self.rows_per_s / eager
 
 
-def climb(engine: DeviceEngine, module: torch.nn.Module, seed: int) -> Iterator[Rung]:
+def climb(engine: DeviceEngine, module: torch.nn.Module, seed: int, name: str = "TensorRT") -> Iterator[Rung]:
     """Measure every rung.
 
     Args:
         engine: is warm.
         module: what the engine was made from, in the engine's precision; on the GPU where torch has CUDA.
         seed: of the inputs.
+        name: of the engine's rungs.
     """
     inputs = engine.spec.dummy_inputs(engine.buckets[-1], seed)
     yield from _torch_rungs(module, engine.spec, {name: array[:1] for name, array in inputs.items()}, engine.stream)
     engine.run({name: array[:1] for name, array in inputs.items()})
-    yield Rung("TensorRT", 1, median_ms(engine.stream, partial(engine.execute_directly, 1)))
+    yield Rung(name, 1, median_ms(engine.stream, partial(engine.execute_directly, 1)))
     for bucket in engine.buckets:
         engine.run({name: array[:bucket] for name, array in inputs.items()})
-        yield Rung("TensorRT with CUDA graphs", bucket, median_ms(engine.stream, partial(engine.execute, bucket)))
+        yield Rung(f"{name} with CUDA graphs", bucket, median_ms(engine.stream, partial(engine.execute, bucket)))
 
 
 def median_ms(stream: Stream, work: Callable[[], object]) -> float:

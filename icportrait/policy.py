@@ -151,7 +151,7 @@ def cpu_defaults(preset: Preset, precision: str, runtime: str | None = None) -> 
     """
     is_small = preset.image_size <= SMALL_IMAGE_SIZE
     chosen = runtime or ("onnxruntime" if is_small or precision not in ("fp32", "fp16") else "openvino")
-    # torch may run on a GPU, which gains by batches at every size.
+    # torch on a GPU gains by batches at every size.
     return {"runtime": chosen} | ({} if is_small or chosen not in CPU_RUNTIMES else {"rows_at_once": 1})
 
 

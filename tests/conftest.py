@@ -88,6 +88,11 @@ def small_export() -> Path:
 
 
 @pytest.fixture(scope="session")
+def small_fp16_export() -> Path:
+    return shared_export("small-fp16")
+
+
+@pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory, demo_export: Path) -> Iterator[ServerProcess]:
     from icportrait.deploy.repository import assemble
     from icportrait.server import Ports, ServerProcess

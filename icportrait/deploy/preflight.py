@@ -145,6 +145,8 @@ def check_plans(repository: Path, runtime: str, installation: Installation) -> N
         PlanError: a plan is missing or was changed, or was built for another TensorRT, contract or GPU than would load
             it.
     """
+    if runtime == "torch":
+        _check_precision(repository)
     if runtime not in PLAN_RUNTIMES:
         return
     try:
@@ -169,6 +171,20 @@ def check_plans(repository: Path, runtime: str, installation: Installation) -> N
         host = PlanHost(runtime, manifest.tensorrt_version, export.contract_hash, gpu.compute_capability, gpu.name)
         check_host(plan, manifest, host)
         check_content(plan, manifest)
+
+
+def _check_precision(repository: Path) -> None:
+    """Refuse an export for torch that needs a GPU where there is none."""
+    manifest = Manifest.read(repository / "denoise" / "1")
+    if manifest.precision == "fp32":
+        return
+    try:
+        find_gpu()
+    except RuntimeNotAvailable as error:
+        raise RuntimeNotAvailable(
+            f"{repository}: is {manifest.precision}, which torch computes on a GPU only, and {error}; export with "
+            "--precision fp32"
+        ) from error
 
 
 def _plans(repository: Path) -> Iterator[Path]:

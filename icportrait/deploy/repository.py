@@ -14,7 +14,14 @@ import shutil
 import sys
 from pathlib import Path
 
-from icportrait.contract import ENGINES, ENSEMBLE, MODEL_ENGINES, STANDALONE_ENSEMBLE, engine_specs
+from icportrait.contract import (
+    ENGINES,
+    ENSEMBLE,
+    MODEL_ENGINES,
+    QUANTIZED_PRECISIONS,
+    STANDALONE_ENSEMBLE,
+    engine_specs,
+)
 from icportrait.deploy.graph_memory import graph_memory
 from icportrait.deploy.triton_config import PRIVATE_MODELS, STANDALONE_MODELS, model_configs, write_configs
 from icportrait.disk import existing, room_for
@@ -72,8 +79,10 @@ def assemble(
     if not policy.is_simulated:
         for name in ENGINES:
             manifest.check_files(name, export)
-    if policy.runtime == "torch" and manifest.precision != "fp32":
-        raise CheckpointError(f"{export}: is {manifest.precision}, expected fp32: the torch runtime computes in fp32")
+    if policy.runtime == "torch" and manifest.precision in QUANTIZED_PRECISIONS:
+        raise CheckpointError(
+            f"{export}: is {manifest.precision}, expected fp32, or for a GPU fp16 or bf16: torch runs nothing quantised"
+        )
     if policy.runtime == "onnxruntime" and manifest.precision == "bf16":
         raise CheckpointError(f"{export}: is bf16, for which ONNX Runtime has no CPU kernels, expected fp32 or fp16")
     if policy.runtime == "openvino" and manifest.precision not in ("fp32", "fp16"):
@@ -124,7 +133,7 @@ def assemble(
 
 def _memory(manifest: Manifest, export: Path, policy: ServingPolicy) -> dict[str, EngineMemory]:
     """Return the memory that every engine takes where it runs on a CPU."""
-    if policy.uses_plans or policy.is_simulated:
+    if policy.uses_plans or policy.is_simulated or (policy.runtime == "torch" and manifest.precision != "fp32"):
         return {}
     found = {}
     for name, spec in engine_specs(manifest.preset, manifest.precision).items():

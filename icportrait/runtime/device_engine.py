@@ -17,8 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from icportrait.contract import Array, ModelSpec, TensorSpec
-from icportrait.errors import IcPortraitError
-from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Stream, as_device_array, is_lost
+from icportrait.errors import IcPortraitError, RuntimeNotAvailable
+from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Gpu, Stream, as_device_array, is_lost
 
 logger = logging.getLogger(__name__)
 BUCKETS = (1, 2, 4, 8, 16)
@@ -168,6 +168,27 @@ def buckets_up_to(largest: int, buckets: tuple[int, ...] = BUCKETS) -> tuple[int
 def buffer_bytes(spec: ModelSpec) -> int:
     """Return the bytes of an engine's input and output buffers."""
     return sum(tensor.nbytes(spec.batch.max) for tensor in (*spec.inputs, *spec.outputs))
+
+
+def check_memory(needs: dict[str, int], gpu: Gpu) -> None:
+    """Report in one line what all engines of a process need together.
+
+    Args:
+        needs: bytes by engine.
+        gpu: where they are to be loaded.
+
+    Raises:
+        RuntimeNotAvailable: there isn't as much memory free.
+    """
+    need = sum(needs.values())
+    parts = ", ".join(f"{name} {each / 1e9:.2f}" for name, each in needs.items())
+    found = f"{gpu.name} has {gpu.free_bytes / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB free"
+    logger.info("weights and buffers take %.2f GB (%s) and scratch memory on top; %s", need / 1e9, parts, found)
+    if need > gpu.free_bytes:
+        raise RuntimeNotAvailable(
+            f"{', '.join(needs)}: need {need / 1e9:.1f} GB for weights and buffers ({parts}), and {found}; "
+            "free some, or use a larger GPU"
+        )
 
 
 def _buffers(specs: tuple[TensorSpec, ...]) -> dict[str, DeviceArray]:

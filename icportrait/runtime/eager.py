@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from icportrait.contract import Array, ModelSpec, engine_specs
+from icportrait.errors import RuntimeNotAvailable
 from icportrait.nn import engine_modules, load_checkpoint, random_checkpoint
 from icportrait.runtime.portions import run_in_portions
 
@@ -23,13 +24,13 @@ if TYPE_CHECKING:
 
 
 class TorchEngine:
-    """A torch module in eager mode, on the CPU or on a CUDA device where there is one."""
+    """A torch module in eager mode. On a GPU ``torch_device`` runs modules instead."""
 
     def __init__(
         self,
         module: torch.nn.Module,
         spec: ModelSpec,
-        device: str | None = None,
+        device: str = "cpu",
         row_by_row: bool = False,
         rows_at_once: int = 0,
     ) -> None:
@@ -38,7 +39,7 @@ class TorchEngine:
         Args:
             module: takes and gives the specification's tensors in their order.
             spec: of the engine.
-            device: torch's name; a CUDA device where there is one, by default.
+            device: torch's name.
             row_by_row: run a batch's rows one after the other, so that no row's bits depend on another. Filling up to
                 one batch size isn't enough: torch computes the last two rows of six in another way than the first four.
             rows_at_once: of a batch, the most that one run computes; 0 takes the largest batch.
@@ -46,14 +47,20 @@ class TorchEngine:
         self.spec = spec
         self._rows = range(1, 1 + (1 if row_by_row else rows_at_once or spec.batch.max))
         self.version = f"torch-{torch.__version__}"
-        self._device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self._module = module.eval().to(self._device)
-        if row_by_row:
-            torch.backends.cudnn.deterministic = True  # else some of its convolutions add up in any order
+        self._device, self._module = device, module.eval().to(device)
 
     @classmethod
     def from_manifest(cls, name: str, manifest: Manifest, policy: ServingPolicy) -> TorchEngine:
-        """Load the module that the export's engine ``name`` was made from, with the same (fp32) weights."""
+        """Load the module that the export's engine ``name`` was made from, with the same (fp32) weights.
+
+        Raises:
+            RuntimeNotAvailable: the export has another precision, which torch computes on a GPU only.
+        """
+        if manifest.precision != "fp32":
+            raise RuntimeNotAvailable(
+                f"the export is {manifest.precision}, and torch finds no GPU here: on a CPU it computes fp32; export "
+                "again with --precision fp32"
+            )
         if policy.engine_threads:
             torch.set_num_threads(policy.engine_threads)
         return cls(

@@ -48,10 +48,12 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
             cache if cache.is_dir() else None,
         )
     if policy.runtime == "torch":
-        try:
-            from icportrait.runtime.eager import TorchEngine
-        except ImportError as error:
-            raise RuntimeNotAvailable(f'runtime torch is not installed ({error}); run "make setup"') from error
+        if _torch_has_gpu():
+            from icportrait.runtime.torch_device import load_modules
+
+            return load_modules([name], manifest, policy)[name]
+        from icportrait.runtime.eager import TorchEngine
+
         return TorchEngine.from_manifest(name, manifest, policy)
     if policy.is_simulated:
         from icportrait.runtime.simulated import load_simulated
@@ -86,6 +88,12 @@ def load_slots(directory: Path, manifest: Manifest, policy: ServingPolicy) -> Sl
         from icportrait.runtime.device_slots import DeviceSlots
 
         return DeviceSlots(plans["warping_network"], plans["unet"], policy.slots)
+    if policy.runtime == "torch" and _torch_has_gpu():
+        from icportrait.runtime.device_slots import DeviceSlots
+        from icportrait.runtime.torch_device import load_modules
+
+        modules = load_modules(("warping_network", "unet"), manifest, policy)
+        return DeviceSlots(modules["warping_network"], modules["unet"], policy.slots)
     if policy.is_simulated:
         from icportrait.runtime.simulated import SimulatedSlots, load_simulated
 
@@ -93,6 +101,19 @@ def load_slots(directory: Path, manifest: Manifest, policy: ServingPolicy) -> Sl
         return SimulatedSlots(engines["warping_network"], engines["unet"], policy.slots)
     warping, unet = (load_engine(name, directory, manifest, policy) for name in ("warping_network", "unet"))
     return HostSlots(warping, unet, policy.slots)
+
+
+def _torch_has_gpu() -> bool:
+    """Tell whether torch finds a GPU.
+
+    Raises:
+        RuntimeNotAvailable: torch isn't installed.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise RuntimeNotAvailable(f'runtime torch is not installed ({error}); run "make setup"') from error
+    return torch.cuda.is_available()
 
 
 def _kernel_caches(names: Iterable[str], directory: Path, manifest: Manifest) -> dict[str, Path]:

@@ -319,7 +319,7 @@ def no_gpu_needed(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         engine.buckets = BUCKETS[name]
         return engine
 
-    def rungs(engine: Any, module: object, seed: int) -> Iterator[Rung]:
+    def rungs(engine: Any, module: object, seed: int, name: str) -> Iterator[Rung]:
         yield Rung(f"TensorRT of {engine.spec.name}", 1, 2.0)
         raise RuntimeError("out of\nmemory")
 
@@ -392,7 +392,7 @@ def test_the_exit_status_is_the_reports(
 
 def test_what_ends_a_products_process_is_a_failed_check(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Let the process end by an export that is missing."""
-    (found,) = acceptance.accept([FLAVOURS["tensorrt-rtx"]], tmp_path / "none", tmp_path / "out")
+    (found,) = acceptance.accept(["tensorrt-rtx"], tmp_path / "none", tmp_path / "out")
     assert not found.passed
     assert "CheckpointError" in found.checks[0].text and "manifest.json is missing" in found.checks[0].text
     assert f"seed {found.conditions['seed']}" in capsys.readouterr().out

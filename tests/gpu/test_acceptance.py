@@ -1,28 +1,30 @@
-"""The checks of ``python -m engines accept``, on a small export with random weights; skipped without an NVIDIA GPU."""
+"""The checks of ``python -m engines accept``, on a small fp16 export; skipped without an NVIDIA GPU."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+import torch
 
-from engines.acceptance import Acceptance, accept, installed_products
+from engines.acceptance import RUNG_NAMES, TORCH, Acceptance, accept, products_for
 from engines.acceptance_report import write_report
 from engines.checks import CHECKS
 from icportrait.contract import ENGINES
 from icportrait.errors import RuntimeNotAvailable
+from icportrait.runtime.cuda import find_gpu
 from icportrait.runtime.tensorrt.products import FLAVOURS
 
 pytestmark = pytest.mark.timeout(1800)
 
 
-@pytest.fixture(scope="module", params=FLAVOURS)
+@pytest.fixture(scope="module", params=[*FLAVOURS, TORCH])
 def accepted(gpu: None, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Acceptance:
     try:
-        products = installed_products(request.param)
+        products = products_for(request.param, find_gpu().compute_capability, torch.cuda.is_available())
     except RuntimeNotAvailable as error:
         pytest.skip(str(error))
-    export = request.getfixturevalue("small_export")  # not made where it isn't used
+    export = request.getfixturevalue("small_fp16_export")  # not made where it isn't used
     out: Path = tmp_path_factory.mktemp("acceptance")
     (found,) = accept(products, export, out)
     write_report([found], out)
@@ -39,6 +41,6 @@ def test_every_bucket_passes(accepted: Acceptance, engine: str, check: str) -> N
     assert [f"batch {entry.batch}: {entry.text}" for entry in found if not entry.passed] == []
 
 
-def test_every_rung_of_tensorrt_is_measured(accepted: Acceptance) -> None:
-    measured = {rung.name for rung in accepted.ladder if rung.ms}
-    assert {"TensorRT", "TensorRT with CUDA graphs"} <= measured
+def test_every_rung_is_measured(accepted: Acceptance) -> None:
+    measured, name = {rung.name for rung in accepted.ladder if rung.ms}, RUNG_NAMES[accepted.product]
+    assert {name, f"{name} with CUDA graphs"} <= measured

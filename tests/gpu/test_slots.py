@@ -8,13 +8,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from icportrait.runtime.tensorrt.slots import DeviceSlots
 
 from engines.build_config import LAYOUTS, BuildConfig
 from engines.building import build_engine
 from icportrait.contract import engine_specs
 from icportrait.manifest import Manifest
+from icportrait.policy import ServingPolicy
 from icportrait.runtime.cuda import Stream, find_gpu
+from icportrait.runtime.device_engine import DeviceEngine
+from icportrait.runtime.device_slots import DeviceSlots
 from icportrait.runtime.placement import private_copy
 from icportrait.runtime.slots import HostSlots, Slots
 from icportrait.runtime.tensorrt.loading import load_plans
@@ -49,7 +51,10 @@ def compare(product: str, export: Path, out: Path, layout: str) -> list[int]:
     config = BuildConfig(layout=layout, compute_capabilities=(find_gpu().compute_capability,))
     for name in ENGINES:
         build_engine(flavour, export, manifest, engine_specs(manifest.preset, manifest.precision)[name], config, out)
-    engines = load_plans(ENGINES, out, manifest, flavour)
+    return differing(load_plans(ENGINES, out, manifest, flavour), manifest)
+
+
+def differing(engines: dict[str, DeviceEngine], manifest: Manifest) -> list[int]:
     pair: tuple[Any, Any] = engines["warping_network"], engines["unet"]
     expected = rows_of_a_batch(HostSlots(*pair, rows=4), manifest)
     found = rows_of_a_batch(DeviceSlots(*pair, rows=4), manifest)
@@ -63,6 +68,14 @@ def test_rows_that_stay_equal_rows_that_are_handed_over(
     on_product: Callable[..., list[int]], product: str, layout: str
 ) -> None:
     assert set(on_product(product, compare, layout)) == {0}
+
+
+@pytest.mark.usefixtures("torch_on_gpu")
+def test_rows_of_torch_that_stay_equal_rows_that_are_handed_over(request: pytest.FixtureRequest) -> None:
+    from icportrait.runtime.torch_device import load_modules
+
+    manifest = Manifest.read(request.getfixturevalue("small_fp16_export"))
+    assert set(differing(load_modules(ENGINES, manifest, ServingPolicy(runtime="torch")), manifest)) == {0}
 
 
 def test_a_tensor_of_another_library_is_copied_on_the_gpu(torch_on_gpu: Any) -> None:

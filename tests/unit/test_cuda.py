@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import sys
+from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 from cuda.bindings import runtime as cuda
 
 from icportrait.errors import ContractError, RuntimeNotAvailable
-from icportrait.runtime.cuda import CudaError, DeviceArray, DeviceMemory, Stream, as_device_array, call, find_gpu
+from icportrait.runtime.cuda import (
+    CudaError,
+    DeviceArray,
+    DeviceMemory,
+    Graph,
+    Stream,
+    Timer,
+    as_device_array,
+    call,
+    find_gpu,
+    is_lost,
+    pinned_array,
+)
 from tests.host_cuda import HostCuda, view
 
 SUCCESS = cuda.cudaError_t.cudaSuccess
@@ -147,6 +162,179 @@ def test_failed_work_leaves_no_event(events: list[str]) -> None:
     with pytest.raises(ZeroDivisionError):
         Stream().time_ms(lambda: 1 / 0)
     assert events[-2:] == ["destroy 1", "destroy 2"]
+
+
+def test_copies_of_a_batch_are_one_call_and_a_driver_without_them_is_asked_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    emulated = HostCuda()
+    emulated.install(monkeypatch)
+    emulated.has_batches = False
+    stream = Stream()
+    block = DeviceMemory(8).array((8,), np.dtype(np.uint8))
+    for byte in range(8):
+        stream.fill(block.rows(byte, 1), byte)
+    for batches in (False, True):
+        emulated.calls.clear()
+        stream = Stream() if batches else stream
+        emulated.has_batches = batches
+        for _ in range(2):
+            stream.copy_all([(block.rows(0, 2), block.rows(2, 2)), (block.rows(4, 2), block.rows(6, 2))])
+        counts = [emulated.calls.count(f"cudaMemcpy{kind}Async") for kind in ("Batch", "")]
+        assert counts == ([2, 0] if batches else [1, 4])
+    stream.copy_all([])
+    stream.synchronize()
+    assert view(block.pointer, block.shape, block.dtype).tolist() == [0, 1, 0, 1, 4, 5, 4, 5]
+
+
+def test_a_pinned_array_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulated = HostCuda()
+    emulated.install(monkeypatch)
+    rows = pinned_array((4, 3), np.dtype(np.float32))[1:]
+    assert not rows.any() and emulated.is_pinned(rows.ctypes.data)
+    assert "cudaFreeHost" not in emulated.calls
+    del rows
+    assert emulated.calls[-1] == "cudaFreeHost"
+
+
+def bare_stream() -> Stream:
+    """Make a stream whose calls reach the real CUDA, which has no driver here."""
+    stream = Stream.__new__(Stream)
+    stream._cuda, stream.handle, stream._has_batches = cuda, 7, True
+    return stream
+
+
+def bare_timer(stream: Stream) -> Timer:
+    timer = Timer.__new__(Timer)
+    timer._cuda, timer._stream, timer._events = cuda, stream, [cuda.cudaEvent_t(), cuda.cudaEvent_t()]
+    return timer
+
+
+def bare_graph(stream: Stream) -> Graph:
+    graph = Graph(stream)
+    graph.executable = cuda.cudaGraphExec_t()
+    return graph
+
+
+def record(stream: Stream) -> None:
+    with stream.capture():
+        pass
+
+
+HOST = np.zeros(4, np.uint8)
+BYTES = DeviceArray(4096, (4,), np.dtype(np.uint8), None)
+REAL_CALLS: dict[str, Callable[[Stream], object]] = {
+    "a stream": lambda stream: Stream(),
+    "memory": lambda stream: DeviceMemory(8),
+    "memory of a stream": lambda stream: DeviceMemory(8, stream),
+    "pinned memory": lambda stream: pinned_array((2,), np.dtype(np.uint8)),
+    "synchronize": lambda stream: stream.synchronize(),
+    "upload": lambda stream: stream.upload(HOST, BYTES),
+    "download": lambda stream: stream.download(BYTES),
+    "copy": lambda stream: stream.copy(BYTES, BYTES),
+    "copy_all": lambda stream: stream.copy_all([(BYTES, BYTES), (BYTES, BYTES)]),
+    "fill": lambda stream: stream.fill(BYTES, 255),
+    "capture": record,
+    "launch": lambda stream: bare_graph(stream).launch(),
+    "an event": lambda stream: Timer(stream),
+    "an event's record": lambda stream: bare_timer(stream).__enter__(),
+    "an event's end": lambda stream: bare_timer(stream).__exit__(None),
+    "an event's time": lambda stream: bare_timer(stream).seconds(),
+    "giving back": lambda stream: (
+        [
+            call(given_back)
+            for given_back in (
+                cuda.cudaFree(4096),
+                cuda.cudaFreeAsync(4096, 7),
+                cuda.cudaFreeHost(4096),
+                cuda.cudaEventDestroy(cuda.cudaEvent_t()),
+                cuda.cudaGraphExecDestroy(cuda.cudaGraphExec_t()),
+                cuda.cudaGraphDestroy(cuda.cudaGraph_t()),
+                cuda.cudaStreamEndCapture(7)[:1],
+                cuda.cudaGraphInstantiate(cuda.cudaGraph_t(), 0)[:1],
+            )
+            if given_back[0] != NO_DRIVER
+        ]
+        or call((NO_DRIVER,))
+    ),
+}
+NO_DRIVER = cuda.cudaError_t.cudaErrorInsufficientDriver
+
+
+@pytest.mark.parametrize("what", REAL_CALLS)
+def test_without_a_driver_each_real_call_says_so(what: str) -> None:
+    """Call cuda-python itself, so that an argument of a wrong type or number is seen."""
+    if cuda.cudaGetDeviceCount()[0] != NO_DRIVER:
+        pytest.skip("there is a driver here")
+    with pytest.raises(CudaError, match="cudaErrorInsufficientDriver"):
+        REAL_CALLS[what](bare_stream())
+
+
+def test_a_device_is_lost_only_by_an_error_that_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not is_lost()  # as far as the real CUDA can tell here
+    emulated = HostCuda()
+    emulated.install(monkeypatch)
+    assert not is_lost()
+    emulated.sticky_error = cuda.cudaError_t.cudaErrorIllegalAddress
+    assert is_lost() and emulated.calls[-2:] == ["cudaGetLastError", "cudaDeviceSynchronize"]
+
+
+# DLPack
+
+
+class DLTensor(ctypes.Structure):
+    """``DLManagedTensor``, with the fields of its ``DLTensor`` in place."""
+
+    _fields_: ClassVar = [
+        ("data", ctypes.c_void_p),
+        ("device_type", ctypes.c_int32),
+        ("device_id", ctypes.c_int32),
+        ("ndim", ctypes.c_int32),
+        ("code", ctypes.c_uint8),
+        ("bits", ctypes.c_uint8),
+        ("lanes", ctypes.c_uint16),
+        ("shape", ctypes.POINTER(ctypes.c_int64)),
+        ("strides", ctypes.POINTER(ctypes.c_int64)),
+        ("byte_offset", ctypes.c_uint64),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+    ]
+
+
+class StubTensor:
+    """A tensor as Triton's stub makes it: ``__dlpack__`` takes a stream alone, and its capsule owns the memory."""
+
+    def __init__(self, given_back: list[int]) -> None:
+        self._shape = (ctypes.c_int64 * 2)(3, 4)
+        self._delete = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(given_back.append)
+        self._tensor = DLTensor(
+            4096, CUDA_DEVICE, 0, 2, 2, 32, 1, self._shape, None, 0, None, ctypes.cast(self._delete, ctypes.c_void_p)
+        )
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return CUDA_DEVICE, 0
+
+    def __dlpack__(self, stream: object = None) -> Any:
+        make = ctypes.pythonapi.PyCapsule_New
+        make.restype, make.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return make(ctypes.addressof(self._tensor), b"dltensor", None)
+
+
+CUDA_DEVICE = 2
+
+
+def test_a_capsule_of_tritons_stub_is_taken_and_lives_as_long_as_the_array() -> None:
+    given_back: list[int] = []
+    theirs, stream = StubTensor(given_back), bare_stream()
+    ours = as_device_array(theirs, stream)
+    assert (ours.pointer, ours.shape, ours.dtype) == (4096, (3, 4), np.dtype(np.float32))
+    rows = ours.rows(1, 2)
+    del ours
+    gc.collect()
+    assert not given_back
+    del rows
+    gc.collect()
+    assert len(given_back) == 1
 
 
 # The GPU

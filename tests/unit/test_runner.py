@@ -9,7 +9,6 @@ import logging
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from icportrait.runtime.tensorrt.plans import PlanManifest, check_content
 from icportrait.runtime.tensorrt.products import FLAVOURS, TENSORRT_RTX, Flavour
 from tests.fake_plans import VERSIONS, write_fake_plans
 from tests.host_cuda import HostCuda, view
+from tests.host_tensorrt import CACHES, Context, Engine, tensorrt_module
 from tests.tiny import TINY
 from tests.trivial_engines import write_trivial_export
 
@@ -54,109 +54,6 @@ def computed(spec: ModelSpec, inputs: Mapping[str, Array]) -> dict[str, Array]:
     return outputs
 
 
-class Context:
-    """Remembers what it was told, and computes with the addresses that it had when it was put on the stream."""
-
-    def __init__(self, engine: Engine, config: SimpleNamespace) -> None:
-        self.engine, self.profile, self.asked = engine, -1, dict(vars(config))
-        self.scratch = (0, 0)
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.addresses: dict[str, int] = {}
-        self.bound: list[dict[str, int]] = []
-        self.fails = False
-        engine.contexts.append(self)
-
-    def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
-        self.profile = profile
-        return True
-
-    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        self.shapes[name] = shape
-        return True
-
-    def set_tensor_address(self, name: str, pointer: int) -> bool:
-        assert not self.bound, "an address is set after the first run, and so after a recording"
-        self.addresses[name] = pointer
-        return True
-
-    def is_stream_capturable(self, stream: int) -> bool:
-        return self.engine.is_capturable
-
-    def set_device_memory(self, pointer: int, nbytes: int) -> None:
-        self.scratch = (pointer, nbytes)
-
-    def execute_async_v3(self, stream: int) -> bool:
-        addresses, scratch = dict(self.addresses), self.scratch
-        self.bound.append(addresses)
-        if not self.fails:
-            self.engine.cuda.put("execute", lambda: self._compute(addresses, *scratch))
-        return not self.fails
-
-    def _compute(self, addresses: dict[str, int], scratch: int, scratch_bytes: int) -> None:
-        spec, cuda = self.engine.spec, self.engine.cuda
-        assert all(map(cuda.is_on_device, (*addresses.values(), scratch)))
-        view(scratch, (scratch_bytes,), np.dtype(np.uint8))[...] = 1
-        batch = self.shapes[spec.inputs[0].name][0]
-        arrays = {
-            tensor.name: view(addresses[tensor.name], tensor.shape(batch=batch), np.dtype(tensor.dtype.numpy))
-            for tensor in (*spec.inputs, *spec.outputs)
-        }
-        for name, array in computed(spec, {tensor.name: arrays[tensor.name] for tensor in spec.inputs}).items():
-            arrays[name][...] = array
-
-
-class Engine:
-    device_memory_size_v2 = 1000
-    is_capturable = True
-
-    def __init__(self, spec: ModelSpec, content: bytes, cuda: HostCuda) -> None:
-        self.spec, self.content, self.cuda, self.contexts = spec, content, cuda, list[Context]()
-        self._types = {tensor.name: tensor.dtype.numpy for tensor in (*spec.inputs, *spec.outputs)}
-        self.num_io_tensors = len(self._types)
-
-    def get_tensor_name(self, index: int) -> str:
-        return list(self._types)[index]
-
-    def get_tensor_dtype(self, name: str) -> Any:
-        names = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16", "uint8": "UINT8", "int32": "INT32"}
-        return SimpleNamespace(name=names[self._types[name]])
-
-    def create_runtime_config(self) -> Any:
-        return RuntimeConfig()
-
-    def create_execution_context(self, config: RuntimeConfig) -> Context:
-        return Context(self, config)
-
-
-class RuntimeCache:
-    """Holds what was read into it; what it gives is always the same."""
-
-    def __init__(self) -> None:
-        self.read: list[bytes] = []
-        CACHES.append(self)
-
-    def deserialize(self, content: bytes) -> bool:
-        self.read.append(content)
-        return content == b"kernels"
-
-    def serialize(self) -> bytes:
-        return b"kernels"
-
-
-CACHES: list[RuntimeCache] = []
-
-
-class RuntimeConfig(SimpleNamespace):
-    def create_runtime_cache(self) -> RuntimeCache:
-        return RuntimeCache()
-
-    def set_runtime_cache(self, cache: RuntimeCache) -> bool:
-        return True
-
-    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
-        self.allocation = strategy
-
-
 @pytest.fixture
 def engines(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> dict[str, Engine]:
     """Return the stand-ins that were deserialised, by the plan's content, which is its name."""
@@ -164,22 +61,12 @@ def engines(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> dict[str, Engine
 
     def deserialize(content: bytes) -> Engine:
         name = content.decode()
-        made[name] = Engine(SPECS[name.split(".")[0]], content, cuda)
+        spec = SPECS[name.split(".")[0]]
+        made[name] = Engine(spec, lambda inputs: computed(spec, inputs), cuda)
         return made[name]
 
-    common = {
-        "Logger": lambda severity: None,
-        "ILogger": SimpleNamespace(WARNING=1),
-        "Runtime": lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialize),
-        "ExecutionContextAllocationStrategy": SimpleNamespace(USER_MANAGED="user managed"),
-    }
-    full = SimpleNamespace(__version__=VERSIONS["tensorrt"], **common)
-    strategies = SimpleNamespace(LAZY="lazy", EAGER="eager", NONE="none")
-    rtx = SimpleNamespace(
-        __version__=VERSIONS["tensorrt-rtx"], DynamicShapesKernelSpecializationStrategy=strategies, **common
-    )
-    monkeypatch.setitem(sys.modules, FULL.module, full)
-    monkeypatch.setitem(sys.modules, TENSORRT_RTX.module, rtx)
+    for flavour in (FULL, TENSORRT_RTX):
+        monkeypatch.setitem(sys.modules, flavour.module, tensorrt_module(flavour.name, deserialize))
     monkeypatch.setitem(FLAVOURS, "tensorrt", FULL)
     return made
 

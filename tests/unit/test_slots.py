@@ -1,27 +1,40 @@
-"""Rows of F_ref: in the host's memory, and in an engine's own buffers on a stand-in for the GPU."""
+"""Rows of F_ref: in the host's memory, and in an engine's own buffers on a stand-in for the GPU, by either executor."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
+import torch
 
-from icportrait.contract import Array, ModelSpec, engine_specs
+from engines.build_config import BuildConfig
+from icportrait.contract import Array, ModelSpec, TensorSpec, engine_specs
 from icportrait.errors import ContractError
-from icportrait.runtime.cuda import DeviceArray, Graph, Stream
-from icportrait.runtime.device_engine import Buffers, DeviceEngine, buckets_up_to
+from icportrait.runtime.cuda import DeviceArray, Gpu, Graph, Stream
+from icportrait.runtime.device_engine import DeviceEngine, buckets_up_to
 from icportrait.runtime.device_slots import DeviceSlots
 from icportrait.runtime.slots import HostSlots
+from icportrait.runtime.tensorrt.engine import TensorRtExecutor, share_scratch
+from icportrait.runtime.torch_device import TorchExecutor
+from tests.fake_plans import write_fake_plan
 from tests.host_cuda import HostCuda, view
+from tests.host_tensorrt import Engine as HostTensorRt
+from tests.host_tensorrt import tensorrt_module
 from tests.rows import step
 from tests.rows import warp as run_warping
 from tests.tiny import TINY
+from tests.trivial_engines import write_trivial_export
 
 SPECS = engine_specs(TINY)
 WARPING, UNET = SPECS["warping_network"], SPECS["unet"]
+GPU = Gpu("NVIDIA Test", "8.9", 8 * 10**9, 8 * 10**9, "13.0")
 F_REF = [spec.name for spec in WARPING.outputs if spec.name.startswith("f_ref_")]
 Function = Callable[[Mapping[str, Array]], dict[str, Array]]
 
@@ -55,35 +68,34 @@ class HostEngine:
         return self._function(inputs)
 
 
-class FunctionExecutor:
-    """The same as the executor of an engine on the GPU: all of a bucket's rows are computed and written."""
+class FunctionModule(torch.nn.Module):
+    """The same as a torch module."""
 
-    version = "fake"
+    def __init__(self, spec: ModelSpec, function: Function) -> None:
+        super().__init__()
+        self.spec, self.function = spec, function
 
-    def __init__(
-        self, spec: ModelSpec, function: Function, cuda: HostCuda, stream: Stream, buckets: tuple[int, ...]
-    ) -> None:
-        self.spec, self.buckets, self._function = spec, buckets, function
-        self._cuda, self._stream = cuda, stream
-        self.enqueued: list[int] = []
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = {spec.name: tensor.numpy() for spec, tensor in zip(self.spec.inputs, tensors, strict=True)}
+        found = self.function(given)
+        return tuple(torch.from_numpy(np.array(found[spec.name])) for spec in self.spec.outputs)
 
-    def bind(self, inputs: Buffers, outputs: Buffers) -> None:
-        self._inputs, self._outputs = inputs, outputs
+
+class HostTorchExecutor(TorchExecutor):
+    """Torch on the stand-in for CUDA: its work waits on the stand-in's stream, and is recorded by it."""
+
+    cuda: HostCuda
 
     def enqueue(self, bucket: int) -> None:
-        self.enqueued.append(bucket)
-
-        def compute() -> None:
-            found = self._function({name: host(array.rows(0, bucket)) for name, array in self._inputs.items()})
-            for name, array in self._outputs.items():
-                host(array.rows(0, bucket))[...] = found[name]
-
-        self._cuda.put("execute", compute)
+        self.cuda.put("execute", partial(self.compute, bucket))
 
     def record(self, bucket: int) -> Graph:
         with self._stream.capture() as graph:
             self.enqueue(bucket)
         return graph
+
+    def _view(self, spec: TensorSpec, array: DeviceArray) -> torch.Tensor:
+        return torch.from_numpy(host(array))
 
 
 def host(array: DeviceArray) -> np.ndarray:
@@ -98,18 +110,49 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
 
 
 class OnDevice:
-    def __init__(self, cuda: HostCuda, rows: int = 16, pinned: bool = False) -> None:
-        self.stream = Stream()
-        self.warping, self.unet = (self._engine(*model, cuda, pinned) for model in ((WARPING, warp), (UNET, denoise)))
+    """Slots on the stand-in for the GPU, with either executor behind them."""
+
+    def __init__(self, cuda: HostCuda, executor: str, rows: int = 16, pinned: bool = False) -> None:
+        self.cuda, self.executor, self.stream = cuda, executor, Stream()
+        self.enqueued: list[tuple[str, int]] = []
+        self.warping, self.unet = (self._engine(*model, pinned) for model in ((WARPING, warp), (UNET, denoise)))
         self.slots = DeviceSlots(self.warping, self.unet, rows)
         cuda.log.clear()
         cuda.calls.clear()
 
-    def _engine(self, spec: ModelSpec, function: Function, cuda: HostCuda, pinned: bool) -> DeviceEngine:
-        buckets = (spec.batch.max,) if pinned else buckets_up_to(spec.batch.max)
-        engine = DeviceEngine(spec, FunctionExecutor(spec, function, cuda, self.stream, buckets), self.stream)
+    def _engine(self, spec: ModelSpec, function: Function, pinned: bool) -> DeviceEngine:
+        executor: Any = (self._tensorrt if self.executor == "tensorrt" else self._torch)(
+            spec, function, spec.batch.max if pinned else None
+        )
+        enqueue = executor.enqueue
+
+        def counted(bucket: int) -> None:
+            self.enqueued.append((spec.name, bucket))
+            enqueue(bucket)
+
+        executor.enqueue = counted
+        engine = DeviceEngine(spec, executor, self.stream)
         engine.warm_up()
         return engine
+
+    def _torch(self, spec: ModelSpec, function: Function, pinned: int | None) -> HostTorchExecutor:
+        executor = HostTorchExecutor(FunctionModule(spec, function), spec, self.stream)
+        executor.cuda = self.cuda
+        executor.buckets = (pinned,) if pinned else executor.buckets
+        return executor
+
+    def _tensorrt(self, spec: ModelSpec, function: Function, pinned: int | None) -> TensorRtExecutor:
+        """Load a plan into the stand-in for TensorRT."""
+        engine = HostTensorRt(spec, function, self.cuda)
+        module = tensorrt_module("tensorrt", lambda content: engine)
+        flavour = Mock(load=lambda: module, version=lambda: module.__version__)
+        flavour.name = "tensorrt"
+        with TemporaryDirectory() as folder, patch(f"{TensorRtExecutor.__module__}.find_gpu", lambda: GPU):
+            plan, export = Path(folder) / f"{spec.name}.plan", write_trivial_export(Path(folder), TINY)
+            write_fake_plan(plan, spec, next(iter(BuildConfig().plans(spec).values())), export, "tensorrt")
+            executor = TensorRtExecutor(plan, spec, export.contract_hash, flavour, self.stream, pinned)
+        share_scratch([executor])
+        return executor
 
     def f_ref(self, row: int) -> list[float]:
         """Return one value of each residual in a row."""
@@ -117,9 +160,14 @@ class OnDevice:
         return [float(host(self.unet.inputs[name].rows(row, 1)).flat[-1]) for name in F_REF]
 
 
+@pytest.fixture(params=["tensorrt", "torch"])
+def executor(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 @pytest.fixture
-def device(cuda: HostCuda) -> OnDevice:
-    return OnDevice(cuda)
+def device(cuda: HostCuda, executor: str) -> OnDevice:
+    return OnDevice(cuda, executor)
 
 
 def job(profile: float, reference: float = 0.0) -> dict[str, Any]:
@@ -144,9 +192,9 @@ def moved(cuda: HostCuda) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("pinned", [False, True], ids=["buckets", "one bucket"])
-def test_rows_on_the_device_hold_what_rows_on_the_host_hold(cuda: HostCuda, pinned: bool) -> None:
+def test_rows_on_the_device_hold_what_rows_on_the_host_hold(cuda: HostCuda, executor: str, pinned: bool) -> None:
     """Join, leave and compact at random, as an in-flight batcher does; a row in use is never another's."""
-    device = OnDevice(cuda, pinned=pinned)
+    device = OnDevice(cuda, executor, pinned=pinned)
     reference = HostSlots(HostEngine(WARPING, warp), HostEngine(UNET, denoise), 16)
     generator, used = np.random.default_rng(3), 0
     for turn in range(60):
@@ -217,15 +265,15 @@ def test_what_breaks_the_contract_is_refused_before_anything_runs(device: OnDevi
     assert "execute" not in moved(cuda)
 
 
-def test_rows_are_at_most_the_engines_largest_batch(cuda: HostCuda) -> None:
-    assert OnDevice(cuda, 99).slots.rows == UNET.batch.max
-    assert OnDevice(cuda, 5).slots.rows == 5
+def test_rows_are_at_most_the_engines_largest_batch(cuda: HostCuda, executor: str) -> None:
+    assert OnDevice(cuda, executor, 99).slots.rows == UNET.batch.max
+    assert OnDevice(cuda, executor, 5).slots.rows == 5
     assert HostSlots(HostEngine(WARPING, warp), HostEngine(UNET, denoise), 99).rows == UNET.batch.max
 
 
 def test_engines_on_two_streams_are_refused(cuda: HostCuda) -> None:
     with pytest.raises(ValueError, match="one stream"):
-        DeviceSlots(OnDevice(cuda).warping, OnDevice(cuda).unet, 16)
+        DeviceSlots(OnDevice(cuda, "torch").warping, OnDevice(cuda, "torch").unet, 16)
 
 
 # Calls and bytes, which are what a step costs beside its engine
@@ -240,8 +288,8 @@ def test_a_step_makes_as_many_calls_whatever_its_rows(rows: int, device: OnDevic
 
 
 @pytest.mark.parametrize("has_batches", [True, False], ids=["batched copies", "an older driver"])
-def test_a_join_of_eight_guided_jobs_takes_a_few_calls(has_batches: bool, cuda: HostCuda) -> None:
-    device, jobs = OnDevice(cuda), [job(float(index)) for index in range(1, 5)]
+def test_a_join_of_eight_guided_jobs_takes_a_few_calls(has_batches: bool, cuda: HostCuda, device: OnDevice) -> None:
+    jobs = [job(float(index)) for index in range(1, 5)]
     cuda.has_batches = has_batches
     for turn in range(2):  # a driver is asked for batches once
         cuda.calls.clear()
@@ -279,19 +327,18 @@ def test_what_a_launch_was_given_may_change_before_it_is_done(device: OnDevice) 
     assert np.array_equal(device.slots.wait(), expected)
 
 
-def test_every_bucket_has_run_and_is_recorded_before_the_first_request(cuda: HostCuda) -> None:
-    device = OnDevice(cuda)
-    executors: list[Any] = [device.warping._executor, device.unet._executor]
-    counts = [list(executor.enqueued) for executor in executors]
-    assert [set(count) for count in counts] == [set(executor.buckets) for executor in executors]
+def test_every_bucket_has_run_and_is_recorded_before_the_first_request(device: OnDevice) -> None:
+    warm = list(device.enqueued)
+    buckets = [(spec.name, bucket) for spec in (WARPING, UNET) for bucket in buckets_up_to(spec.batch.max)]
+    assert sorted(warm) == sorted(2 * buckets)  # to run, and to record
     run_warping(device.slots, [job(1.0)], [[0]])
     for rows in range(1, 17):
         step(device.slots, *canvas(rows))
-    assert [executor.enqueued for executor in executors] == counts
+    assert device.enqueued == warm
 
 
-def test_the_pace_begins_with_what_the_warm_up_measured(cuda: HostCuda) -> None:
-    device = OnDevice(cuda, rows=5)
+def test_the_pace_begins_with_what_the_warm_up_measured(cuda: HostCuda, executor: str) -> None:
+    device = OnDevice(cuda, executor, rows=5)
     assert list(device.slots.step_s) == [1, 2, 3, 4, 5]
     assert device.slots.step_s[3] == device.slots.step_s[4] > 0
 

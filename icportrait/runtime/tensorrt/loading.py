@@ -10,8 +10,8 @@ from types import MappingProxyType
 from icportrait.contract import ModelSpec, engine_specs
 from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest
-from icportrait.runtime.cuda import Gpu, Stream, find_gpu
-from icportrait.runtime.device_engine import DeviceEngine, buffer_bytes
+from icportrait.runtime.cuda import Stream, find_gpu
+from icportrait.runtime.device_engine import DeviceEngine, buffer_bytes, check_memory
 from icportrait.runtime.tensorrt.engine import TensorRtExecutor, share_scratch
 from icportrait.runtime.tensorrt.plans import covering_bucket, find_plans
 from icportrait.runtime.tensorrt.products import Flavour
@@ -81,24 +81,3 @@ def memory_need(plans: Iterable[Path], spec: ModelSpec) -> int:
     TensorRT says how much scratch memory an engine needs when it is loaded, and not before.
     """
     return sum(plan.stat().st_size for plan in plans) + buffer_bytes(spec)
-
-
-def check_memory(needs: dict[str, int], gpu: Gpu) -> None:
-    """Report in one line what all engines of a process need together.
-
-    Args:
-        needs: bytes by engine.
-        gpu: where they are to be loaded.
-
-    Raises:
-        RuntimeNotAvailable: there isn't as much memory free.
-    """
-    need = sum(needs.values())
-    parts = ", ".join(f"{name} {each / 1e9:.2f}" for name, each in needs.items())
-    found = f"{gpu.name} has {gpu.free_bytes / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB free"
-    logger.info("weights and buffers take %.2f GB (%s) and scratch memory on top; %s", need / 1e9, parts, found)
-    if need > gpu.free_bytes:
-        raise RuntimeNotAvailable(
-            f"{', '.join(needs)}: need {need / 1e9:.1f} GB for weights and buffers ({parts}), and {found}; "
-            "free some, or use a larger GPU"
-        )

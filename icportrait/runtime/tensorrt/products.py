@@ -34,6 +34,15 @@ class Flavour:
                 f"{self.name} is not installed here ({error}); install it with: pip install {self.package}"
             ) from error
 
+    def supports(self, capability: str) -> bool:
+        """Tell whether there are kernels for a compute capability: in TensorRT-RTX for the ones that it names.
+
+        Raises:
+            RuntimeNotAvailable: see ``load``.
+        """
+        named = self.load()
+        return not self.compiles_without_gpu or hasattr(named.ComputeCapability, f"SM{capability.replace('.', '')}")
+
     def version(self) -> str:
         """Return the installed product's version, such as 11.4.0.106.
 
