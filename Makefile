@@ -118,9 +118,9 @@ repository: $(EXPORT)/manifest.json $(if $(PLAN_RUNTIME),$(PLANS)/vae_decoder.pl
 		$(if $(filter 1,$(DETERMINISTIC)),--deterministic)
 
 serve: $(STAMP) ## run the gateway and its tritonserver on loopback until Ctrl-C (RUNTIME=auto: the best here)
-	@chosen=$(if $(IS_CHOSEN),RUNTIME=$(RUNTIME),"$$($(PYTHON) -m icportrait.deploy.choice --preset $(PRESET) \
-		--precision "$(if $(filter-out file,$(origin PRECISION)),$(PRECISION))")") \
-		&& exec $(MAKE) --no-print-directory serve-on $$chosen
+	@$(if $(IS_CHOSEN),true,$(PYTHON) -m icportrait.deploy.choice --preset $(PRESET) --out build/choice \
+		$(if $(filter-out file,$(origin PRECISION)),--precision $(PRECISION)))
+	@exec $(MAKE) --no-print-directory serve-on $(if $(IS_CHOSEN),RUNTIME=$(RUNTIME),$$(cat build/choice))
 
 serve-on: repository
 	@exec $(PYTHON) -m icportrait.server --repository $(REPOSITORY) \

@@ -1,4 +1,4 @@
-"""The runtime for this machine: ``python -m icportrait.deploy.choice`` prints it as arguments of make.
+"""The runtime for this machine: ``python -m icportrait.deploy.choice`` gives it as arguments of make.
 
 TensorRT where its plans can run, else torch where there is a GPU, else the CPU's. The reason is a line on standard
 error.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from icportrait.deploy.installation import find_installation
 from icportrait.deploy.preflight import find_gpu
@@ -78,7 +79,8 @@ def _torch_has_gpu() -> bool:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m icportrait.deploy.choice", description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=PRESETS, required=True)
-    parser.add_argument("--precision", help="as it was asked for; empty where it wasn't")
+    parser.add_argument("--precision", help="the one that was asked for")
+    parser.add_argument("--out", type=Path, help="file for the arguments; standard output by default")
     args = parser.parse_args(argv)
     try:
         runtime, reason = choose(PRESETS[args.preset])
@@ -87,7 +89,12 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     print(f"runtime {runtime}: {reason}", file=sys.stderr)
     precision = " PRECISION=fp16" if runtime == "torch" and not args.precision else ""
-    print(f"RUNTIME={runtime}{precision}")
+    chosen = f"RUNTIME={runtime}{precision}"
+    if args.out is None:
+        print(chosen)
+    else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(chosen + "\n", encoding="utf-8")
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -63,9 +64,11 @@ def test_without_a_gpu_a_large_preset_gets_what_measured_best_on_a_cpu() -> None
 
 
 def test_the_command_prints_arguments_of_make_and_its_reason(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(choice, "choose", lambda preset: ("torch", "because of the test"))
     for arguments, expected in (([], "RUNTIME=torch PRECISION=fp16\n"), (["--precision", "bf16"], "RUNTIME=torch\n")):
         assert choice.main(["--preset", "demo-128", *arguments]) == 0
         assert capsys.readouterr() == (expected, "runtime torch: because of the test\n")
+    assert choice.main(["--preset", "demo-128", "--out", str(tmp_path / "new" / "choice")]) == 0
+    assert (tmp_path / "new" / "choice").read_text() == "RUNTIME=torch PRECISION=fp16\n"

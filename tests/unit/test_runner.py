@@ -23,7 +23,7 @@ from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.runtime import load_engine, load_slots
 from icportrait.runtime.cuda import CudaError, DeviceArray, DeviceMemory, Gpu, Stream
-from icportrait.runtime.device_engine import DeviceEngine
+from icportrait.runtime.device_engine import BUCKETS, DeviceEngine
 from icportrait.runtime.device_slots import DeviceSlots
 from icportrait.runtime.tensorrt.engine import TensorRtExecutor
 from icportrait.runtime.tensorrt.loading import load_plans
@@ -90,6 +90,7 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.fixture
 def plans(tmp_path: Path, export: Manifest) -> Callable[..., Path]:
     def write(layout: str = "profiles", **options: Any) -> Path:
+        options = {"buckets": (1, 2, 4, 8, 16)} | options
         write_fake_plans(tmp_path, export, "tensorrt", BuildConfig(layout=layout, **options))
         return tmp_path
 
@@ -98,18 +99,18 @@ def plans(tmp_path: Path, export: Manifest) -> Callable[..., Path]:
 
 def test_a_profile_per_bucket_gives_a_context_each(plans, export, engines, cuda) -> None:
     decoder = load_plans(["vae_decoder"], plans(), export, FULL)["vae_decoder"]
-    assert decoder.buckets == (1, 2, 4, 8) and decoder.bucket(3) == 4
+    assert decoder.buckets == (1, 2, 3, 4, 6, 8) and decoder.bucket(5) == 6
     contexts = engines["vae_decoder.plan"].contexts
-    assert [context.profile for context in contexts] == [0, 1, 2, 3]
-    assert [context.shapes["portrait_latent"][0] for context in contexts] == [1, 2, 4, 8]
+    assert [context.profile for context in contexts] == [0, 1, 2, 2, 3, 3]
+    assert [context.shapes["portrait_latent"][0] for context in contexts] == [1, 2, 3, 4, 6, 8]
 
 
 def test_one_wide_profile_gives_a_context_per_bucket_on_the_same_profile(plans, export, engines, cuda) -> None:
     unet = load_plans(["unet"], plans("dynamic"), export, FULL)["unet"]
-    assert unet.buckets == (1, 2, 4, 8, 16)
+    assert unet.buckets == BUCKETS
     contexts = engines["unet.plan"].contexts
     assert {context.profile for context in contexts} == {0}
-    assert [context.shapes["timestep"] for context in contexts] == [(1,), (2,), (4,), (8,), (16,)]
+    assert [context.shapes["timestep"] for context in contexts] == [(bucket,) for bucket in BUCKETS]
 
 
 def test_plans_of_one_bucket_each_are_one_engine(plans, export, engines, cuda) -> None:
@@ -141,6 +142,8 @@ def test_deterministic_slots_run_one_bucket_that_holds_them_all(
     policy = ServingPolicy(runtime="tensorrt", slots=slots, deterministic=True)
     assert load_slots(plans(layout), export, policy).rows == slots
     batches = {name: [next(iter(c.shapes.values()))[0] for c in engine.contexts] for name, engine in engines.items()}
+    if layout == "dynamic":  # one profile, which has room for every bucket
+        unet, warping = (min(bucket for bucket in BUCKETS if bucket >= min(slots, most)) for most in (16, 8))
     if layout == "static":  # and no plan is loaded but the bucket's
         assert batches == {f"unet.batch{unet}.plan": [unet], f"warping_network.batch{warping}.plan": [warping]}
     else:
@@ -299,7 +302,7 @@ def test_a_bucket_that_cannot_be_recorded_runs_directly(
     assert not cuda.graphs
     said = "says that it can't be captured" if cuda.can_capture else "operation not permitted when stream is capturing"
     (line,) = (line for line in caplog.messages if "CUDA graph" in line)
-    assert line.startswith("warping_network: batches of 1, 2, 4, 8 rows run without") and said in line
+    assert line.startswith("warping_network: batches of 1, 2, 3, 4, 6, 8 rows run without") and said in line
     for batch in (3, 8, 1):
         given = jobs(batch)
         assert same(warping.run(given), computed(WARPING, given))

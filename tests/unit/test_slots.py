@@ -340,7 +340,7 @@ def test_every_bucket_has_run_and_is_recorded_before_the_first_request(device: O
 def test_the_pace_begins_with_what_the_warm_up_measured(cuda: HostCuda, executor: str) -> None:
     device = OnDevice(cuda, executor, rows=5)
     assert list(device.slots.step_s) == [1, 2, 3, 4, 5]
-    assert device.slots.step_s[3] == device.slots.step_s[4] > 0
+    assert device.slots.step_s[5] > 0
 
 
 def test_copies_are_no_time_of_the_engine(device: OnDevice, cuda: HostCuda) -> None:
