@@ -22,6 +22,7 @@ from icportrait.errors import CheckpointError, IcPortraitError, NotEnoughDisk, P
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
+from icportrait.runtime.device_engine import BUCKETS
 from icportrait.runtime.tensorrt.plans import PlanManifest, check_content, find_plans
 from tests.fake_plans import write_fake_plans
 from tests.full_disk import full_disk
@@ -62,7 +63,9 @@ def test_triton_itself_runs_the_vae_and_denoise_the_rest(export: Path, tmp_path:
         check_content(plan, PlanManifest.read(plan))
         assert PlanManifest.read(plan).engine == name
         config = text_format.Parse((tmp_path / "repository" / name / "config.pbtxt").read_text(), pb.ModelConfig())
-        assert config.platform == "tensorrt_plan" and list(config.instance_group[0].profile) == ["0", "1", "2", "3"]
+        assert config.platform == "tensorrt_plan" and list(config.instance_group[0].profile) == [
+            str(index) for index in range(6)
+        ]
     assert found["denoise"] == PYTHON | with_manifest("warping_network.plan", "unet.plan")
     assert set(found) == set(PRIVATE_MODELS)
 
@@ -92,7 +95,7 @@ def test_deterministic_python_models_run_every_engine_on_tensorrt_too(export: Pa
     """Compare runners: Triton's own backend runs the batches that come, our runner one and the same."""
     found = assembled(export, tmp_path, "tensorrt", BuildConfig(layout="static"), deterministic=True)
     for name in ("vae_encoder", "vae_decoder"):
-        assert found[name] == PYTHON | with_manifest(*(f"{name}.batch{batch}.plan" for batch in (1, 2, 4, 8)))
+        assert found[name] == PYTHON | with_manifest(*(f"{name}.batch{batch}.plan" for batch in (1, 2, 3, 4, 6, 8)))
         config = text_format.Parse((tmp_path / "repository" / name / "config.pbtxt").read_text(), pb.ModelConfig())
         assert config.backend == "python" and config.instance_group[0].kind == pb.ModelInstanceGroup.KIND_GPU
         assert config.max_batch_size == DEMO_128.max_vae_batch
@@ -118,7 +121,7 @@ def test_simulated_engines_are_not_deterministic(
 
 def test_every_plan_of_a_static_layout_is_placed_in_the_order_of_its_batch(export: Path, tmp_path: Path) -> None:
     found = assembled(export, tmp_path, "tensorrt-rtx", BuildConfig(layout="static"))
-    expected = [f"unet.batch{batch}.plan" for batch in (1, 2, 4, 8, 16)]
+    expected = [f"unet.batch{batch}.plan" for batch in BUCKETS]
     assert with_manifest(*expected) < found["denoise"]
     assert [plan.name for plan in find_plans(tmp_path / "repository" / "denoise" / "1", "unet")] == expected
 
@@ -167,11 +170,11 @@ def test_plans_of_two_layouts_are_refused(export: Path, tmp_path: Path) -> None:
 
 def test_plans_that_tritons_backend_could_not_run_are_refused(export: Path, tmp_path: Path) -> None:
     write_fake_plans(tmp_path / "plans", Manifest.read(export), "tensorrt", cover_gaps=False)
-    assert "vae_encoder.plan: no optimization profile holds a batch of 3" in refusal(export, tmp_path)
+    assert "vae_encoder.plan: no optimization profile holds a batch of 5" in refusal(export, tmp_path)
     for path in (tmp_path / "plans").iterdir():
         path.unlink()
     write_fake_plans(tmp_path / "plans", Manifest.read(export), "tensorrt", BuildConfig(layout="static"))
-    assert "vae_encoder has 4 plans, and Triton's TensorRT backend takes one" in refusal(export, tmp_path)
+    assert "vae_encoder has 6 plans, and Triton's TensorRT backend takes one" in refusal(export, tmp_path)
 
 
 def test_plans_and_runtimes_belong_together(export: Path, tmp_path: Path) -> None:
