@@ -13,8 +13,11 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import tempfile
 from pathlib import Path
+
+from icportrait.deploy.stub_processes import stubs_of_region
 
 SHM = Path("/dev/shm")
 LOCK, FOLDER = "icportrait_{token}_lock", "icportrait-server-run-{token}"
@@ -75,12 +78,18 @@ class Run:
 
 
 def remove_leftovers() -> list[str]:
-    """Remove what dead runs of this user have left, and say what it was, by name."""
+    """Remove what dead runs of this user have left, end their models' processes, and say what it was, by name."""
     removed = []
     for name in sorted(SHM.glob(LOCK.format(token="*"))):
         if (lock := _take_left(name, os.O_RDWR)) is not None:
             before, behind = LOCK.split("{token}")
-            _remove_regions(name.name[len(before) : -len(behind)])
+            token = name.name[len(before) : -len(behind)]
+            # A stub whose tritonserver was killed during a request may wait for its answer for ever, holding the
+            # interpreter's lock, so that no thread of its own can end it.
+            for pid in stubs_of_region(_prefix(token)):
+                with contextlib.suppress(OSError):
+                    os.kill(pid, signal.SIGKILL)
+            _remove_regions(token)
             os.close(lock)
             removed.append(name.name)
     pattern = _folder(8 * "?")

@@ -55,6 +55,17 @@ def stub_processes(server_pid: int) -> list[StubProcess]:
     return found
 
 
+def stubs_of_region(prefix: str) -> list[int]:
+    """List the stub processes whose region of shared memory has a prefix, whoever their parent is now."""
+    found = []
+    for folder in PROC.iterdir():
+        if folder.name.isdecimal():
+            arguments = _arguments(int(folder.name))  # the stub, <repository>/<model>/<version>/model.py, its region
+            if len(arguments) > 2 and Path(arguments[0]).name == STUB and arguments[2].startswith(prefix):
+                found.append(int(folder.name))
+    return found
+
+
 def describe(exit_code: int) -> str:
     """Describe in words an exit code as ``subprocess`` gives it."""
     return f"was ended by signal {-exit_code}" if exit_code < 0 else f"ended with status {exit_code}"

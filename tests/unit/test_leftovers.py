@@ -83,6 +83,32 @@ def test_what_a_killed_run_has_left_goes_and_what_a_living_one_has_stays(tmp_pat
         assert remove_leftovers() == []
 
 
+def test_a_models_process_that_has_outlived_its_run_is_ended_and_a_living_runs_is_not(tmp_path: Path) -> None:
+    with run_of_another_process(tmp_path) as (killed, folder), run_of_another_process(tmp_path) as (_, living):
+        # Arguments like a stub's, for an interpreter: the third is its program.
+        stubs = [
+            subprocess.Popen(
+                [
+                    "/any/triton_python_backend_stub",
+                    "-c",
+                    f"icportrait_{run.name[-8:]}_1 = 0; import time; time.sleep(99)",
+                ],
+                executable=sys.executable,
+            )
+            for run in (folder, living)
+        ]
+        try:
+            os.kill(killed.pid, signal.SIGKILL)
+            killed.wait(10)
+            assert remove_leftovers() == [f"icportrait_{folder.name[-8:]}_lock", folder.name]
+            assert stubs[0].wait(10) == -signal.SIGKILL
+            assert stubs[1].poll() is None
+        finally:
+            for stub in stubs:
+                stub.kill()
+                stub.wait()
+
+
 def test_a_living_runs_folder_stays_where_its_shared_memory_is_another_containers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
