@@ -6,10 +6,7 @@ own steps are done. The other jobs of the batch change no bit of a row's result.
 
 An engine that waits for the loop does nothing, so answers, reports and counting come while an engine runs. Three rules
 follow. A step after which a job leaves is reported, and the job's result copied, before rows move. A step whose report
-may hold a job is reported before the next launch. A row with NaN is found after the next launch, and computed once for
-nothing.
-
-The same loop batches whole requests too, as the baseline for comparisons: ``policy.BATCHING_MODES`` lists the modes.
+may hold a job is reported before the next launch. A row with NaN is found after the next launch.
 """
 
 from __future__ import annotations
@@ -22,7 +19,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Protocol
 
 import numpy as np
 
@@ -32,6 +28,7 @@ from icportrait.errors import IcPortraitError, Unavailable
 from icportrait.loop.batch import Batch
 from icportrait.loop.job import DenoiseResult, Job
 from icportrait.loop.scheduler import Outcomes, Scheduler
+from icportrait.loop.thread import Inbox, in_thread
 from icportrait.loop.times import Pace, Times
 from icportrait.metrics import Metrics
 from icportrait.policy import BATCHING_MODES
@@ -43,26 +40,6 @@ logger = logging.getLogger(__name__)
 SHUTTING_DOWN = "the server is shutting down; try again"
 HELD_POLL_S = 0.1
 """Time between two checks of deadlines while every running job is held."""
-
-
-Message = Callable[[], None]
-
-
-class Inbox(Protocol):
-    """The queue of the loop's messages: ``queue.SimpleQueue``, or one in virtual time."""
-
-    def put(self, item: Message, /) -> None: ...
-
-    def get(self, *, timeout: float | None) -> Message: ...
-
-    def empty(self) -> bool: ...
-
-
-def in_thread(run: Callable[[], None]) -> Callable[[], None]:
-    """Start to run a loop in a thread of its own, and return a function that waits for the thread's end."""
-    thread = threading.Thread(target=run, name="denoise", daemon=True)
-    thread.start()
-    return thread.join
 
 
 class DenoisingLoop:
@@ -83,8 +60,6 @@ class DenoisingLoop:
     ) -> None:
         """Start the loop's thread.
 
-        A simulation in virtual time replaces the last three, the clock and the slots.
-
         Args:
             slots: the rows of the batch, with the engines behind them; used from the loop's thread only.
             schedule: the checkpoint's noise schedule.
@@ -98,22 +73,19 @@ class DenoisingLoop:
             start: starts to run the loop, and returns a function that waits for its end.
             latents: the rows' latents.
         """
-        self.rows, self.engine_version, self.pace = slots.rows, slots.version, Pace()
-        self._schedule, self._preset, self._clock = schedule, preset, clock
+        self.rows, self._max_jobs, self.engine_version, self.pace = slots.rows, slots.max_jobs, slots.version, Pace()
+        self._schedule, self._preset, self._clock, self._latents = schedule, preset, clock, latents
         self._metrics, self._on_failure = metrics or Metrics(), on_failure
         self._times = Times(clock, self._metrics, self.pace)
-        self._latents = latents
         self._batch = Batch(slots, preset, self._times, latents)
-        self._max_jobs = slots.max_jobs
         self._scheduler = Scheduler(BATCHING_MODES[mode], slots.rows, slots.max_jobs, self.pace)
         self._inbox: Inbox = queue.SimpleQueue() if inbox is None else inbox
-        self._failures = 0
         # The jobs of the last step, until it is reported, and the jobs that have left, until they are answered.
         self._stepped: list[Job] = []
         self._answers: dict[Job, DenoiseResult | IcPortraitError] = {}
         # The jobs that leave and join in this turn, for which the queue and the batch may not answer any more or yet.
         self._changing: list[Job] = []
-        self._closed = False
+        self._failures, self._closed = 0, False
         self._closing = threading.Lock()
         self._join = start(self._run)
 
