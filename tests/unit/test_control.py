@@ -237,6 +237,20 @@ def test_a_line_that_is_not_read_keeps_nobody_waiting_and_is_closed_in_the_end(
     assert "isn't read" in caplog.text
 
 
+def test_a_line_that_is_read_takes_more_in_all_than_may_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(icportrait.serving.control, "MAX_UNREAD_BYTES", 2**20)
+    ours, theirs = socket.socketpair()
+    message = {"op": "preview", "latent": "x" * 2**18}
+    size = len(frame(message))
+    with ours, theirs.makefile("rb") as read:
+        peer = Peer(ours)
+        for _ in range(12):
+            assert peer.send(message) and len(read.read(size)) == size
+            until(lambda: peer._unread_bytes == 0)
+        peer.close()
+    theirs.close()
+
+
 def test_a_process_without_descriptors_takes_lines_again_once_it_has_some(
     path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
