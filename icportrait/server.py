@@ -35,6 +35,8 @@ NOT_EPHEMERAL = range(16384, 32768)
 """Ports below those that Linux gives to outgoing connections."""
 PORT_SHARES = 32
 """Shares of these ports, of which a process chooses from one."""
+_given = set[int]()
+"""Ports that this process has chosen."""
 STOP_TIMEOUT_S = 60.0
 """Seconds that a process of ``ServerProcess`` has to end; the server's own limit is shorter."""
 
@@ -58,12 +60,15 @@ def _bound_socket() -> socket.socket:
     # Processes that start servers side by side, as tests do, would else now and then choose the same one in between.
     own = NOT_EPHEMERAL[os.getpid() % PORT_SHARES :: PORT_SHARES]
     while True:
+        # A server that is given ports may listen on them later, when others have got theirs.
+        port = random.choice([each for each in own if each not in _given] or own)
         bound = socket.socket()
         try:
-            bound.bind((HOST, random.choice(own)))
+            bound.bind((HOST, port))
         except OSError:
             bound.close()
         else:
+            _given.add(port)
             return bound
 
 

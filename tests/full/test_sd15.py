@@ -37,10 +37,10 @@ LEAST_PSNR_DB = 40.0
 WHOLE = (0.0, 0.0, 1.0, 1.0)
 READY_TIMEOUT_S, ANSWER_TIMEOUT_S = 600, 1200
 BATCHES = {
-    "vae_encoder": [1, 2, 4, 8],
-    "warping_network": [1, 2, 4],
-    "unet": [1, 2, 4, 8, 16],
-    "vae_decoder": [1, 2, 4, 8],
+    "vae_encoder": [1, 2, 3, 4, 6, 8],
+    "warping_network": [1, 2, 3, 4],
+    "unet": [1, 2, 3, 4, 6, 8, 10, 12, 14, 16],
+    "vae_decoder": [1, 2, 3, 4, 6, 8],
 }
 ATTENTIONS = {"vae_encoder": 1, "warping_network": 28, "unet": 32, "vae_decoder": 1}
 """Two a transformer block: 7 in each of the warping network's two encoders, 16 in the UNet. One in each VAE half."""

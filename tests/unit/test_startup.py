@@ -327,3 +327,8 @@ def test_a_key_is_made_that_the_file_of_keys_takes(tmp_path: Path, capsys: pytes
     assert Access(tmp_path / "keys.toml").enter(f"Bearer {key}", "").name == "studio"
     assert key not in section
     assert main(["key"]) == 1
+
+
+def test_a_process_chooses_no_port_twice() -> None:
+    ports = [port for _ in range(60) for port in vars(Ports.free()).values()]
+    assert len(set(ports)) == 180
