@@ -47,23 +47,16 @@ def stub_processes(server_pid: int) -> list[StubProcess]:
     """List the stub processes of a tritonserver that run now."""
     found = []
     for pid in descendants(server_pid):
-        arguments = _arguments(pid)
         fields = _stat(pid)
-        if fields and len(arguments) > 1 and Path(arguments[0]).name == STUB:
-            # <repository>/<model>/<version>/model.py
-            found.append(StubProcess(Path(arguments[1]).parents[1].name, pid, fields[STARTED]))
+        if fields and (arguments := _stub_arguments(pid)):
+            found.append(StubProcess(Path(arguments[0]).parents[1].name, pid, fields[STARTED]))
     return found
 
 
 def stubs_of_region(prefix: str) -> list[int]:
     """List the stub processes whose region of shared memory has a prefix, whoever their parent is now."""
-    found = []
-    for folder in PROC.iterdir():
-        if folder.name.isdecimal():
-            arguments = _arguments(int(folder.name))  # the stub, <repository>/<model>/<version>/model.py, its region
-            if len(arguments) > 2 and Path(arguments[0]).name == STUB and arguments[2].startswith(prefix):
-                found.append(int(folder.name))
-    return found
+    pids = [int(folder.name) for folder in PROC.iterdir() if folder.name.isdecimal()]
+    return [pid for pid in pids if any(each.startswith(prefix) for each in _stub_arguments(pid)[1:2])]
 
 
 def describe(exit_code: int) -> str:
@@ -96,6 +89,12 @@ def _arguments(pid: int) -> list[str]:
         return os.fsdecode((PROC / str(pid) / "cmdline").read_bytes()).split("\0")
     except OSError:
         return []
+
+
+def _stub_arguments(pid: int) -> list[str]:
+    """Read a stub's arguments, <repository>/<model>/<version>/model.py and its region first; none of others."""
+    command, *arguments = _arguments(pid) or [""]
+    return arguments if Path(command).name == STUB else []
 
 
 def is_stopped(pid: int) -> bool:

@@ -25,7 +25,7 @@ SEEDS = range(8)
 OPTIONS: dict[str, Any] = {"num_inference_steps": 20, "guidance_scale": 1.0}
 TIMEOUT_S = 120.0
 ATTEMPTS = 100
-"""So many, because the only server may be away for as long as it takes to start: there is no other to go to."""
+"""Attempts of a request: the only server may be away for as long as it takes to start, and there is no other."""
 LOOK_EVERY_S = 0.05
 
 

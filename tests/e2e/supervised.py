@@ -156,3 +156,18 @@ def descendants(pid: int) -> list[int]:
     """List the process's children and theirs."""
     own = children(pid)
     return own + [grandchild for child in own for grandchild in descendants(child)]
+
+
+def named_processes(gateway: int) -> dict[int, str]:
+    """Name each process of a server by its part; a process that has just ended has no name."""
+    named = {gateway: "gateway"}
+    models = {stub.pid: stub.model for stub in stub_processes(gateway)}
+    for pid in descendants(gateway):
+        is_worker, is_tracker = b"spawn_main" in arguments(pid), b"resource_tracker" in arguments(pid)
+        named[pid] = models.get(pid) or (is_worker and "pictures") or (is_tracker and "tracker") or name(pid)
+    return named
+
+
+def resident_bytes(pid: int) -> int:
+    """Read a process's resident memory."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -19,7 +19,7 @@ from tritonclient.grpc import service_pb2, service_pb2_grpc
 from icportrait.deploy.stub_processes import descendants
 from tests.e2e.caller import infer, series, settled, tensors, until_metric
 from tests.e2e.conftest import simulated_repository
-from tests.e2e.supervised import Supervised, supervised
+from tests.e2e.supervised import Supervised, resident_bytes, supervised
 from tests.full.conftest import say
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
@@ -91,9 +91,8 @@ def calls(server: Supervised, kinds: list[str], pictures: dict[str, bytes]) -> C
             return Counter(zip(kinds, ends, strict=True))
 
 
-def resident_bytes(server: Supervised) -> dict[int, int]:
-    pids = [server.process.pid, *descendants(server.process.pid)]
-    return {pid: int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") for pid in pids}
+def memory(server: Supervised) -> dict[int, int]:
+    return {pid: resident_bytes(pid) for pid in (server.process.pid, *descendants(server.process.pid))}
 
 
 def stops_within_s(server: Supervised) -> float:
@@ -127,7 +126,7 @@ def test_thousands_of_mixed_calls_cost_no_process_and_no_memory(tmp_path: Path, 
         for _ in range(ROUNDS):
             ends += calls(server, kinds, pictures)
             settled(server.metrics_url)
-            readings.append(resident_bytes(server))
+            readings.append(memory(server))
         say("\n".join(f"{count:6} {kind}: {end}" for (kind, end), count in sorted(ends.items())))
         total = [sum(reading.values()) for reading in readings]
         say(f"resident MB, after each {ROUND}: {', '.join(str(size >> 20) for size in total)}")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from icportrait.deploy.stub_processes import stub_processes
 from icportrait.server import ServerProcess
-from tests.e2e.supervised import arguments, children, descendants, name
+from tests.e2e.supervised import named_processes, resident_bytes
 
 GROWTH = 0.03
 WRONG = re.compile(r"Traceback|\bERROR\b|\bCRITICAL\b|Segmentation|never awaited|was never retrieved")
@@ -33,7 +31,7 @@ class Watched:
     def __init__(self, pid: int, log: Path | None) -> None:
         self.pid, self._log = pid, log
         self._read_bytes = log.stat().st_size if log else 0
-        self._first = {pid for pid, part in self.parts().items() if part != "picture worker"}
+        self._first = {pid for pid, part in self.parts().items() if part != "pictures"}
 
     @classmethod
     def of(cls, server: ServerProcess) -> Watched:
@@ -43,23 +41,16 @@ class Watched:
 
     def parts(self) -> dict[int, str]:
         """Name each process of the server by what it does."""
-        named = {self.pid: "gateway"}
-        for pid in descendants(self.pid):
-            named[pid] = "picture worker" if b"spawn_main" in arguments(pid) else name(pid) or "?"
-        for pid in children(self.pid):
-            if name(pid) == "tritonserver":
-                named |= {stub.pid: stub.model for stub in stub_processes(pid)}
-        return {pid: part for pid, part in named.items() if part not in ("?", "python3 -c")}
+        return {pid: part for pid, part in named_processes(self.pid).items() if part not in ("", "python3 -c")}
 
     def memory(self) -> list[Memory]:
         """Read each process's resident memory."""
         read = []
         for pid, part in self.parts().items():
             try:
-                pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+                read.append(Memory(part, pid, resident_bytes(pid)))
             except (OSError, IndexError):
                 continue
-            read.append(Memory(part, pid, pages * os.sysconf("SC_PAGE_SIZE")))
         return sorted(read, key=lambda each: (each.part, -each.rss_bytes))
 
     def ended(self) -> list[str]:

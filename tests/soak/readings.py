@@ -11,8 +11,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from icportrait.deploy.stub_processes import descendants, stub_processes
-from tests.e2e.supervised import arguments, name
+from tests.e2e.supervised import named_processes
 
 GROWTH = 0.02
 """Growth that a process may have from the first third to the last."""
@@ -33,10 +32,8 @@ def read(server_pid: int, regions: Iterable[Path] = ()) -> Reading:
         regions: of the shared memory that the server has made.
     """
     found: Reading = {}
-    pids = [server_pid, *descendants(server_pid)]
-    models = {stub.pid: stub.model for pid in pids for stub in stub_processes(pid)}
-    for pid in pids:
-        process = f"{_role(pid, server_pid, models)} {pid}"
+    for pid, part in named_processes(server_pid).items():
+        process = f"{part} {pid}"
         status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
         found[process, "RSS"] = float(status["VmRSS"].split()[0]) / 1024
         found[process, "shared"] = float(status["RssShmem"].split()[0]) / 1024
@@ -44,16 +41,6 @@ def read(server_pid: int, regions: Iterable[Path] = ()) -> Reading:
         found[process, "threads"] = float(status["Threads"])
     found["all", "/dev/shm"] = sum(512 * region.stat().st_blocks for region in regions) / 2**20
     return found
-
-
-def _role(pid: int, server_pid: int, models: dict[int, str]) -> str:
-    if pid == server_pid:
-        return "gateway"
-    if pid in models:
-        return models[pid]
-    if b"spawn_main" in arguments(pid):
-        return "pictures"
-    return "tracker" if b"resource_tracker" in arguments(pid) else name(pid)
 
 
 @dataclass(frozen=True)
