@@ -42,21 +42,30 @@ def prometheus(target: str, folder: Path) -> Iterator[str]:
     with (folder / "prometheus.log").open("w") as log:
         process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
     try:
-        yield f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{port}"
+        until_ready(url, process)
+        yield url
     finally:
         process.terminate()
         process.wait(30)
 
 
-def until_asked(url: str, query: str) -> None:
-    """Wait until a query has a series."""
+def until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Wait until Prometheus has read its storage: before, it answers 503."""
     end_s = time.monotonic() + 60
     while True:
         try:
-            if ask(url, query, 1, 1):
+            with urllib.request.urlopen(f"{url}/-/ready", timeout=10):
                 return
-        except OSError:
-            pass
+        except OSError as error:
+            assert process.poll() is None and time.monotonic() < end_s, error
+        time.sleep(0.2)
+
+
+def until_asked(url: str, query: str) -> None:
+    """Wait until a query has a series."""
+    end_s = time.monotonic() + 60
+    while not ask(url, query, 1, 1):
         assert time.monotonic() < end_s, query
         time.sleep(0.2)
 
