@@ -265,7 +265,14 @@ def run_profile(settings: ProfileSettings, output: Output) -> int:
 
 
 def _measured(settings: ProfileSettings) -> dict[str, Any]:
-    from benchmarks.planning.measured import measure_engines, measure_host, profile_json, real_server, simulated_server
+    from benchmarks.planning.measured import (
+        as_served,
+        measure_engines,
+        measure_host,
+        profile_json,
+        real_server,
+        simulated_server,
+    )
     from benchmarks.planning.question import find_profile
     from icportrait.policy import ServingPolicy
 
@@ -275,6 +282,7 @@ def _measured(settings: ProfileSettings) -> dict[str, Any]:
             return profile_json(profile, measure_host(profile, server, settings.requests, note=settings.note))
     profile = measure_engines(settings.export, settings.runtime)
     with real_server(settings.export, ServingPolicy(runtime=settings.runtime)) as server:
+        profile = as_served(profile, server)
         return profile_json(profile, measure_host(profile, server, settings.requests, note=settings.note))
 
 

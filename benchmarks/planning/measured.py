@@ -39,7 +39,8 @@ PICTURE = HEADS.parent / "astronaut.jpg"
 _WARM_UP = 4
 _LATE_STEPS = 60
 _LONGEST_S = 300.0
-_SAME_SEEDS, _AT_ONCE_SEEDS = 10_000, 20_000
+_PAUSE_S = 0.05
+"""Mean pause before a request: between the requests of a light load the processes sleep, and wake more slowly."""
 _PER_STEP = ("step_slots", "step_ms", "step_outside_engine_ms")
 _PUBLISHED_S = 0.4
 """The server publishes its counters every quarter of a second."""
@@ -132,7 +133,7 @@ def measure_host(
 
     The first half has new pictures each time, which are decoded and searched for faces; the second has the same again.
     Then as many requests as there are slots run at once, for the loop's own time with full batches. No two requests
-    have one seed: the hidden reference would be the same, and not be encoded again.
+    have one seed, and no two measurements a picture: what the server has kept of an earlier one takes no time again.
 
     Args:
         profile: the times of the server's engines.
@@ -141,17 +142,18 @@ def measure_host(
         steps: of each request.
         note: of the conditions, for the profile.
     """
-    rng, picture = np.random.default_rng(0), pixels(PICTURE, "profile")
+    rng, picture = np.random.default_rng(), pixels(PICTURE, "profile")
+    count = requests + _WARM_UP
     with InferenceServerClient(server.grpc_url) as client:
-        new = [_ask(client, new_file(picture, rng), steps, seed) for seed in range(requests + _WARM_UP)][_WARM_UP:]
+        new = [_ask(client, new_file(picture, rng), steps, rng) for _ in range(count)][_WARM_UP:]
         file = new_file(picture, rng)
-        seeds = range(_SAME_SEEDS, _SAME_SEEDS + requests + _WARM_UP)
-        same = [_ask(client, file, steps, seed) for seed in seeds][_WARM_UP:]
-        alone = _steps_ms(client, server, file, 8 * steps, 1)
-        full = _steps_ms(client, server, file, 8 * steps, profile.preset.max_unet_batch)
+        same = [_ask(client, file, steps, rng) for _ in range(count)][_WARM_UP:]
+        alone = _steps_ms(client, server, file, 8 * steps, 1, rng)
+        full = _steps_ms(client, server, file, 8 * steps, profile.preset.max_unet_batch, rng)
     engine = profile.engine_ms
     kept_ms = _median(same, "preprocess")
     late_ms = max(0.0, alone["step_ms"] - engine["unet"][1])
+    join_ms = _median(same, "queue and warp") - engine["warping_network"][1] - late_ms
     encode_hops_ms = max(0.0, _median(same, "encode") - engine["vae_encoder"][1] - late_ms)
     decode_hops_ms = max(0.0, _median(same, "decode") - engine["vae_decoder"][1] - late_ms)
     here = machine()
@@ -163,6 +165,7 @@ def measure_host(
         to_encoder_ms=_rounded(encode_hops_ms / 2),
         to_loop_ms=_rounded(encode_hops_ms / 2),
         late_ms=_rounded(late_ms),
+        join_ms=_rounded(join_ms),
         step_outside_ms={
             max(1, round(each["step_slots"])): _rounded(each["step_outside_engine_ms"]) for each in (alone, full)
         },
@@ -175,10 +178,32 @@ def measure_host(
 
 def measure_late_ms(profile: ServiceProfile, server: ServerProcess, requests: int = 5) -> float:
     """Measure ``Host.late_ms`` alone, in a few seconds: other work on the machine changes it."""
-    file = new_file(pixels(PICTURE, "profile"), np.random.default_rng(1))
+    rng = np.random.default_rng()
+    file = new_file(pixels(PICTURE, "profile"), rng)
     with InferenceServerClient(server.grpc_url) as client:
-        steps = [_steps_ms(client, server, file, _LATE_STEPS, 1)["step_ms"] for _ in range(requests)]
+        steps = [_steps_ms(client, server, file, _LATE_STEPS, 1, rng)["step_ms"] for _ in range(requests)]
     return max(0.0, fmean(steps) - profile.engine_ms["unet"][1])
+
+
+def as_served(profile: ServiceProfile, server: ServerProcess) -> ServiceProfile:
+    """Return a profile whose UNet takes the time that real engines take in the server, one row and many.
+
+    The loop keeps an engine's inputs where they are, so that its steps can be shorter than runs of the engine alone.
+
+    Args:
+        profile: of real engines, measured alone.
+        server: runs these engines, and has no other callers.
+    """
+    rng, alone_ms = np.random.default_rng(), profile.engine_ms["unet"]
+    file = new_file(pixels(PICTURE, "profile"), rng)
+    with InferenceServerClient(server.grpc_url) as client:
+        found = [_steps_ms(client, server, file, _LATE_STEPS, at_once, rng) for at_once in (1, 2, 4, max(alone_ms))]
+    rows = [each["step_slots"] for each in found]
+    shares = [
+        each["step_ms"] / np.interp(each["step_slots"], list(alone_ms), list(alone_ms.values())) for each in found
+    ]
+    served_ms = {size: float(np.interp(size, rows, shares)) * each for size, each in alone_ms.items()}
+    return replace(profile, engine_ms={**profile.engine_ms, "unet": served_ms})
 
 
 def mean_host(first: Host, second: Host) -> Host:
@@ -225,9 +250,10 @@ def stages_ms(metadata: Mapping[str, Any], whole_ms: float) -> dict[str, float]:
     }
 
 
-def _ask(client: Any, file: bytes, steps: int, seed: int) -> dict[str, float]:
-    values = {"profile": file, "reference": file, "num_inference_steps": steps, "seed": seed, "guidance_scale": 1.0}
-    inputs = [tensor(name, value) for name, value in values.items()]
+def _ask(client: Any, file: bytes, steps: int, rng: np.random.Generator) -> dict[str, float]:
+    values = {"profile": file, "reference": file, "num_inference_steps": steps, "guidance_scale": 1.0}
+    inputs = [tensor(name, value) for name, value in (values | {"seed": _seed(rng)}).items()]
+    time.sleep(rng.exponential(_PAUSE_S))
     began_s = time.perf_counter()
     try:
         result = client.infer(load_contract().model, inputs)
@@ -237,14 +263,20 @@ def _ask(client: Any, file: bytes, steps: int, seed: int) -> dict[str, float]:
     return stages_ms(json.loads(result.as_numpy("metadata")[0]), whole_ms)
 
 
-def _steps_ms(client: Any, server: ServerProcess, file: bytes, steps: int, at_once: int) -> dict[str, float]:
+def _seed(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**31))
+
+
+def _steps_ms(
+    client: Any, server: ServerProcess, file: bytes, steps: int, at_once: int, rng: np.random.Generator
+) -> dict[str, float]:
     """Return the means of a step's rows, engine time and time outside, in ms, with some requests at once."""
     time.sleep(_PUBLISHED_S)
     first = server_counters(server.metrics_url)
     values = {"profile": file, "reference": file, "num_inference_steps": steps, "guidance_scale": 1.0}
     inputs = [tensor(name, value) for name, value in values.items()]
-    for seed in range(_AT_ONCE_SEEDS + at_once, _AT_ONCE_SEEDS + 2 * at_once):
-        client.async_infer(load_contract().model, [*inputs, tensor("seed", seed)], lambda *_: None)
+    for _ in range(at_once):
+        client.async_infer(load_contract().model, [*inputs, tensor("seed", _seed(rng))], lambda *_: None)
     expected, deadline_s = first.get("answers_total", 0.0) + at_once, time.monotonic() + _LONGEST_S
     last = first
     while last.get("answers_total", 0.0) < expected:

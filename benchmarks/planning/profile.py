@@ -49,6 +49,8 @@ class Host:
     """From the VAE encoder's model to the loop."""
     late_ms: float = 0.0
     """Time by which a run is longer than its engine's: until the host has noticed its end."""
+    join_ms: float = 0.0
+    """The loop's, from a request's arrival to its warping's begin, beside the engines' time."""
     step_outside_ms: Mapping[int, float] = field(default_factory=dict)
     """The loop's, between two runs of the UNet, by rows."""
     to_decoder_ms: float = 0.0

@@ -18,7 +18,7 @@ import numpy as np
 from benchmarks.calls import OK
 from benchmarks.load import LoadRun, Outcome, run_load
 from benchmarks.planning.evaluation import quantile
-from benchmarks.planning.measured import measure_host, real_server, simulated_server, stages_ms
+from benchmarks.planning.measured import as_served, measure_host, real_server, simulated_server, stages_ms
 from benchmarks.planning.profile import Host, PlanningError, ServiceProfile
 from benchmarks.planning.simulation import Passage, ServerSettings, SimulatedServer
 from benchmarks.planning.workload import Call
@@ -161,6 +161,8 @@ def replay(
     server_settings = server_settings or ServerSettings()
     policy = server_settings.policy
     with real_server(export, policy) if export else simulated_server(profile, policy) as server:
+        if export:
+            profile = as_served(profile, server)
         host = measure_host(profile, server)
         run = run_load(replace(settings, url=server.grpc_url))
     return compare(replace(profile, host=host), run, server_settings), host

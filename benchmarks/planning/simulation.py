@@ -6,7 +6,7 @@ encoder's cache and the order of waiting pictures are the server's. What is mode
     gateway     reads and checks a request, asks for a lease                      front_ms
     workers     decode both pictures and find faces, and encode portraits         prepare_ms, encode_ms
     encoder     both pictures in Triton's dynamic batches of all callers          to_encoder_ms, to_loop_ms
-    loop        warping and steps                                                 step_outside_ms
+    loop        warping and steps                                                 join_ms, step_outside_ms
     decoder     in dynamic batches                                                to_decoder_ms, to_gateway_ms
     device      runs one engine at a time, first come first served                 the engines' times
 
@@ -148,7 +148,7 @@ class _Slots:
         self._warping_s = [0.0, *(each / 1000 for each in profile.engine_ms["warping_network"].values())]
         self._unet_s = [0.0, *(each / 1000 for each in profile.engine_ms["unet"].values())]
         self._outside_s = [profile.host.outside_ms(rows) / 1000 for rows in range(self.rows + 1)]
-        self._late_s = profile.host.late_ms / 1000
+        self._late_s, self._join_s = profile.host.late_ms / 1000, profile.host.join_ms / 1000
         self._warped: list[Passage] = []
         self._end_s = 0.0
         self.stepped_s = 0.0
@@ -160,6 +160,7 @@ class _Slots:
         for passage in self._warped:
             passage.joined_s = self._time.now_s
         self.warpings += 1
+        self._time.wait_until(self._time.now_s + self._join_s)
         self._launch(self._warping_s[len(jobs)])
 
     def wait_warping(self) -> Array:

@@ -27,6 +27,7 @@ from benchmarks.calls import OK
 from benchmarks.load import LoadRun, run_load
 from benchmarks.planning.evaluation import Scenario, quantile, student_95
 from benchmarks.planning.measured import (
+    as_served,
     host_json,
     mean_host,
     measure_engines,
@@ -114,6 +115,8 @@ def validate(
         else:
             continue
         with starting as server:
+            if not mix.profile:
+                engines = as_served(engines, server)
             capacity, host = capacity_per_s(engines, mix), _measure(engines, server)
             found = []
             for number, load in enumerate(LOADS):

@@ -31,6 +31,8 @@ def test_a_server_is_measured_and_its_load_is_simulated(slow: ServerProcess) -> 
     host = measure_host(profile, slow, requests=3, steps=2, note="test")
     assert host.prepare_ms > 0
     assert host.outside_ms(1) > 0
+    again = measure_host(profile, slow, requests=3, steps=2, note="test")
+    assert again.prepare_ms > host.prepare_ms / 5, "what the server keeps of the first measurement takes time again"
     assert read_host(profile_json(profile, host)["host"]) == host
 
     load = LoadSettings(url=slow.grpc_url, rate_per_s=4, duration_s=4, steps=(1, 3), warm_up_s=0.5, seed=3)
