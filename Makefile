@@ -136,9 +136,10 @@ bench: $(EXPORT)/manifest.json ## how fast a portrait is, and why: build/bench/l
 bench-check: $(EXPORT)/manifest.json ## the same, and an error where it is slower by its peers than the committed run
 	@$(PYTHON) -m benchmarks latency --export $(EXPORT) --compare-with $(wildcard benchmarks/results/latency-*.json)
 
-configs: $(STAMP) ## regenerate the committed config.pbtxt files, the client's contract and the tables of docs/api.md
+configs: $(STAMP) ## regenerate the committed config.pbtxt files, the client's contract, docs' tables and Kubernetes' rules
 	@$(PYTHON) -m icportrait.deploy.repository --configs
 	@$(PYTHON) -m tests.documents
+	@$(PYTHON) -m tests.manifests
 
 heads: $(STAMP) ## render the committed heads of the demo and of the client's sweep again
 	@$(PYTHON) -m training.example_heads
