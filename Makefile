@@ -55,7 +55,7 @@ endif
 WORKERS := --dist loadgroup --numprocesses
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants fuzz lint sbom audit format clean chaos soak serve-on
+.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants fuzz lint sbom audit format clean chaos soak serve-on locks image-check
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -191,8 +191,25 @@ $(AUDITOR_STAMP): deploy/audit-requirements.txt
 	@$(AUDITOR)/bin/python -m pip --disable-pip-version-check install --quiet -r $<
 	@touch $@
 
-sbom: $(STAMP) $(AUDITOR_STAMP) ## list all installed packages with versions and licences: build/sbom.json (CycloneDX)
+IMAGES := cpu gpu
+
+locks: $(STAMP) ## lock the packages of the container images with their hashes, at the versions of constraints.txt
+	@$(MAKE) --no-print-directory $(IMAGES:%=lock-%)
+
+lock-cpu: PYTHON_OF_IMAGE := 3.11
+lock-gpu: PYTHON_OF_IMAGE := 3.12
+lock-%:
+	@$(VENV)/bin/uv pip compile --quiet --no-header --no-annotate --generate-hashes --python-version $(PYTHON_OF_IMAGE) \
+		--constraint constraints.txt --extra c2pa --extra sandbox --extra serve --extra tracing \
+		--output-file deploy/container/requirements-$*.txt pyproject.toml deploy/container/$*.in
+
+image-check: $(STAMP) ## take the steps of the CPU image in a bare Debian and serve from it: root, debootstrap, 3 GB of disk
+	@$(PYTHON) -m pytest -s tests/image
+
+sbom: $(STAMP) $(AUDITOR_STAMP) ## list all packages: build/sbom.json with licences (CycloneDX), build/sbom-cpu.json and -gpu of the images
 	@mkdir -p build
+	@for image in $(IMAGES); do $(AUDITOR)/bin/cyclonedx-py requirements --output-reproducible --pyproject pyproject.toml \
+		--output-file build/sbom-$$image.json deploy/container/requirements-$$image.txt || exit 1; done
 	@$(AUDITOR)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file build/sbom.json $(PYTHON)
 	@echo build/sbom.json
 

@@ -80,7 +80,7 @@ def crd_schema(kind: str) -> dict[str, Any]:
 
 
 def close(schema: Any) -> None:
-    """Forbid members that a schema doesn't name."""
+    """Refuse members that a schema doesn't name."""
     if isinstance(schema, list):
         for each in schema:
             close(each)

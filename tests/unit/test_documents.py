@@ -39,16 +39,31 @@ from tests.documents import (
 )
 
 LANGUAGES = {"sh", "python", "toml", "json", "nginx", "ini", "text", "js"}
+IMAGE = "registry.example/icportrait:0.1.0"
+NO_ENGINE = "needs a container engine; make image-check takes the CPU image's steps, and runs its server, without one"
+NO_CLUSTER = "needs a cluster; tests/unit/test_kubernetes.py renders and validates what is applied"
 EXEMPT = {
     "apt-get install git make python3 python3-venv libpython3.11": "installs packages as root",
     "docker run --rm nvcr.io/nvidia/tritonserver:YY.MM-py3 printenv TRT_VERSION": "needs docker and NVIDIA's registry",
     "pip install 'icportrait[c2pa]'": "make setup installs the package; the project is in no index",
     "pip install 'icportrait[tracing]'": "make setup installs the packages; the project is in no index",
+    "deploy/kubernetes/publish.sh build/repository/onnxruntime store:portraits": "tests/unit/test_kubernetes.py does",
+    f"docker build --file deploy/container/Dockerfile.cpu --tag {IMAGE}-cpu .": NO_ENGINE,
+    "docker build --file deploy/container/Dockerfile.gpu --build-arg TRITON_RELEASE=YY.MM "
+    f"--build-arg TENSORRT_INDEX=NVIDIAS_INDEX --tag {IMAGE}-gpu .": NO_ENGINE,
+    f"docker push {IMAGE}-cpu": NO_ENGINE,
+    "docker run --rm --read-only --tmpfs /tmp --shm-size 256m --volume ./models:/models "
+    f"--publish 127.0.0.1:8000:8000 {IMAGE}-cpu": NO_ENGINE,
+    "kubectl apply --kustomize deploy/kubernetes/overlays/gpu": NO_CLUSTER,
+    "kubectl rollout status deployment/icportrait --namespace icportrait": NO_CLUSTER,
+    "kubectl rollout undo deployment/icportrait --namespace icportrait": NO_CLUSTER,
     "node examples/node/portrait.js localhost:8001 me.jpg portrait.jpg out.png": "tests/e2e/test_node.py runs it",
     "npm ci --prefix examples/node": "tests/e2e/test_node.py installs the same packages elsewhere",
     "pip install ./client": "make setup installs the client from the same folder",
 }
 """Commands that no test runs or parses, each with the reason."""
+RUN_BY_KUBERNETES = ("kubectl create ", "kubectl kustomize ")
+"""Commands that ``tests/unit/test_kubernetes.py`` runs without a cluster."""
 PROGRAMS = {
     ".venv/bin/icportrait": "icportrait_client.cli",
     "icportrait": "icportrait_client.cli",
@@ -127,7 +142,12 @@ def makefile() -> str:
 
 @pytest.mark.parametrize(("where", "line"), LINES)
 def test_a_command_is_made_parsed_run_or_exempt(where: str, line: str, parse: Callable[[str, list[str]], None]) -> None:
-    if line in EXEMPT or line in MAKE or (LINES[where, line].needs_server and line.split()[0] not in PROGRAMS):
+    if (
+        line in EXEMPT
+        or line in MAKE
+        or line.startswith(RUN_BY_KUBERNETES)
+        or (LINES[where, line].needs_server and line.split()[0] not in PROGRAMS)
+    ):
         return
     for words in variants(line):
         command = command_line(words)

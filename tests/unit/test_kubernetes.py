@@ -26,7 +26,8 @@ from icportrait.metrics import FAMILIES, Kind
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128, SD15_512
 from icportrait.request import INPUTS
-from tests.manifests import KUBERNETES, MONITORING, RULES, crd_schema, only, render, rules_text
+from tests.documents import logical_lines, read
+from tests.manifests import KUBERNETES, MONITORING, ROOT, RULES, crd_schema, only, render, rules_text
 from tests.unit.test_gateway_metrics import ask
 from tests.unit.test_monitoring import RECORDINGS, asked, metrics, promtool
 
@@ -39,6 +40,8 @@ PROFILES = {
     "cpu": ["cpu-avx2-demo-128-fp32"],
 }
 """The machines whose longest job a server must have time for when it stops."""
+DEPLOY = ROOT / "docs" / "deploy.md"
+COMMANDS = [line for block in read(DEPLOY)[1] if block.language == "sh" for line in logical_lines(block.text)]
 END_OF_TRITON_S = 10
 UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30}
 
@@ -321,6 +324,58 @@ def test_the_endpoint_picker_reads_gauges_of_the_server() -> None:
     used += [picker["parser"]["pluginRef"], *(source["pluginRef"] for source in picker["dataLayer"]["sources"])]
     used += [each["pluginRef"] for source in picker["dataLayer"]["sources"] for each in source["extractors"]]
     assert set(used) == set(plugins)
+
+
+# The document.
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("kubectl kustomize ")])
+def test_an_overlay_of_the_document_is_one(line: str) -> None:
+    assert Path(line.split()[-1]) in {Path("deploy/kubernetes/overlays") / overlay for overlay in OVERLAYS}
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if line.startswith("kubectl create ")])
+def test_the_document_makes_what_the_pods_name(line: str, tmp_path: Path) -> None:
+    manifests = render("gpu")
+    (tmp_path / "keys.toml").touch()
+    command = [*line.split(), "--dry-run=client", "--output=yaml"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and not done.stderr, done.stderr
+    made = yaml.safe_load(done.stdout)
+    namespace = only(manifests, "Namespace")["metadata"]["name"]
+    if made["kind"] == "Namespace":
+        assert made["metadata"]["name"] == namespace
+        return
+    spec = pod("gpu")
+    named = {each["secret"]["secretName"]: "keys.toml" for each in spec["volumes"] if "secret" in each}
+    named |= {
+        each["secretRef"]["name"]: "RCLONE_CONFIG_STORE_TYPE"
+        for each in spec["initContainers"][0]["envFrom"]
+        if "secretRef" in each
+    }
+    assert made["metadata"]["namespace"] == namespace
+    assert named[made["metadata"]["name"]] in made["data"]
+
+
+def test_the_documents_names_and_figures_are_the_manifests(settings: Settings) -> None:
+    manifests, text = render("gpu"), DEPLOY.read_text()
+    (headless,) = [each for each in manifests if each["kind"] == "Service" and each["spec"].get("clusterIP") == "None"]
+    (port,) = headless["spec"]["ports"]
+    address = f"{headless['metadata']['name']}.{headless['metadata']['namespace']}:{port['port']}"
+    pool, scaled = only(manifests, "InferencePool"), only(manifests, "ScaledObject")["spec"]
+    threshold = {each["name"]: each["metadata"]["threshold"] for each in scaled["triggers"]}
+    probe, container = server("gpu")["startupProbe"], server("gpu")
+    for words in (
+        f"`dns:///{address}`",
+        f"`{pool['spec']['endpointPickerRef']['name']}`",
+        f"`--pool-name {pool['metadata']['name']} --model-server-metrics-port {settings.metrics_port}`",
+        f"{probe['periodSeconds'] * probe['failureThreshold']:,} s",
+        f"waits {container['lifecycle']['preStop']['exec']['command'][1]} s",
+        f"{settings.stop_timeout_s:.0f} s (`stop_timeout_s`)",
+        f"`icportrait:queue_s` | {threshold['queue']} |",
+        f"`icportrait_active_slots` | {threshold['slots']} of {ServingPolicy().slots} |",
+    ):
+        assert words in " ".join(text.split()), words
 
 
 # The model store.

@@ -1,0 +1,1 @@
+"""The steps of the CPU image in a bare Debian; run by make image-check."""
