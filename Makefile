@@ -204,11 +204,11 @@ lock-%:
 		--output-file deploy/container/requirements-$*.txt pyproject.toml deploy/container/$*.in
 
 image-check: $(STAMP) ## take the steps of the CPU image in a bare Debian and serve from it: root, debootstrap, 3 GB of disk
-	@$(PYTHON) -m pytest -s tests/image
+	@$(PYTHON) -m pytest tests/image
 
 sbom: $(STAMP) $(AUDITOR_STAMP) ## list all packages: build/sbom.json with licences (CycloneDX), build/sbom-cpu.json and -gpu of the images
 	@mkdir -p build
-	@for image in $(IMAGES); do $(AUDITOR)/bin/cyclonedx-py requirements --output-reproducible --pyproject pyproject.toml \
+	@for image in $(IMAGES); do $(AUDITOR)/bin/python -W ignore -m cyclonedx_py requirements --output-reproducible --pyproject pyproject.toml \
 		--output-file build/sbom-$$image.json deploy/container/requirements-$$image.txt || exit 1; done
 	@$(AUDITOR)/bin/cyclonedx-py environment --output-reproducible --pyproject pyproject.toml --output-file build/sbom.json $(PYTHON)
 	@echo build/sbom.json

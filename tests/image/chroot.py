@@ -19,11 +19,15 @@ from dockerfile_parse import DockerfileParser
 SUITE = "bookworm"
 """Debian 12, as debian:12-slim."""
 HOST_FILES = ("/etc/resolv.conf", "/etc/hosts")
-NOTED = ("EXPOSE", "HEALTHCHECK", "LABEL", "STOPSIGNAL")
+NOTED = ("COMMENT", "EXPOSE", "LABEL", "STOPSIGNAL")
 """Instructions that run nothing while an image is built."""
 OF_PIP = ("PIP_DEFAULT_TIMEOUT", "PIP_DISABLE_PIP_VERSION_CHECK", "PIP_INDEX_URL", "PIP_RETRIES")
 HOST_CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+class StepError(Exception):
+    """A step failed; the text has its output."""
 
 
 def debian(folder: Path) -> Path:
@@ -46,12 +50,14 @@ class Stage:
     environment: dict[str, str] = field(default_factory=lambda: {"PATH": PATH})
     user: str = "0:0"
     entrypoint: list[str] = field(default_factory=list)
+    health: list[str] = field(default_factory=list)
+    """Command that succeeds while the server is ready."""
 
     def run(self, script: str) -> None:
         """Run a step's shell script as root.
 
         Raises:
-            CalledProcessError: it failed.
+            StepError: it failed.
         """
         mounts = ["mount -t proc proc $0/proc", "mount --rbind /dev $0/dev"]
         # What this machine needs to reach its registries, and no part of an image.
@@ -62,8 +68,10 @@ class Stage:
             pip["PIP_CERT"] = "/host-certificates"
         variables = [f"{name}={value}" for name, value in (self.environment | pip).items()]
         inside = ["chroot", self.root, "env", "-i", *variables, "/bin/sh", "-c", script]
-        subprocess.run(_in_namespaces(self.root, mounts, inside), check=True)
+        done = subprocess.run(_in_namespaces(self.root, mounts, inside), capture_output=True, text=True)
         (self.root / "host-certificates").unlink(missing_ok=True)
+        if done.returncode:
+            raise StepError(f"status {done.returncode}: {script}\n{done.stdout}\n{done.stderr}")
 
     def start(self, models: Path, command: list[str], **flags: object) -> subprocess.Popen[str]:
         """Start a command as Kubernetes would: as the stage's user, under a root that can't be written."""
@@ -123,9 +131,11 @@ def build(dockerfile: Path, context: Path, base: Path, folder: Path) -> Stage:
             stage.environment |= dict(word.split("=", 1) for word in shlex.split(value))
         elif instruction == "USER":
             stage.user = value
+        elif instruction == "HEALTHCHECK":
+            stage.health = json.loads(value.partition(" CMD ")[2])
         elif instruction == "ENTRYPOINT":
             stage.entrypoint = json.loads(value)
-        elif instruction not in (*NOTED, "COMMENT"):
+        elif instruction not in NOTED:
             raise NotImplementedError(f"{dockerfile}:{step['startline'] + 1}: {instruction}")
     return stage
 

