@@ -54,6 +54,7 @@ EXEMPT = {
     f"docker push {IMAGE}-cpu": NO_ENGINE,
     "docker run --rm --read-only --tmpfs /tmp --shm-size 256m --volume ./models:/models "
     f"--publish 127.0.0.1:8000:8000 {IMAGE}-cpu": NO_ENGINE,
+    "kubectl apply --filename deploy/kubernetes/base/namespace.yaml": NO_CLUSTER,
     "kubectl apply --kustomize deploy/kubernetes/overlays/gpu": NO_CLUSTER,
     "kubectl rollout status deployment/icportrait --namespace icportrait": NO_CLUSTER,
     "kubectl rollout undo deployment/icportrait --namespace icportrait": NO_CLUSTER,

@@ -69,6 +69,10 @@ def test_what_the_document_says_of_its_tables_is_so() -> None:
     answers = RESULTS_JSON["answers"]
     assert all(each["breaks_first"].startswith("device:") for each in answers)
     assert [each["profile"] for each in answers if each["origin"] == "measured"] == [MEASURED]
+    (own,) = [each for each in answers if each["origin"] == "measured"]
+    planned, more = [each for each in own["knee"] if each["load"] in (1.0, 1.25)]
+    assert more["busy"]["device"] - planned["busy"]["device"] < 0.1
+    assert more["p99_ms"]["value"] > 2 * planned["p99_ms"]["value"]
     none, any_server, half, most = RESULTS_JSON["caches"]
     assert any_server["p99_ms"] == none["p99_ms"]
     for name in ("p50_ms", "p99_ms"):
