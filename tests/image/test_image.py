@@ -44,7 +44,7 @@ def models(demo_export: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
     assemble(demo_export, folder / "assembled", ServingPolicy())
     shutil.copytree(folder / "assembled", folder / "models" / "repository")
-    subprocess.run(["chmod", "-R", "a+rX", tmp_path_factory.getbasetemp().parent, folder], check=True)
+    subprocess.run(["chmod", "-R", "a+rX", folder / "models"], check=True)
     return folder / "models"
 
 
