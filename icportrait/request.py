@@ -20,6 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from icportrait.contract import Array, DType
 from icportrait.errors import InvalidRequest
+from icportrait.phases import Phases, guided_steps, most_rows, phases_of
 
 MAX_SEED = 2**63 - 1
 SCHEDULERS = ("ddim", "euler", "dpmpp_2m")
@@ -38,6 +39,8 @@ class RequestInput:
     minimum: float | None = None
     maximum: float | None = None
     choices: tuple[str, ...] = ()
+    is_interval: bool = False
+    """Of two numbers, the first isn't above the second."""
 
     def parse(self, array: Array) -> Any:
         """Parse the Python value of a Triton tensor.
@@ -54,7 +57,7 @@ class RequestInput:
             return self._parse_bytes(array[0])
         # A float32 becomes the shortest decimal that names it: 0.98 stays within 0.98, and metadata says 0.8.
         values = [self._in_range(float(str(value)) if expected.kind == "f" else int(value)) for value in array]
-        return values[0] if self.size == 1 else tuple(values)
+        return values[0] if self.size == 1 else self._in_order(tuple(values))
 
     def _parse_bytes(self, value: bytes | str) -> bytes | str:
         data = value.encode() if isinstance(value, str) else bytes(value)
@@ -93,6 +96,13 @@ class RequestInput:
             raise InvalidRequest(f"{self.name}: {value[:40]!r}, expected one of {', '.join(self.choices)}")
         for number in (value if isinstance(value, tuple) else [value]) if not self.choices else []:
             self._in_range(number)
+        if isinstance(value, tuple):
+            self._in_order(value)
+
+    def _in_order(self, values: tuple[float, ...]) -> tuple[float, ...]:
+        if self.is_interval and values[0] > values[-1]:
+            raise InvalidRequest(f"{self.name}: {list(values)}, expected a begin that isn't after its end")
+        return values
 
     def _in_range(self, value: float) -> float:
         below = self.minimum is not None and not value >= self.minimum
@@ -109,6 +119,15 @@ INPUTS = (
     RequestInput("num_portraits", DType.INT32, default=1, minimum=1, maximum=8),
     RequestInput("num_inference_steps", DType.INT32, minimum=1, maximum=150),
     RequestInput("guidance_scale", DType.FLOAT32, minimum=1.0, maximum=20.0),
+    RequestInput(
+        "guidance_interval",
+        DType.FLOAT32,
+        size=2,
+        default=(0.0, 1.0),
+        minimum=0.0,
+        maximum=1.0,
+        is_interval=True,
+    ),
     RequestInput("mask_ratio", DType.FLOAT32, default=0.8, minimum=0.0, maximum=0.98),
     RequestInput("scheduler", DType.BYTES, default="dpmpp_2m", choices=SCHEDULERS),
     RequestInput("priority", DType.INT32, default=1, minimum=0, maximum=9),
@@ -153,15 +172,27 @@ class PortraitRequest:
     """The request's arrival at the gateway, a ``time.monotonic_ns`` reading."""
     key: str = ""
     """Name of the request between the gateway and the denoising loop, beside the ensemble."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Begin and end of the steps with guidance, as shares of all steps."""
     is_streamed: bool = False
     """The request's caller is told of every step."""
     profile_box: tuple[float, float, float, float] | None = None
     reference_box: tuple[float, float, float, float] | None = None
 
     @property
+    def guided_steps(self) -> range:
+        """Return the steps with guidance, which costs every portrait an unconditional row."""
+        return guided_steps(self.guidance_scale, self.guidance_interval, self.num_inference_steps)
+
+    @property
+    def phases(self) -> Phases:
+        """Return the rows of a UNet batch that this request takes over its steps."""
+        return phases_of(self.num_portraits, self.guided_steps, self.num_inference_steps)
+
+    @property
     def rows(self) -> int:
-        """Return the rows of a UNet batch this request takes. Guidance costs every portrait an unconditional row."""
-        return self.num_portraits * (2 if self.guidance_scale > 1.0 else 1)
+        """Return the most rows of a UNet batch that this request takes at a step."""
+        return most_rows(self.phases)
 
     @property
     def deadline_s(self) -> float:

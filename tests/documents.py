@@ -154,7 +154,8 @@ def _values(field: RequestInput) -> Iterator[str]:
         yield ", ".join(f"`{choice}`" for choice in field.choices)
     if field.minimum is not None:
         yield f"{field.minimum}..{field.maximum}"
-    yield "required" if field.required else "optional" if field.default is None else f"default `{field.default}`"
+    default = list(field.default) if isinstance(field.default, tuple) else field.default
+    yield "required" if field.required else "optional" if default is None else f"default `{default}`"
 
 
 def main() -> int:

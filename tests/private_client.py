@@ -59,8 +59,7 @@ class Line:
         """Ask for a lease; the refusal where there is one."""
         events = self.events(request.key)
         demand = {
-            "rows": request.rows,
-            "steps": request.num_inference_steps,
+            "phases": request.phases,
             "priority": request.priority,
             "deadline_ms": request.deadline_ms,
             "arrived_s": request.arrived_ns / 1e9,

@@ -73,8 +73,7 @@ class Front:
     ) -> IcPortraitError | None:
         """Ask for a lease; the refusal where there is one."""
         demand = Demand(
-            request.rows,
-            request.num_inference_steps,
+            request.phases,
             request.priority,
             request.deadline_ms,
             (request.arrived_ns or time.monotonic_ns()) / 1e9,

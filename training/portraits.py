@@ -19,6 +19,7 @@ from icportrait.diffusion.randomness import canvas_noise
 from icportrait.diffusion.sampling import NoiseSchedule, Trajectory, advance, guide
 from icportrait.nn import Checkpoint, engine_modules
 from icportrait.nn.matching import join_canvas, split_canvas
+from icportrait.phases import guided_steps
 from icportrait.presets import Preset
 
 
@@ -47,6 +48,7 @@ def make_portraits(
     *,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     mask_ratio: float = 0.8,
     scheduler: str = "dpmpp_2m",
     known_flows: Sequence[Tensor] | None = None,
@@ -62,6 +64,7 @@ def make_portraits(
         seeds: N seeds; each decides what of its reference is hidden, and the noise.
         num_inference_steps: UNet calls per portrait, or twice as many under guidance; None takes the checkpoint's.
         guidance_scale: weight of the conditioning; None takes the checkpoint's, 1 does without guidance.
+        guidance_interval: begin and end of the steps with guidance, as shares of all (``phases.guided_steps``).
         mask_ratio: share of the references that is hidden.
         scheduler: one of ``request.SCHEDULERS``.
         known_flows: warp by these and not by the matches found: ``[N, s_L^2]`` int64 for each level, finest first.
@@ -81,6 +84,9 @@ def make_portraits(
     trajectory = NoiseSchedule.from_config(checkpoint.scheduler_config).trajectory(
         scheduler, num_inference_steps or checkpoint.num_inference_steps
     )
+    steps = len(trajectory.timesteps)
+    guided = guided_steps(guidance_scale, guidance_interval, steps)
+    scales = [guidance_scale if step in guided else 1.0 for step in range(steps)]
     profile, reference = whole_levels(profile), whole_levels(reference)
     batches = []
     with _modules(checkpoint) as modules:
@@ -89,7 +95,7 @@ def make_portraits(
             flows = None if known_flows is None else [flow[rows] for flow in known_flows]
             visible, visibility = _hidden(preset, reference[rows], mask_ratio, seeds[rows])
             canvas = _Canvas(preset, modules, profile[rows], visible, visibility, flows)
-            latent = canvas.denoise(seeds[rows], trajectory, guidance_scale, progress)
+            latent = canvas.denoise(seeds[rows], trajectory, scales, progress)
             picture = modules["vae_decoder"](latent).permute(0, 3, 1, 2)
             batches.append((picture, latent, visible, canvas.match_confidence, *canvas.flows))
     picture, latent, visible, confidence, *found = (torch.cat(parts).cpu() for parts in zip(*batches, strict=True))
@@ -151,7 +157,11 @@ class _Canvas:
         self.flows = [flow.flatten(1).long() for flow in outputs[residuals:-1]]
 
     def denoise(
-        self, seeds: Sequence[int], trajectory: Trajectory, guidance_scale: float, progress: Callable[[int], object]
+        self,
+        seeds: Sequence[int],
+        trajectory: Trajectory,
+        guidance_scales: Sequence[float],
+        progress: Callable[[int], object],
     ) -> Tensor:
         """Denoise the portraits' latents, ``[B, latent_channels, s, s]``."""
         device = self.profile.device
@@ -160,13 +170,13 @@ class _Canvas:
         profile_noise, _ = split_canvas(noise)
         canvas = trajectory.initial_scale * noise
         history = torch.zeros_like(canvas)
-        for step, timestep in enumerate(trajectory.timesteps.tolist()):
+        for step, (timestep, scale) in enumerate(zip(trajectory.timesteps.tolist(), guidance_scales, strict=True)):
             held = (
                 float(trajectory.signal_level[step]) * self.profile
                 + float(trajectory.noise_level[step]) * profile_noise
             )
             canvas = join_canvas(held, split_canvas(canvas)[1])
-            prediction = self._predict(canvas, torch.full((len(canvas),), timestep, device=device), guidance_scale)
+            prediction = self._predict(canvas, torch.full((len(canvas),), timestep, device=device), scale)
             canvas, history = advance(canvas, prediction, history, coefficients[step].expand(len(canvas), -1))
             progress(len(canvas))
         return split_canvas(canvas)[1]

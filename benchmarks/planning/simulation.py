@@ -358,7 +358,7 @@ class SimulatedServer:
             self,
             passage,
             Demand(
-                call.rows, call.steps, call.priority, call.deadline_ms, self.time.now_s, self.settings.picture_bytes
+                call.phases, call.priority, call.deadline_ms, self.time.now_s, self.settings.picture_bytes
             ),
             str(id(passage)),
         )

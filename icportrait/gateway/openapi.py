@@ -37,7 +37,10 @@ def _schema(field: RequestInput) -> dict[str, Any]:
     if field.choices:
         schema["enum"] = list(field.choices)
     if field.size > 1:
+        default = schema.pop("default", None)
         schema = {"type": "array", "items": schema, "minItems": field.size, "maxItems": field.size}
+        if default:
+            schema["default"] = list(default)
     return schema
 
 
@@ -157,7 +160,6 @@ def _page(document: dict[str, Any]) -> str:
     options = []
     for field in INPUTS:
         limits = _schema(field)
-        limits = limits.get("items", limits)
         allowed = ", ".join(field.choices) or (
             f"{field.minimum:g}..{field.maximum:g}" if field.maximum else "a picture"
         )

@@ -34,6 +34,7 @@ from icportrait.gateway.records import CURRENT, phase
 from icportrait.gateway.settings import Settings
 from icportrait.gateway.workers import Workers
 from icportrait.manifest import Manifest
+from icportrait.phases import row_steps
 from icportrait.pictures.faces import Crop
 from icportrait.pictures.imaging import encode_picture
 from icportrait.pictures.prepare import Box, Kept, prepare
@@ -176,8 +177,7 @@ class _Life:
         self._files = dict(zip(("profile", "reference"), files, strict=True))
         self._ingredients: tuple[Ingredient, ...] = ()
         self._demand = Demand(
-            rows=request.rows,
-            steps=request.num_inference_steps,
+            phases=request.phases,
             priority=request.priority,
             deadline_ms=request.deadline_ms,
             arrived_s=request.arrived_ns / 1e9,
@@ -300,7 +300,7 @@ class _Life:
         self.queued_ns = report["joined_ns"] - report["arrived_ns"] + waited_ns
         self._let_go(metadata["stage_ms"])
         steps = self._request.num_inference_steps
-        return Portraits(self._images(files), json.dumps(metadata).encode(), steps, self._request.rows * steps)
+        return Portraits(self._images(files), json.dumps(metadata).encode(), steps, row_steps(self._request.phases))
 
     async def _prepare(self, name: str, box: Box | None, waits_ns: list[int]) -> tuple[Crop, Array]:
         """Prepare a picture's crop and pixels, [S, S, 3]; note in ``waits_ns`` how long it waited for a process."""

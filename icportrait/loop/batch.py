@@ -1,11 +1,11 @@
 """The jobs that are being denoised: each job's rows, how they change, and a step of all of them.
 
-Jobs have the first rows of the slots, without gaps. With guidance a portrait's second row is the twin of its first.
+Jobs have the first rows of the slots, without gaps. At a guided step a portrait's second row is the twin of its first.
 
 A turn calls, in this order:
 
-    complete          the rest of the last step, where jobs leave: their results are read before rows move
-    rearrange         jobs leave, jobs get their rows, and the last rows fill the gaps
+    complete          the rest of the last step, where jobs leave or change their rows: it is read before rows move
+    rearrange         jobs leave, jobs give rows back or get rows, and the last rows fill the gaps
     launch_warping    the warping network begins over jobs that join
     complete          the rest of the last step, while an engine runs
     fill              the joining jobs' latents
@@ -58,18 +58,30 @@ class Batch:
         """Return the jobs that the next step advances. The rows of the others stay as they are."""
         return [job for job in self.running if job.state is State.RUNNING and not job.has_ended]
 
+    @property
+    def is_changing(self) -> bool:
+        """Tell whether guidance begins or ends for a job with the next step, so that the job's rows change."""
+        return any(len(job.slots) != job.rows for job in self.running)
+
     def rearrange(self, leaving: Collection[Job], joining: Sequence[Job]) -> None:
-        """Let jobs leave, and give joining jobs the lowest free rows. The last rows move into the gaps that are left.
+        """Let jobs leave, give unconditional rows back, and give jobs the lowest free rows; then close the gaps.
 
         Args:
             leaving: jobs of the batch, of which the last step is complete, or jobs that never were in it.
-            joining: jobs whose rows fit.
+            joining: jobs whose rows fit. Where running jobs change their rows, the last step is complete.
         """
-        if not leaving and not joining:
+        if not leaving and not joining and not self.is_changing:
             return
         self.running = [job for job in self.running if job not in leaving]
+        for job in self.running:
+            del job.slots[job.rows :]
         owners = {row: (job, index) for job in self.running for index, row in enumerate(job.slots)}
         free = (row for row in count() if row not in owners)
+        for job in self.running:
+            for portrait in job.slots[: job.rows - len(job.slots)]:
+                job.slots.append(next(free))
+                self._latents.move(portrait, job.slots[-1])
+                self._slots.clear(job.slots[-1:])
         for job in joining:
             job.slots, job.state = [next(free) for _ in range(job.rows)], State.RUNNING
         self.running += joining
@@ -158,7 +170,7 @@ class Batch:
         (running, used_rows, engine_s), self._incomplete = self._incomplete, None
         for job in running:
             job.rows_of_steps, job.steps_in_batch = job.rows_of_steps + used_rows, job.steps_in_batch + 1
-            job.engine_s += engine_s * job.rows / used_rows
+            job.engine_s += engine_s * len(job.slots) / used_rows
 
     def is_finite(self, job: Job) -> bool:
         """Tell whether the last step gave neither NaN nor Inf for a job."""

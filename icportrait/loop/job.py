@@ -7,10 +7,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 
 from icportrait.contract import Array
 from icportrait.diffusion.sampling import Trajectory
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError
+from icportrait.phases import Phases, remaining
 from icportrait.request import PortraitRequest
 
 logger = logging.getLogger(__name__)
@@ -95,7 +97,7 @@ class Job:
     failure: IcPortraitError | None = field(default=None, init=False)
     """Set where the job's rows hold nothing of use any more."""
     slots: list[int] = field(default_factory=list, init=False)
-    """The job's rows in the batch: one a portrait, then, with guidance, one more a portrait with ``F_ref`` = 0."""
+    """The job's rows in the batch: one a portrait, then, at guided steps, one more a portrait with ``F_ref`` = 0."""
     steps_begun: int = field(default=0, init=False)
     steps_done: int = field(default=0, init=False)
     """Steps that were reported."""
@@ -108,10 +110,20 @@ class Job:
     """Rows in use, summed over the steps that the job was in the batch for."""
     steps_in_batch: int = field(default=0, init=False)
 
+    @cached_property
+    def guided_steps(self) -> range:
+        return self.request.guided_steps
+
     @property
     def rows(self) -> int:
-        """Return the slots that the job needs."""
-        return self.request.rows
+        """Return the slots that the job needs at its next step. A job that has ended needs those of its last step."""
+        is_guided = min(self.steps_begun, self.request.num_inference_steps - 1) in self.guided_steps
+        return self.request.num_portraits * (2 if is_guided else 1)
+
+    @property
+    def phases(self) -> Phases:
+        """Return the slots that the job needs at the steps that it still has."""
+        return remaining(self.request.phases, self.steps_begun)
 
     @property
     def steps(self) -> int:

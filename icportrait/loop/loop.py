@@ -1,12 +1,13 @@
 """The denoising loop: one thread runs the warping network and the UNet, and all requests share one batch.
 
-Each portrait of a job has a row of the batch, or two with guidance. A joining job's profile is warped into its
+Each portrait of a job has a row of the batch, or two at steps with guidance. A joining job's profile is warped into its
 reference's view once. Every step then advances all rows, each by its own timestep and schedule. A job leaves when its
 own steps are done. The other jobs of the batch change no bit of a row's result.
 
 An engine that waits for the loop does nothing, so answers, reports and counting come while an engine runs. Three rules
-follow. A step after which a job leaves is reported, and the job's result copied, before rows move. A step whose report
-may hold a job is reported before the next launch. A row with NaN is found after the next launch.
+follow. A step after which a job leaves or changes its rows is reported, and a leaving job's result copied, before rows
+move. A step whose report may hold a job is reported before the next launch. A row with NaN is found after the next
+launch.
 """
 
 from __future__ import annotations
@@ -154,6 +155,8 @@ class DenoisingLoop:
         leaving, joining = self._scheduler.next_step(self._batch.running, self._clock())
         self._changing = [*leaving, *joining]
         self._part(leaving)
+        if self._batch.is_changing:
+            self._finish()
         self._batch.rearrange(leaving, joining)
         for start in range(0, len(joining), self._max_jobs):
             self._warp(joining[start : start + self._max_jobs])

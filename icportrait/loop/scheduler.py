@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from icportrait.errors import IcPortraitError
 from icportrait.loop.job import Job
 from icportrait.loop.times import Pace
+from icportrait.phases import FOR_GOOD, Phases, Timetable, most_rows
 from icportrait.policy import AGING_S, BatchingMode, rank
 
 Outcomes = dict[Job, IcPortraitError | None]
@@ -50,10 +51,10 @@ class Scheduler:
             The jobs that leave the batch or the queue, and why; then the jobs that join.
         """
         leaving = self._leaving(running, now_s)
-        used = sum(job.rows for job in running if job not in leaving)
-        unwanted = self._unwanted(now_s, used)
+        staying = [job for job in running if job not in leaving]
+        unwanted = self._unwanted(now_s, sum(job.rows for job in staying))
         self.waiting = [job for job in self.waiting if job not in unwanted]
-        joining = self._joining(now_s, used)
+        joining = self._joining(now_s, staying)
         self.waiting = [job for job in self.waiting if job not in joining]
         return leaving | unwanted, joining
 
@@ -80,23 +81,36 @@ class Scheduler:
         for job in self.waiting:
             needed_s = 0.0
             if job.deadline_s < math.inf:
-                step_s = self._pace.step_s(min(used + job.rows, self._rows))
-                needed_s = job.steps * step_s + self._pace.after_s
+                needed_s = self._pace.after_s
+                for steps, rows in job.phases:
+                    needed_s += steps * self._pace.step_s(min(used + rows, self._rows))
             if error := job.refusal(now_s, needed_s):
                 unwanted[job] = error
         return unwanted
 
-    def _joining(self, now_s: float, used: int) -> list[Job]:
-        """Take the first jobs in order that fit. A job that doesn't fit ends the choice: no large job is overtaken."""
+    def _joining(self, now_s: float, running: Sequence[Job]) -> list[Job]:
+        """Take the first jobs in order that fit, at this step and at all their later ones.
+
+        A job that doesn't fit ends the choice: no large job is overtaken.
+        """
         chosen: list[Job] = []
-        free = self._rows - used
-        if used and not self._mode.joins_running:
+        if sum(job.rows for job in running) >= self._rows or (running and not self._mode.joins_running):
             return chosen
+        free = Timetable(self._rows, max((job.steps for job in [*running, *self.waiting]), default=0))
+        for job in running:
+            free.take(self._phases(job))
         for job in sorted(self.waiting, key=lambda job: rank(job, now_s, self._aging_s)):
             if self._mode.equal_steps and chosen and job.steps != chosen[0].steps:
                 continue
-            if job.rows > free or (self._mode.joins_running and len(chosen) == self._max_jobs):
+            phases = self._phases(job)
+            if free.first_fit(phases) > 0 or (self._mode.joins_running and len(chosen) == self._max_jobs):
                 break
             chosen.append(job)
-            free -= job.rows
+            free.take(phases)
         return chosen
+
+    def _phases(self, job: Job) -> Phases:
+        """Return the rows that a job may take at the next steps: its most, where it may stay longer than its steps."""
+        if self._mode.leaves_early and not job.hold_every:
+            return job.phases
+        return ((FOR_GOOD, most_rows(job.phases)),)

@@ -6,7 +6,7 @@ no reuse between requests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from icportrait.diffusion.sampling import NoiseSchedule, Trajectory, advance, gu
 from icportrait.nn.checkpoint import Checkpoint
 from icportrait.nn.engine_modules import engine_modules
 from icportrait.nn.matching import join_canvas, split_canvas
+from icportrait.phases import guided_steps
 from icportrait.presets import Preset
 
 
@@ -93,6 +94,7 @@ class ReferencePipeline:
         num_portraits: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
+        guidance_interval: tuple[float, float] = (0.0, 1.0),
         mask_ratio: float = 0.8,
         scheduler: str = "dpmpp_2m",
     ) -> ReferenceResult:
@@ -105,6 +107,7 @@ class ReferencePipeline:
             num_portraits: how many portraits to make.
             num_inference_steps: UNet calls per portrait; None takes the checkpoint's.
             guidance_scale: weight of the conditioning; None takes the checkpoint's, 1 does without guidance.
+            guidance_interval: begin and end of the steps with guidance, as shares of all (``phases.guided_steps``).
             mask_ratio: share of the reference that is hidden.
             scheduler: one of ``request.SCHEDULERS``.
 
@@ -115,6 +118,9 @@ class ReferencePipeline:
             self.spec.check_inputs({"pixels": pixels[np.newaxis]})
         guidance_scale = self.guidance_scale if guidance_scale is None else guidance_scale
         trajectory = self.schedule.trajectory(scheduler, num_inference_steps or self.num_inference_steps)
+        steps = len(trajectory.timesteps)
+        guided = guided_steps(guidance_scale, guidance_interval, steps)
+        scales = [guidance_scale if step in guided else 1.0 for step in range(steps)]
 
         visibility = reference_visibility(self.preset, mask_ratio, seed)
         visible_pixels = hide(reference_pixels, visibility)
@@ -127,7 +133,7 @@ class ReferencePipeline:
         latents = []
         for portrait in range(num_portraits):
             noise = self._tensor(canvas_noise(self.preset, seed + portrait)).unsqueeze(0)
-            latents.append(self._denoise(noise, profile, f_ref, trajectory, guidance_scale))
+            latents.append(self._denoise(noise, profile, f_ref, trajectory, scales))
         portraits = [self.modules["vae_decoder"](latent) for latent in latents]
         return ReferenceResult(
             portraits=torch.cat(portraits).cpu().numpy(),
@@ -138,7 +144,12 @@ class ReferencePipeline:
         )
 
     def _denoise(
-        self, noise: Tensor, profile: Tensor, f_ref: tuple[Tensor, ...], trajectory: Trajectory, guidance_scale: float
+        self,
+        noise: Tensor,
+        profile: Tensor,
+        f_ref: tuple[Tensor, ...],
+        trajectory: Trajectory,
+        guidance_scales: Sequence[float],
     ) -> Tensor:
         """Denoise one canvas [1, latent_channels, s, 2 s] and return its right half, the portrait's latent."""
         profile_noise, _ = split_canvas(noise)
@@ -149,7 +160,7 @@ class ReferencePipeline:
             held = float(trajectory.signal_level[step]) * profile + float(trajectory.noise_level[step]) * profile_noise
             _, portrait = split_canvas(canvas)
             canvas = join_canvas(held, portrait)
-            prediction = self._predict(canvas, trajectory.timesteps[step], f_ref, guidance_scale)
+            prediction = self._predict(canvas, trajectory.timesteps[step], f_ref, guidance_scales[step])
             canvas, history = advance(
                 canvas, prediction, history, self._tensor(trajectory.coefficients[step : step + 1])
             )

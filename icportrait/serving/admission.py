@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from heapq import heapreplace, nsmallest
 
 from icportrait.errors import Unavailable
 from icportrait.loop.job import Job, State
 from icportrait.loop.times import Pace
 from icportrait.metrics import Metrics
+from icportrait.phases import Phases, Timetable, remaining
 from icportrait.policy import rank
 from icportrait.serving.control import Demand, Peer
 
@@ -55,8 +55,12 @@ class Lease:
         return not self.is_denoised and (self.job is None or self.job.state is State.WAITING)
 
     @property
+    def phases_left(self) -> Phases:
+        return remaining(self.demand.phases, self.job.steps_done if self.job else 0)
+
+    @property
     def steps_left(self) -> int:
-        return self.demand.steps - (self.job.steps_done if self.job else 0)
+        return sum(steps for steps, _ in self.phases_left)
 
     def cancel(self) -> None:
         """End the request's job, now or as soon as it comes."""
@@ -74,22 +78,22 @@ class Limits:
     nbytes: int
 
 
-def forecast(running: Iterable[tuple[int, int]], queued: Sequence[tuple[int, int]], slots: int) -> list[int]:
+def forecast(running: Sequence[Phases], queued: Sequence[Phases], slots: int) -> list[int]:
     """Return the steps from now until each queued request joins the batch, in their order; none overtakes another.
 
     Args:
-        running: for each its slots and the steps that it still has.
-        queued: for each its slots and steps, in the order in which they join.
+        running: for each the phases that it still has.
+        queued: for each its phases, in the order in which they join.
         slots: how many there are.
     """
-    free_after = sorted(steps for rows, steps in running for _ in range(rows))
-    free_after = ([0] * slots + free_after)[-slots:]
+    free = Timetable(slots, sum(steps for phases in (*running, *queued) for steps, _ in phases))
+    for phases in running:
+        free.take(phases)
     starts, before = [], 0
-    for rows, steps in queued:
-        before = max(before, nsmallest(rows, free_after)[-1])
+    for phases in queued:
+        before = free.first_fit(phases, before)
         starts.append(before)
-        for _ in range(rows):
-            heapreplace(free_after, before + steps)
+        free.take(phases, before)
     return starts
 
 
@@ -205,8 +209,8 @@ class Admission:
     def _ends(self, now_s: float, new: Lease | None = None) -> dict[Lease, float]:
         """Forecast the time of each queued request's answer."""
         queued = self._in_order(now_s, new)
-        asked = self._asked_slots + (new.demand.rows if new else 0)
-        step_s = self._pace.step_s(min(asked, self._slots))
+        active = [lease for lease in [*self._leases.values(), *([new] if new else [])] if not lease.is_denoised]
+        step_s = self._pace.step_s(min(round(sum(lease.demand.mean_rows for lease in active)), self._slots))
         ends = {}
         for lease, start in zip(queued, self._starts(queued), strict=True):
             arrives_s = now_s if lease.job else lease.demand.arrived_s + self._pace.before_s
@@ -221,11 +225,11 @@ class Admission:
 
     def _starts(self, queued: Sequence[Lease]) -> list[int]:
         running = [
-            (lease.demand.rows, lease.steps_left)
+            lease.phases_left
             for lease in self._leases.values()
             if not lease.is_queued and not lease.is_denoised
         ]
-        return forecast(running, [(lease.demand.rows, lease.demand.steps) for lease in queued], self._slots)
+        return forecast(running, [lease.demand.phases for lease in queued], self._slots)
 
     def _room_after_ms(self, missing: int, size: Callable[[Lease], int]) -> float:
         """Estimate the milliseconds until requests that hold ``missing`` between them have ended."""

@@ -38,9 +38,10 @@ from typing import Annotated, Any, BinaryIO, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from icportrait.metrics import STAGES
+from icportrait.phases import Phases, most_rows, row_steps
 
 logger = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 MAX_ASKED_BYTES = 2**16
 """Size limit of a message to the loop."""
 MAX_UNREAD_BYTES = 256 * 2**20
@@ -50,6 +51,7 @@ LENGTH = struct.Struct("!I")
 
 Reply = Mapping[str, Any]
 Key = Annotated[str, Field(min_length=1, max_length=64)]
+Positive = Annotated[int, Field(ge=1, le=2**16)]
 Count = Annotated[int, Field(ge=0, le=2**53)]
 Milliseconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
@@ -58,8 +60,7 @@ Milliseconds = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 class Demand:
     """The slots, steps and time that a request will take, as the gateway knows it."""
 
-    rows: int
-    steps: int
+    phases: Phases
     priority: int
     deadline_ms: int | None
     arrived_s: float
@@ -68,10 +69,23 @@ class Demand:
     """Bytes of the request's pictures."""
 
     @property
+    def steps(self) -> int:
+        return sum(steps for steps, _ in self.phases)
+
+    @property
+    def rows(self) -> int:
+        """Return the most slots that the request takes at a step."""
+        return most_rows(self.phases)
+
+    @property
+    def mean_rows(self) -> float:
+        return row_steps(self.phases) / self.steps
+
+    @property
     def deadline_s(self) -> float:
         return math.inf if self.deadline_ms is None else self.arrived_s + self.deadline_ms / 1000
 
-    def to_message(self) -> dict[str, float | None]:
+    def to_message(self) -> dict[str, Any]:
         """Return ``LeaseAsked``'s fields."""
         return asdict(self)
 
@@ -90,8 +104,7 @@ class LeaseAsked(_Message):
 
     op: Literal["lease"] = "lease"
     key: Key
-    rows: Annotated[int, Field(ge=1, le=2**16)]
-    steps: Annotated[int, Field(ge=1, le=2**16)]
+    phases: Annotated[tuple[tuple[Positive, Positive], ...], Field(min_length=1, max_length=3)]
     priority: Annotated[int, Field(ge=0, le=2**16)]
     deadline_ms: Annotated[int, Field(ge=0, le=2**31)] | None
     arrived_s: Annotated[float, Field(ge=0.0, le=2.0**40, allow_inf_nan=False)]
@@ -100,7 +113,7 @@ class LeaseAsked(_Message):
 
     @property
     def demand(self) -> Demand:
-        return Demand(self.rows, self.steps, self.priority, self.deadline_ms, self.arrived_s, self.nbytes)
+        return Demand(self.phases, self.priority, self.deadline_ms, self.arrived_s, self.nbytes)
 
 
 class Cancel(_Message):

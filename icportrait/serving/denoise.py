@@ -191,8 +191,7 @@ class DenoiseStage:
 
     def _lease_standalone(self, request: PortraitRequest) -> Lease:
         demand = Demand(
-            request.rows,
-            request.num_inference_steps,
+            request.phases,
             request.priority,
             request.deadline_ms,
             request.arrived_ns / 1e9,
@@ -329,6 +328,7 @@ class DenoiseStage:
 
 
 def _check_lease(request: PortraitRequest, lease: Lease) -> None:
-    asked, leased = (request.rows, request.num_inference_steps), (lease.demand.rows, lease.demand.steps)
-    if asked != leased:
-        raise IcPortraitError(f"denoise: rows and steps are {asked}, and were {leased} when the lease was asked for")
+    if request.phases != lease.demand.phases:
+        raise IcPortraitError(
+            f"denoise: steps and rows are {request.phases}, and were {lease.demand.phases} when the lease was asked for"
+        )

@@ -181,6 +181,7 @@ class AnswerMetadata:
             "steps": request.num_inference_steps,
             "scheduler": request.scheduler,
             "guidance_scale": request.guidance_scale,
+            "guidance_interval": list(request.guidance_interval),
             "mask_ratio": request.mask_ratio,
             "size": [self._size, self._size],
             "output_format": request.output_format,

@@ -40,9 +40,10 @@ def _message(rng: random.Random) -> dict[str, Any]:
     if made["op"] == "release" and rng.random() < 0.5:
         made["stage_ms"] = rng.choice(({"denoise": 1.0}, {"denoise": -1.0}, {"x": 1.0}, [], {"denoise": None}))
     if made["op"] == "lease":
-        made |= {"rows": 2, "steps": 5, "priority": 1, "deadline_ms": None, "arrived_s": 1.5, "nbytes": 10}
+        phases = [[rng.choice((5, *NUMBERS)), 2] for _ in range(rng.choice((1, 1, 1, 0, 3, 4)))]
+        made |= {"phases": phases, "priority": 1, "deadline_ms": None, "arrived_s": 1.5, "nbytes": 10}
         for _ in range(rng.randrange(3)):
-            made[rng.choice(("rows", "steps", "priority", "deadline_ms", "arrived_s", "nbytes"))] = rng.choice(NUMBERS)
+            made[rng.choice(("phases", "priority", "deadline_ms", "arrived_s", "nbytes"))] = rng.choice(NUMBERS)
     if rng.random() < 0.05:
         made["more"] = 1
     return made

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from icportrait.loop.job import Job, State
 from icportrait.loop.scheduler import Scheduler
 from icportrait.loop.times import Pace
 from icportrait.metrics import REFUSALS, Metrics
+from icportrait.phases import Phases, most_rows, phases_of
 from icportrait.policy import BATCHING_MODES
 from icportrait.serving.admission import MARGIN, UNKNOWN_RETRY_MS, Admission, Lease, Limits, forecast
 from icportrait.serving.control import Demand
@@ -25,32 +26,39 @@ from tests.unit.test_scheduler import Request
 STEP_S = 0.1
 
 
-def simulated(running: Iterable[tuple[int, int]], queued: Sequence[tuple[int, int]], slots: int) -> list[int]:
+def simulated(running: Sequence[Phases], queued: Sequence[Phases], slots: int) -> list[int]:
     """Find ``forecast``'s answer by stepping until all have joined."""
     scheduler = Scheduler(BATCHING_MODES["in-flight"], slots, max_jobs=len(queued), pace=Pace())
-    waiting = [Request("w", rows, steps, arrived_s=index) for index, (rows, steps) in enumerate(queued)]
+    waiting = [Request("w", phases=phases, arrived_s=index) for index, phases in enumerate(queued)]
     scheduler.waiting += waiting
-    batch = [Request("r", rows, steps) for rows, steps in running]
+    batch = [Request("r", phases=phases) for phases in running]
     starts: dict[Request, int] = {}
     step = 0
     while scheduler.waiting:
         leaving, joining = scheduler.next_step(batch, 0.0)
         starts |= dict.fromkeys(joining, step)
         batch = [job for job in batch if job not in leaving] + joining
+        assert sum(job.rows for job in batch) <= slots
         step += 1
         for job in batch:
-            job.steps -= 1
-            job.has_ended = not job.steps
+            job.step()
     return [starts[item] for item in waiting]
 
 
+def drawn_phases(draw: random.Random) -> Phases:
+    steps = draw.randint(1, 30)
+    begin, end = sorted((draw.randint(0, steps), draw.randint(0, steps)))
+    return phases_of(draw.randint(1, 4), draw.choice((range(0), range(steps), range(begin, end))), steps)
+
+
 def test_the_forecast_is_what_the_scheduler_does() -> None:
+    """Guidance begins and ends for some requests on their way."""
     draw = random.Random(0)
     for _ in range(300):
         slots = draw.choice((8, 11, 16))
-        jobs = [(draw.randint(1, 8), draw.randint(1, 30)) for _ in range(draw.randint(1, 20))]
-        running: list[tuple[int, int]] = []
-        while jobs and sum(rows for rows, _ in running) + jobs[0][0] <= slots and draw.random() < 0.8:
+        jobs = [drawn_phases(draw) for _ in range(draw.randint(1, 20))]
+        running: list[Phases] = []
+        while jobs and sum(map(most_rows, running)) + most_rows(jobs[0]) <= slots and draw.random() < 0.8:
             running.append(jobs.pop(0))
         assert forecast(running, jobs, slots) == simulated(running, jobs, slots)
 
@@ -66,8 +74,7 @@ class Server:
 
     def lease(self, key: str, rows: int = 1, steps: int = 10, **options: Any) -> Lease:
         demand = Demand(
-            rows,
-            steps,
+            ((steps, rows),),
             priority=options.get("priority", 1),
             deadline_ms=options.get("deadline_ms"),
             arrived_s=options.get("arrived_s", self.now_s),
@@ -301,7 +308,7 @@ def test_what_was_let_in_before_is_let_in_whatever_waits_and_counts() -> None:
     server = Server(slots=4, limit=0)
     server.run("running", rows=4, steps=100)
     server.refused(rows=1)
-    demand = Demand(rows=2, steps=5, priority=1, deadline_ms=1, arrived_s=server.now_s - 9, nbytes=10**12)
+    demand = Demand(((5, 2),), priority=1, deadline_ms=1, arrived_s=server.now_s - 9, nbytes=10**12)
     assert server.admission.grant("again", demand).demand is demand
     assert server.admission.queued_slots == 2 and server.admission.get("again")
     server.refused(rows=1)

@@ -40,15 +40,15 @@ from tests.private_client import Line
 from tests.stage_front import until
 
 HELLO = {"op": "hello", "version": VERSION}
-DEMAND = {"rows": 2, "steps": 5, "priority": 1, "deadline_ms": None, "arrived_s": 1.5, "nbytes": 10}
+DEMAND = {"phases": [[5, 2]], "priority": 1, "deadline_ms": None, "arrived_s": 1.5, "nbytes": 10}
 LEASE = {"op": "lease", "key": "a", **DEMAND}
 GATEWAY = """
 import socket, sys
-from icportrait.serving.control import frame
+from icportrait.serving.control import VERSION, frame
 
 line = socket.socket(socket.AF_UNIX)
 line.connect(sys.argv[1])
-line.sendall(frame({"op": "hello", "version": 1}) + frame({"op": "cancel", "key": "from afar"}))
+line.sendall(frame({"op": "hello", "version": VERSION}) + frame({"op": "cancel", "key": "from afar"}))
 print("ready", flush=True)
 sys.stdin.read()
 """
@@ -158,9 +158,13 @@ def test_what_the_loop_says_arrives_in_order_and_tells_when_nobody_hears_it(path
 @pytest.mark.parametrize(
     "data",
     [
-        frame({**LEASE, "rows": -2}),
-        frame({**LEASE, "rows": 0}),
-        frame({**LEASE, "steps": "5"}),
+        frame({**LEASE, "phases": [[5, -2]]}),
+        frame({**LEASE, "phases": [[5, 0]]}),
+        frame({**LEASE, "phases": [["5", 2]]}),
+        frame({**LEASE, "phases": [[5, 2, 1]]}),
+        frame({**LEASE, "phases": []}),
+        frame({**LEASE, "phases": 4 * [[5, 2]]}),
+        frame({**LEASE, "phases": 5}),
         frame({**LEASE, "priority": "x"}),
         frame({**LEASE, "arrived_s": 1e25}),
         LENGTH.pack(len(text := b'{"op":"cancel","key":NaN}')) + text,

@@ -177,8 +177,8 @@ def test_a_lease_that_is_asked_for_again_ends_what_ran_on_the_first() -> None:
         ({"scheduler": "heun"}, "scheduler: 'heun', expected one of"),
         ({"profile_box": [0.0, 0.0, 1.0]}, "profile_box"),
         ({"more": 1}, "more: Unexpected keyword argument"),
-        ({"num_inference_steps": 4}, r"rows and steps are \(1, 4\), and were \(1, 3\) when the lease"),
-        ({"guidance_scale": 2.0}, r"rows and steps are \(2, 3\), and were \(1, 3\)"),
+        ({"num_inference_steps": 4}, r"steps and rows are \(\(4, 1\),\), and were \(\(3, 1\),\) when the lease"),
+        ({"guidance_scale": 2.0}, r"steps and rows are \(\(3, 2\),\), and were \(\(3, 1\),\)"),
     ],
 )
 def test_a_forged_request_is_refused_and_harms_no_other(request_json: dict[str, object], text: str) -> None:

@@ -23,7 +23,7 @@ from icportrait.gateway.engine import Engine, EngineLostError, Pong
 from icportrait.serving.control import Asked, ControlServer, Demand, Hello, Peer, frame
 
 SHAPE = (2, 3, 4)
-DEMAND = Demand(rows=2, steps=20, priority=1, deadline_ms=None, arrived_s=5.0, nbytes=7)
+DEMAND = Demand(phases=((20, 2),), priority=1, deadline_ms=None, arrived_s=5.0, nbytes=7)
 
 
 class Loop:
@@ -89,7 +89,7 @@ def test_leases_are_given_refused_and_granted_again(run: Callable[..., None]) ->
         await engine.lease("a", DEMAND)
         message = loop.came.get(timeout=10)
         assert message.op == "lease" and message.demand == DEMAND
-        large = Demand(8, 20, 1, 100, 5.0, 7)
+        large = Demand(((20, 8),), 1, 100, 5.0, 7)
         with pytest.raises(Unavailable, match="full; retry_after_ms: 5"):
             await engine.lease("b", large)
         await engine.lease("c", large, replayed=True)

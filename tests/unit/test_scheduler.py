@@ -11,6 +11,7 @@ from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError
 from icportrait.loop.job import Job
 from icportrait.loop.scheduler import Scheduler
 from icportrait.loop.times import Pace
+from icportrait.phases import Phases, remaining
 from icportrait.policy import BATCHING_MODES
 
 
@@ -28,7 +29,18 @@ class Request:
     is_cancelled: bool = False
     failure: IcPortraitError | None = None
     steps_begun: int = 0
+    hold_every: int = 0
+    phases: Phases = ()
     refusal = Job.refusal
+
+    def __post_init__(self) -> None:
+        self.phases = self.phases or ((self.steps, self.rows),)
+        self.steps, self.rows = sum(steps for steps, _ in self.phases), self.phases[0][1]
+
+    def step(self) -> None:
+        self.phases = remaining(self.phases, 1)
+        self.has_ended = not self.phases
+        self.rows = self.phases[0][1] if self.phases else self.rows
 
 
 def scheduler(

@@ -18,6 +18,7 @@ _OPTIONS = (
     ("--num-portraits", "num_portraits", "how many portraits to draw"),
     ("--steps", "num_inference_steps", "denoising steps"),
     ("--guidance-scale", "guidance_scale", "how strongly the pictures guide the result"),
+    ("--guidance-interval", "guidance_interval", "the steps with guidance, as shares of all"),
     ("--mask-ratio", "mask_ratio", "share of the reference that is hidden from the model"),
     ("--scheduler", "scheduler", "the sampler"),
     ("--priority", "priority", "the request's class, 0 first"),
@@ -240,6 +241,8 @@ def _argument(spec: InputSpec, meaning: str) -> dict[str, Any]:
         "help": f"{meaning}, {spec.expected} (default: {default})",
         "metavar": "N",
     }
+    if spec.is_interval:
+        keywords |= {"nargs": 2, "metavar": ("BEGIN", "END")}
     if spec.size == 4:
         keywords |= {"nargs": 4, "metavar": ("X0", "Y0", "X1", "Y1")}
     return keywords

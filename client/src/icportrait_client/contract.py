@@ -35,6 +35,8 @@ class InputSpec:
     minimum: float | None
     maximum: float | None
     choices: tuple[str, ...]
+    is_interval: bool = False
+    """Of two numbers, the first isn't above the second."""
 
     @property
     def expected(self) -> str:
@@ -65,7 +67,10 @@ class InputSpec:
             raise InvalidRequest(f"{self.name}: {_cut(value)}, expected {self.size} numbers") from None
         if len(values) != self.size:
             raise InvalidRequest(f"{self.name}: {len(values)} values, expected {self.size} numbers")
-        return [self._element(each) for each in values]
+        elements = [self._element(each) for each in values]
+        if self.is_interval and elements[0] > elements[-1]:
+            raise InvalidRequest(f"{self.name}: {elements}, expected a begin that isn't after its end")
+        return elements
 
     def read(self, data: bytes | memoryview) -> Any:
         """Read the value that a tensor of this input has: what ``elements`` was given.

@@ -28,6 +28,8 @@ class PortraitOptions(TypedDict, total=False):
     """Denoising steps."""
     guidance_scale: float | None
     """Strength with which the pictures guide the result; 1 is without guidance."""
+    guidance_interval: Sequence[float] | None
+    """Begin and end of the steps with guidance, as shares of all steps; a step outside costs half as much."""
     mask_ratio: float | None
     """Share of the reference that is hidden from the model."""
     scheduler: str | None

@@ -65,6 +65,7 @@ class Metadata:
     steps: int = 0
     scheduler: str = ""
     guidance_scale: float = 0.0
+    guidance_interval: tuple[float, ...] = ()
     mask_ratio: float = 0.0
     size: tuple[int, ...] = ()
     output_format: str = ""
@@ -104,8 +105,9 @@ class Metadata:
             for name in ("queue_ms", "engine_ms", "match_confidence"):
                 if name in known:
                     known[name] = float(known[name])
-            if "size" in known:
-                known["size"] = tuple(known["size"])
+            for name in ("size", "guidance_interval"):
+                if name in known:
+                    known[name] = tuple(known[name])
             if "stage_ms" in known:
                 known["stage_ms"] = {stage: float(value) for stage, value in known["stage_ms"].items()}
             if "crops" in known:

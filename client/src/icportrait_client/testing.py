@@ -236,6 +236,7 @@ class FakePortraitServer:
             "steps": steps,
             "scheduler": call.inputs.get("scheduler", "dpmpp_2m"),
             "guidance_scale": call.inputs.get("guidance_scale", 1.0),
+            "guidance_interval": call.inputs.get("guidance_interval", [0.0, 1.0]),
             "mask_ratio": call.inputs.get("mask_ratio", 0.8),
             "size": [SIDE_PX, SIDE_PX],
             "output_format": call.inputs.get("output_format", "png"),

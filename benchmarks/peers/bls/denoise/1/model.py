@@ -73,7 +73,7 @@ class TritonPythonModel:
             canvas = np.concatenate([held, canvas[..., half:]], axis=-1).astype(np.float32)
             inputs = {"canvas_latent": canvas, "timestep": np.array([[timestep]], np.float32)}
             output = self._call("unet", inputs | f_ref)["noise_pred"]
-            if request.guidance_scale != 1:
+            if step in request.guided_steps:
                 unconditional = self._call("unet", inputs | none)["noise_pred"]
                 output = guide(output, unconditional, request.guidance_scale)
             canvas, history = advance(canvas, output, history, trajectory.coefficients[step : step + 1])
