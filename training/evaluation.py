@@ -54,6 +54,7 @@ class Evaluation:
     pairs: int
     num_inference_steps: int
     guidance_scale: float
+    guidance_interval: tuple[float, float]
     pictures: dict[str, dict[str, float]]
     """``picture_figures`` of the portraits, the baselines and the VAE's ceiling, by name."""
     pairs_with_part: dict[str, int]
@@ -81,7 +82,8 @@ class Evaluation:
     def table(self) -> str:
         """Write the figures as text."""
         lines = [
-            f"{self.pairs} pairs, {self.num_inference_steps} steps, guidance {self.guidance_scale:g}",
+            f"{self.pairs} pairs, {self.num_inference_steps} steps, guidance {self.guidance_scale:g} in "
+            "{:g}..{:g}".format(*self.guidance_interval),
             "",
             *(f"{'':<20}{line}" for line in FIGURE_TITLES),
             *(f"{name.replace('_', ' '):<20}{figure_row(figures)}" for name, figures in self.pictures.items()),
@@ -107,6 +109,7 @@ def evaluate(
     *,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
     seed: int = 0,
     batch_size: int = 16,
     progress: Callable[[int], object] = lambda _: None,
@@ -118,6 +121,7 @@ def evaluate(
         pairs: see ``evaluation_pairs``.
         num_inference_steps: UNet calls per portrait; None takes the checkpoint's.
         guidance_scale: weight of the conditioning; None takes the checkpoint's.
+        guidance_interval: begin and end of the steps with guidance, as shares of all.
         seed: pair i is hidden and sampled with ``seed + i``.
         batch_size: portraits that are made together.
         progress: called with numbers of finished steps, which add up to ``len(pairs) * (num_inference_steps + 1)``:
@@ -137,6 +141,7 @@ def evaluate(
         range(seed, seed + len(pairs)),
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
         batch_size=batch_size,
         progress=progress,
     )
@@ -159,6 +164,7 @@ def evaluate(
         pairs=len(pairs),
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
         pictures={name: means(values) for name, values in figures.items()},
         pairs_with_part={
             part.name.lower(): int((~figures["portrait"][_part(part)].isnan()).sum()) for part in IDENTITY_PARTS

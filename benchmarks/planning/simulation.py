@@ -357,9 +357,7 @@ class SimulatedServer:
         life = _Life(
             self,
             passage,
-            Demand(
-                call.phases, call.priority, call.deadline_ms, self.time.now_s, self.settings.picture_bytes
-            ),
+            Demand(call.phases, call.priority, call.deadline_ms, self.time.now_s, self.settings.picture_bytes),
             str(id(passage)),
         )
         if self._pending > policy.max_pending_requests:

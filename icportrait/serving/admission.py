@@ -225,9 +225,7 @@ class Admission:
 
     def _starts(self, queued: Sequence[Lease]) -> list[int]:
         running = [
-            lease.phases_left
-            for lease in self._leases.values()
-            if not lease.is_queued and not lease.is_denoised
+            lease.phases_left for lease in self._leases.values() if not lease.is_queued and not lease.is_denoised
         ]
         return forecast(running, [lease.demand.phases for lease in queued], self._slots)
 

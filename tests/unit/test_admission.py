@@ -166,7 +166,8 @@ def test_a_request_that_was_denoised_waits_for_no_slot() -> None:
 
 def room_after_steps(running: list[tuple[int, int]], queued: list[tuple[int, int]], rows: int, limit: int) -> int:
     """Return how many steps from now a request of so many rows finds room, at 4 slots."""
-    starts = simulated(running, queued, 4)
+    phases = [[((steps, rows),) for rows, steps in jobs] for jobs in (running, queued)]
+    starts = simulated(*phases, slots=4)
     jobs = [*((0, *job) for job in running), *((start, *job) for start, job in zip(starts, queued, strict=True))]
     step = 0
     while sum(slots for start, slots, steps in jobs if step < start + steps) + rows > 4 + limit:

@@ -1,7 +1,8 @@
 """The denoising loop under thousands of random events in virtual time; the seed says which.
 
 Jobs arrive, are cancelled, are held and go on, have deadlines and ask for previews, while engines fail and rows become
-NaN. Whatever comes, every job is answered once, with the portraits that it has alone.
+NaN. Guidance begins and ends on some jobs' way, so that their rows change. Whatever comes, every job is answered once,
+with the portraits that it has alone.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ def kinds() -> list[Kind]:
                 seed=index,
                 num_inference_steps=draw.randint(1, 9),
                 num_portraits=draw.choice((1, 1, 1, 2, 3)),
-                guidance_scale=draw.choice((1.0, 1.0, 4.0)),
+                guidance_scale=draw.choice((1.0, 4.0)),
+                guidance_interval=draw.choice(((0.0, 1.0), (0.0, 0.4), (0.3, 0.7), (0.3, 1.0), (0.6, 1.0))),
                 scheduler=draw.choice(("ddim", "dpmpp_2m")),
             )
             entry, previews, ended = labelled(request, index + 1.0, TINY), [], threading.Event()
@@ -95,6 +97,12 @@ class Case:
     def has_ended(self) -> bool:
         return len(self.steps) == self.kind.entry.request.num_inference_steps
 
+    @property
+    def rows(self) -> int:
+        """Return the rows of the step that runs now. A held job has those of the step that comes when it goes on."""
+        request, step = self.kind.entry.request, self.job.steps_begun - (self.job.state is State.RUNNING)
+        return request.num_portraits * (2 if min(step, request.num_inference_steps - 1) in request.guided_steps else 1)
+
 
 class World(LabelSlots):
     """Engines that take virtual time. While one runs, other things happen."""
@@ -107,6 +115,7 @@ class World(LabelSlots):
         self.live: dict[float, Case] = {}
         self.done: list[Case] = []
         self.refused = 0
+        self.rows_of_jobs: set[tuple[float, int]] = set()
         self.is_over = False
         self.lock = threading.RLock()
 
@@ -124,7 +133,9 @@ class World(LabelSlots):
         found = {label: int((used == label).sum()) for label in set(used) - {0.0}}
         requests = {label: self.kinds[int(label) - 1].entry.request for label in found}
         assert found == {label: request.num_portraits for label, request in requests.items()}
-        assert len(used) == sum(request.rows for request in requests.values()), "there are rows that nobody has"
+        rows = [self.live[label].rows for label in found]
+        assert len(used) == sum(rows) <= self.rows, "there are rows that nobody has"
+        self.rows_of_jobs |= set(zip(found, rows, strict=True))
         noise_pred = super().predict(canvas_latent, timestep)
         if self.draw.random() < 0.02:
             row = self.draw.randrange(len(used))
@@ -165,7 +176,7 @@ class World(LabelSlots):
             str(self.draw.random()), kind, self.draw.choice((0, 0, 0, 0, 1, 2)), deadline_s, arrived_s=self.now_s
         )
         deadline_ms = None if deadline_s is None else round(1000 * (deadline_s - self.now_s))
-        demand = Demand(request.rows, request.num_inference_steps, case.priority, deadline_ms, self.now_s, nbytes=1)
+        demand = Demand(request.phases, case.priority, deadline_ms, self.now_s, nbytes=1)
         assert self.loop and self.admission
         try:
             lease = self.admission.lease(case.key, demand)
@@ -253,6 +264,8 @@ def test_whatever_happens_every_job_is_answered_once_with_the_portraits_that_it_
         assert case.ended_s - case.arrived_s < LONGEST_S
     kinds_of_end = {type(case.outcomes[0]) for case in world.done}
     assert {DenoiseResult, Cancelled, DeadlineMissed, IcPortraitError} <= kinds_of_end, "too little has happened"
+    labels = [label for label, _ in world.rows_of_jobs]
+    assert len(labels) - len(set(labels)) > 5, "too few jobs have changed their rows"
 
 
 def check_outcome(case: Case) -> None:
