@@ -187,6 +187,13 @@ def _add_request_arguments(command: argparse.ArgumentParser) -> None:
             help=help_text,
         )
     command.add_argument(
+        "--guidance-interval",
+        nargs=2,
+        type=float,
+        metavar=("BEGIN", "END"),
+        help="of guided requests: the steps with guidance, as shares of all; default: not sent",
+    )
+    command.add_argument(
         "--returning", type=float, metavar="SHARE", help="of requests whose profile was seen before; else it is new"
     )
     for name in ("profile", "reference"):

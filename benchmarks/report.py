@@ -281,7 +281,7 @@ def table(report: dict[str, Any]) -> str:
         f" {_steps(arguments)}, guidance {_mixed(arguments['guidance_scale'])},"
         + "".join(
             f" {name} {_mixed(arguments[name])},"
-            for name in ("priority", "deadline_ms", "returning")
+            for name in ("guidance_interval", "priority", "deadline_ms", "returning")
             if arguments[name] is not None
         )
         + f" seed {conditions['seed']}",
@@ -377,6 +377,8 @@ def _steps(arguments: dict[str, Any]) -> str:
 
 
 def _mixed(value: Any) -> str:
+    if isinstance(value, list):
+        return "..".join(f"{each:g}" for each in value)
     return str(Mix(**value)) if isinstance(value, dict) else f"{value:g}"
 
 

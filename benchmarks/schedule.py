@@ -46,13 +46,15 @@ class PlannedRequest:
     """None isn't sent."""
     profile: int | None = None
     """Number of the profile among those made for the run; None takes the given pictures in turn."""
+    guidance_interval: tuple[float, float] | None = None
+    """None isn't sent."""
     leaves_after_s: float | None = None
     """Time from the sending at which the caller cancels; None waits for the answer."""
 
     @property
     def options(self) -> dict[str, Any]:
         """Return the inputs beside the pictures."""
-        names = ("seed", "num_inference_steps", "guidance_scale", "priority", "deadline_ms")
+        names = ("seed", "num_inference_steps", "guidance_scale", "guidance_interval", "priority", "deadline_ms")
         return {name: value for name in names if (value := getattr(self, name)) is not None}
 
 
@@ -126,6 +128,7 @@ def endless(settings: LoadSettings) -> Iterator[PlannedRequest]:
             None if settings.priority is None else _pick(priority, settings.priority),
             None if settings.deadline_ms is None else _pick(deadline, settings.deadline_ms),
             next(drawn_profiles),
+            settings.guidance_interval,
             _leaving(leaves, settings),
         )
 

@@ -48,6 +48,8 @@ class LoadSettings:
     steps_mix: Mix[int] | None = None
     """Numbers of steps with weights, in place of the range."""
     guidance_scale: float | Mix[float] = 1.0
+    guidance_interval: tuple[float, float] | None = None
+    """Begin and end of guided requests' steps with guidance, as shares of all; None isn't sent."""
     profile: tuple[Path, ...] = (HEADS / "profile.png",)
     reference: tuple[Path, ...] = (HEADS / "reference.png",)
     """Pictures that requests take in turn, profiles and references alike; after the last comes the first again."""
@@ -113,6 +115,8 @@ class LoadSettings:
         ):
             for each in values:
                 inputs[name].elements(each)
+        if self.guidance_interval is not None:
+            inputs["guidance_interval"].elements(self.guidance_interval)
         for name in ("profile", "reference"):
             if not getattr(self, name):
                 raise InvalidRequest(f"{name}: no picture, expected one or more")

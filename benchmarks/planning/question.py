@@ -208,6 +208,11 @@ def read_workload(fields: Mapping[str, Any]) -> Workload:
     for name in ("rate_per_s", "burstiness", "guided", "returning"):
         if name in values:
             values[name] = _number(f"workload: {name}", values[name])
+    if "guidance_interval" in values:
+        interval = values["guidance_interval"]
+        if not isinstance(interval, list) or len(interval) != 2:
+            raise PlanningError(f"workload: guidance_interval is {str(interval)[:60]}, expected [begin, end]")
+        values["guidance_interval"] = tuple(_number("workload: guidance_interval", share) for share in interval)
     for name in ("profiles", "references"):
         if name in values and (not isinstance(values[name], int) or isinstance(values[name], bool)):
             raise PlanningError(f"workload: {name} is {values[name]!r}, expected a whole number")

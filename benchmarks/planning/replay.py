@@ -235,6 +235,7 @@ def simulate(
             request.deadline_ms,
             index % len(settings.profile) if request.profile is None else request.profile,
             index % len(settings.reference),
+            request.guidance_interval or (0.0, 1.0),
         )
         for index, request in enumerate(requests)
     ]

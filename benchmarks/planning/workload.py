@@ -14,6 +14,7 @@ import numpy as np
 
 from benchmarks.planning.profile import PlanningError, as_number
 from icportrait.contract import Array
+from icportrait.phases import Phases, guided_steps, phases_of
 from icportrait.request import INPUTS
 
 BALANCERS = ("random", "round-robin")
@@ -30,6 +31,7 @@ class Call:
     send_s: float
     steps: int
     rows: int
+    """The portraits, or with guidance twice as many."""
     portraits: int
     priority: int
     deadline_ms: int | None
@@ -37,6 +39,18 @@ class Call:
     """A number for each profile picture: equal numbers are the same file."""
     reference: int
     """A number for each reference picture."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+    @property
+    def guidance_scale(self) -> float:
+        """Return 1 without guidance, and else some other scale: none takes other rows."""
+        return 1.0 if self.rows == self.portraits else 2.0
+
+    @property
+    def phases(self) -> Phases:
+        """Return the rows that the request takes over its steps."""
+        guided = guided_steps(self.guidance_scale, self.guidance_interval, self.steps)
+        return phases_of(self.portraits, guided, self.steps)
 
 
 @dataclass(frozen=True)
@@ -52,6 +66,8 @@ class Workload:
     """Weight of each number of steps."""
     guided: float = 0.0
     """Share of requests with guidance, whose portraits take two rows."""
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    """Begin and end of their steps with guidance, as shares of all; at the others they take one row."""
     portraits: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     """Weight of each number of portraits."""
     priorities: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
@@ -74,6 +90,9 @@ class Workload:
         _check("burstiness", self.burstiness, 0.01, 1000, "a coefficient of variation, 0.01 to 1000")
         for name in ("guided", "returning"):
             _check(name, getattr(self, name), 0, 1, "a share from 0 to 1")
+        begin, end = self.guidance_interval
+        _check("guidance_interval: begin", begin, 0, 1, "a share from 0 to 1")
+        _check("guidance_interval: end", end, begin, 1, f"a share from {begin:g} to 1")
         for name, most in (("steps", MAX_STEPS), ("portraits", 8), ("priorities", 9)):
             least = 0 if name == "priorities" else 1
             weights = getattr(self, name)
@@ -101,8 +120,12 @@ class Workload:
 
     @property
     def mean_rows(self) -> float:
-        """Return the mean rows of a request."""
-        return _mean(self.portraits) * (1 + self.guided)
+        """Return the mean rows of a request's step."""
+        guided = {steps: len(guided_steps(2.0, self.guidance_interval, steps)) for steps in self.steps}
+        share = sum(weight * guided[steps] for steps, weight in self.steps.items()) / sum(
+            weight * steps for steps, weight in self.steps.items()
+        )
+        return _mean(self.portraits) * (1 + self.guided * share)
 
     @property
     def mean_portraits(self) -> float:
@@ -172,6 +195,7 @@ class Workload:
                     deadline,
                     profile_of[index],
                     int(references[index]),
+                    self.guidance_interval,
                 )
             )
         return calls

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import replace
+from itertools import count
 
 import numpy as np
 import pytest
@@ -109,6 +110,16 @@ def test_a_job_has_rows_for_guidance_while_it_lasts() -> None:
     with label_loop() as (slots, loop):
         submit(loop, labelled(guided(0.2, 0.6, num_portraits=2), 1.0)).result(60)
     assert slots.steps == [2, 2, 4, 4, 4, 4, 2, 2, 2, 2]
+
+
+def test_a_job_is_charged_with_the_rows_that_a_step_had() -> None:
+    class Timed(LabelSlots):
+        engine_s = 0.5
+
+    with label_loop(slots=Timed(), clock=count().__next__) as (_, loop):
+        result = submit(loop, labelled(guided(0.0, 0.5, num_inference_steps=4), 1.0)).result(60)
+    assert result.engine_ms == 1000 * (0.5 + 4 * 0.5)
+    assert result.rows_shared == 1.5
 
 
 class GuidingSlots(LabelSlots):

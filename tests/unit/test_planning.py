@@ -34,6 +34,7 @@ from benchmarks.planning.virtual import Device
 from benchmarks.planning.workload import Call, Workload, uniform
 from benchmarks.schedule import poisson_schedule
 from benchmarks.settings import LATENCY_TABLE, ROOT, LoadSettings
+from icportrait.phases import row_steps
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
 from icportrait.runtime.latency_table import PEAK_TFLOPS, LatencyTable
@@ -148,6 +149,21 @@ def test_more_portraits_and_guidance_take_rows_of_one_step() -> None:
     (passage,) = simulate([call(0, rows=6, portraits=3, steps=2)]).passages
     assert passage.stage_ms["denoise"] == pytest.approx(2 * (STEP_MS + 1.5))
     assert passage.stage_ms["postprocess"] == pytest.approx(3 * 4)
+
+
+def test_guidance_takes_rows_at_the_steps_of_its_interval_alone() -> None:
+    run = simulate([call(0, rows=6, portraits=3, steps=4, guidance_interval=(0.25, 0.5))])
+    assert run.batches["unet"] == pytest.approx((3 + 6 + 3 + 3) / 4)
+
+
+def test_a_workload_has_the_rows_of_its_guided_steps() -> None:
+    workload = Workload(steps={4: 1.0, 20: 1.0}, guided=0.5, guidance_interval=(0.25, 0.75))
+    assert workload.mean_rows == pytest.approx(1.25)
+    drawn = workload.calls(400, seed=1)
+    assert {each.phases for each in drawn if each.steps == 4} == {((4, 1),), ((1, 1), (2, 2), (1, 1))}
+    rows = sum(row_steps(each.phases) for each in drawn) / sum(each.steps for each in drawn)
+    assert rows == pytest.approx(workload.mean_rows, rel=0.03)
+    assert dataclasses.replace(workload, guidance_interval=(0.0, 1.0)).mean_rows == 1.5
 
 
 def test_the_virtual_loop_decides_as_the_threaded_one(monkeypatch: pytest.MonkeyPatch) -> None:
