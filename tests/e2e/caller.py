@@ -18,6 +18,7 @@ TYPES = {
     "num_portraits": "INT32",
     "num_inference_steps": "INT32",
     "guidance_scale": "FP32",
+    "guidance_interval": "FP32",
     "mask_ratio": "FP32",
     "priority": "INT32",
     "deadline_ms": "INT32",

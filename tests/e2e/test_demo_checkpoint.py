@@ -62,6 +62,7 @@ def test_callers_at_once_get_the_bytes_that_each_gets_alone(server: ServerProces
             "num_inference_steps": 2 + index,
             "mask_ratio": (0.8, 0.5)[index // 4],
             "guidance_scale": (1.0, 1.5, 4.0)[index % 3],
+            "guidance_interval": ([0.0, 1.0], [0.3, 0.8])[index // 4],
             "num_portraits": (1, 2, 1, 1)[index % 4],
             "scheduler": ("dpmpp_2m", "euler", "ddim")[index % 3],
             **(swapped if index % 2 else pictures),

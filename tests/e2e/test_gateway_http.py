@@ -446,6 +446,8 @@ class TestPortraits:
             (["guidance_scale=much"], "guidance_scale: 'much', expected a number"),
             (["guidance_scale=nan"], "guidance_scale: nan, expected"),
             (["profile_box=0,0,1"], "profile_box: shape is [3], expected [4]"),
+            (["guidance_interval=0.5"], "guidance_interval: shape is [1], expected [2]"),
+            (["guidance_interval=0.6,0.4"], "guidance_interval: [0.6, 0.4], expected a begin that isn't after its end"),
             (["colour=red"], "colour: no such field"),
             (["encoding=base64"], "encoding: no such field"),
             (["seed=1", "seed=2"], "seed: given twice"),

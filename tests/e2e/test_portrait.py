@@ -56,9 +56,10 @@ def reference_portraits(checkpoint: Checkpoint, pictures: dict[str, bytes], **op
     [
         {"num_inference_steps": 12},
         {"scheduler": "euler", "guidance_scale": 3.0, "num_portraits": 2, "num_inference_steps": STEPS},
+        {"guidance_scale": 3.0, "guidance_interval": [0.3, 0.7], "num_portraits": 2, "num_inference_steps": STEPS},
         {"scheduler": "ddim", "mask_ratio": 0.25, "num_inference_steps": STEPS},
     ],
-    ids=["default", "guided euler, two portraits", "ddim, a quarter hidden"],
+    ids=["default", "guided euler, two portraits", "guided on its way", "ddim, a quarter hidden"],
 )
 def test_served_portraits_equal_the_reference_pipelines(
     server: ServerProcess, demo_checkpoint: Checkpoint, pictures: dict[str, bytes], options: dict

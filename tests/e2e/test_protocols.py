@@ -32,6 +32,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"num_portraits": 9}, "num_portraits: 9, expected 1..8"),
     ({"num_inference_steps": 0}, "num_inference_steps: 0, expected 1..150"),
     ({"guidance_scale": 20.5}, "guidance_scale: 20.5, expected 1.0..20.0"),
+    ({"guidance_interval": [0.6, 0.4]}, "guidance_interval: [0.6, 0.4], expected a begin that isn't after its end"),
     ({"mask_ratio": 0.99}, "mask_ratio: 0.99, expected 0.0..0.98"),
     ({"scheduler": "heun"}, "scheduler: 'heun', expected one of ddim, euler, dpmpp_2m"),
     ({"output_format": "gif"}, "output_format: 'gif', expected one of png, jpeg, webp"),
@@ -108,11 +109,13 @@ def test_metadata_says_what_was_done(server: ServerProcess, pictures: dict[str, 
         mask_ratio=0.7,
         scheduler="euler",
         guidance_scale=1.5,
+        guidance_interval=[0.3, 0.7],
         reference_box=[0.1, 0.1, 0.6, 0.6],
         **pictures,
     )
     assert (metadata["seed"], metadata["steps"], metadata["scheduler"]) == (4, 3, "euler")
-    assert (metadata["guidance_scale"], metadata["mask_ratio"], metadata["size"]) == (1.5, 0.7, [128, 128])
+    assert (metadata["guidance_scale"], metadata["guidance_interval"]) == (1.5, [0.3, 0.7])
+    assert (metadata["mask_ratio"], metadata["size"]) == (0.7, [128, 128])
     assert metadata["crops"]["profile"]["source"] == "face"
     assert metadata["crops"]["reference"]["source"] == "given"
     assert metadata["crops"]["reference"]["box"] == pytest.approx([0.1, 0.1, 0.6, 0.6], abs=0.01)

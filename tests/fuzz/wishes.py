@@ -90,6 +90,7 @@ def good(rng: random.Random, corpus: Corpus) -> Wish:
         "num_portraits": lambda: rng.choice((1, 1, 2, 8)),
         "num_inference_steps": lambda: rng.choice((1, 2, 3, 7)),
         "guidance_scale": lambda: rng.choice((1.0, 1.5, 20.0)),
+        "guidance_interval": lambda: sorted((rng.random(), rng.random())),
         "mask_ratio": lambda: rng.choice((0.0, 0.5, 0.98)),
         "scheduler": lambda: rng.choice(FIELDS["scheduler"].choices),
         "priority": lambda: rng.randrange(10),

@@ -317,6 +317,7 @@ def test_every_option_arrives_in_the_contracts_type(triton: FakeTriton, client: 
         num_portraits=8,
         num_inference_steps=np.int64(150),  # type: ignore[arg-type]
         guidance_scale=Fraction(5, 2),  # type: ignore[arg-type]
+        guidance_interval=(np.float32(0.1), 0.7),
         mask_ratio=np.float32(0.98),  # type: ignore[arg-type]
         scheduler="euler",
         priority=0,
@@ -339,6 +340,7 @@ def test_every_option_arrives_in_the_contracts_type(triton: FakeTriton, client: 
         "num_portraits": struct.pack("<i", 8),
         "num_inference_steps": struct.pack("<i", 150),
         "guidance_scale": struct.pack("<f", 2.5),
+        "guidance_interval": struct.pack("<2f", 0.1, 0.7),
         "mask_ratio": struct.pack("<f", 0.98),
         "scheduler": bytes_tensor(b"euler"),
         "priority": struct.pack("<i", 0),
@@ -362,6 +364,11 @@ def test_every_option_arrives_in_the_contracts_type(triton: FakeTriton, client: 
         ("guidance_scale", 0.5, "0.5, expected 1.0..20.0"),
         ("guidance_scale", 10**400, f"1{'0' * 400}, expected 1.0..20.0"),
         ("mask_ratio", float("nan"), "nan, expected 0.0..0.98"),
+        ("guidance_interval", (0.6, 0.4), "[0.6, 0.4], expected a begin that isn't after its end"),
+        ("guidance_interval", (0.6, float("nan")), "nan, expected 0.0..1.0"),
+        ("guidance_interval", (0.6, 1.4), "1.4, expected 0.0..1.0"),
+        ("guidance_interval", (0.2, 0.5, 0.7), "3 values, expected 2 numbers"),
+        ("guidance_interval", 0.5, "0.5, expected 2 numbers"),
         ("mask_ratio", "much", "'much', expected a number of 0.0..0.98"),
         ("scheduler", "heun", "'heun', expected one of ddim, euler, dpmpp_2m"),
         ("scheduler", np.zeros(2), "array([0., 0.]), expected one of ddim, euler, dpmpp_2m"),
@@ -709,7 +716,8 @@ def test_help_tells_the_contract_and_loads_nothing_heavy() -> None:
     assert done.stdout.endswith("[]\n")
     for field in INPUTS:
         if field.default is not None and not field.choices:
-            assert f"{field.minimum}..{field.maximum} (default: {field.default})" in done.stdout
+            default = " ".join(map(str, field.default)) if field.size > 1 else field.default
+            assert f"{field.minimum}..{field.maximum} (default: {default})" in done.stdout
         if field.choices and field.name != "encoding":
             assert f"{{{','.join(field.choices)}}}" in done.stdout
     assert "by OUT's suffix, else png" in done.stdout

@@ -71,6 +71,8 @@ def test_a_schedule_without_a_request_is_refused() -> None:
         ({"steps": (5, 151)}, "num_inference_steps: 151, expected 1..150"),
         ({"steps": (6, 5)}, "steps: 6 5, expected the lower number first"),
         ({"guidance_scale": 0.5}, "guidance_scale: 0.5, expected 1.0..20.0"),
+        ({"guidance_interval": (0.6, 0.4)}, "guidance_interval: [0.6, 0.4], expected a begin that isn't after its end"),
+        ({"guidance_interval": (0.6,)}, "guidance_interval: 1 values, expected 2 numbers"),
         ({"seed": -1}, "seed: -1, expected 0 or more"),
         ({"deadline_ms": 0}, "deadline_ms: 0, expected 1..3600000"),
         ({"priority": 10}, "priority: 10, expected 0..9"),
@@ -128,6 +130,10 @@ class Call:
         self.cancelled = True
 
 
+def _value(tensor: np.ndarray) -> Any:
+    return tensor.item() if tensor.size == 1 else tuple(tensor.tolist())
+
+
 class Channel:
     """Keeps what it is given to send, as the server reads it."""
 
@@ -143,7 +149,7 @@ class Channel:
     def future(self, message: bytes, timeout: float) -> Call:
         request = read_infer_request(message)
         self.models.append(request.head.model_name)
-        self.sent.append({name: tensor.item() for name, tensor in request.inputs().items()})
+        self.sent.append({name: _value(tensor) for name, tensor in request.inputs().items()})
         return self._call
 
 
@@ -177,7 +183,7 @@ def test_pictures_are_sent_in_turn() -> None:
 def test_a_request_takes_its_own_profile_and_sends_what_it_has() -> None:
     channel = Channel()
     send = sender(channel, "ic_portrait", 1.0, PICTURES, [b"new0", b"new1"])
-    send(PlannedRequest(0.0, 5, 7, guidance_scale=1.5), lambda _: None)
+    send(PlannedRequest(0.0, 5, 7, guidance_scale=1.5, guidance_interval=(0.2, 0.5)), lambda _: None)
     send(PlannedRequest(0.0, 6, 2**31, 1.0, priority=0, deadline_ms=900, profile=1), lambda _: None)
     without, with_all = channel.sent
     assert without == {
@@ -186,8 +192,10 @@ def test_a_request_takes_its_own_profile_and_sends_what_it_has() -> None:
         "seed": 7,
         "num_inference_steps": 5,
         "guidance_scale": 1.5,
+        "guidance_interval": pytest.approx((0.2, 0.5)),
     }
     assert with_all["profile"] == b"new1"
+    assert "guidance_interval" not in with_all
     assert (with_all["priority"], with_all["deadline_ms"], with_all["seed"]) == (0, 900, 2**31)
 
 
@@ -480,9 +488,10 @@ def test_the_quantiles_of_many_requests_have_intervals() -> None:
 
 
 def test_the_table_says_how_requests_were_sent() -> None:
-    mixed = made_up_run([], guidance_scale=Mix((1.0, 7.5), (3, 1)), burstiness=2, ramp_s=2, leaving=0.1)
+    guided = {"guidance_scale": Mix((1.0, 7.5), (3, 1)), "guidance_interval": (0.2, 0.5)}
+    mixed = made_up_run([], **guided, burstiness=2, ramp_s=2, leaving=0.1)
     text = table(summarise(mixed))
-    assert "guidance 1:3 7.5:1," in text
+    assert "guidance 1:3 7.5:1, guidance_interval 0.2..0.5," in text
     assert (
         "open loop, gamma gaps with a coefficient of variation of 2, growing for 2 s; 10% leave within 1000 ms" in text
     )

@@ -34,7 +34,7 @@ REQUESTS = [
     BASE,
     replace(BASE, seed=2, num_inference_steps=5, scheduler="euler"),
     replace(BASE, seed=3, num_portraits=2, guidance_scale=3.0, scheduler="ddim"),
-    replace(BASE, seed=4, num_inference_steps=2, mask_ratio=0.5),
+    replace(BASE, seed=4, num_inference_steps=4, guidance_scale=2.0, guidance_interval=(0.25, 0.75), mask_ratio=0.5),
 ]
 
 
@@ -98,7 +98,7 @@ def test_jobs_of_one_batch_equal_the_reference_pipeline(loop, warping, unet) -> 
     first.result(60)
     results = [future.result(60) for future in futures]
     assert warping.batches == [1, 4]
-    assert unet.batches == [1, 8, 8, 6, 1, 1]
+    assert unet.batches == [1, 8, 9, 8, 2, 1]
     for index, (request, result) in enumerate(zip(REQUESTS, results, strict=True)):
         expected = PIPELINE(
             PICTURES[index],
@@ -107,6 +107,7 @@ def test_jobs_of_one_batch_equal_the_reference_pipeline(loop, warping, unet) -> 
             num_portraits=request.num_portraits,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
+            guidance_interval=request.guidance_interval,
             mask_ratio=request.mask_ratio,
             scheduler=request.scheduler,
         )

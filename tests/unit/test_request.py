@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 import time
@@ -24,7 +25,7 @@ def test_defaults() -> None:
     request = parse()
     assert (request.num_portraits, request.num_inference_steps, request.mask_ratio) == (1, 12, 0.8)
     assert (request.scheduler, request.output_format, request.encoding) == ("dpmpp_2m", "png", "binary")
-    assert request.guidance_scale == 1.5
+    assert (request.guidance_scale, request.guidance_interval) == (1.5, (0.0, 1.0))
     assert request.profile_box is None
 
 
@@ -48,6 +49,16 @@ def test_pictures_come_back_as_they_were_sent() -> None:
         ("num_inference_steps", [500], np.int32, "num_inference_steps: 500, expected 1..150"),
         ("guidance_scale", [0.5], np.float32, "guidance_scale: 0.5, expected 1.0..20.0"),
         ("guidance_scale", [np.nan], np.float32, "guidance_scale: nan, expected 1.0..20.0"),
+        (
+            "guidance_interval",
+            [0.6, 0.4],
+            np.float32,
+            r"guidance_interval: \[0.6, 0.4\], expected a begin that isn't after",
+        ),
+        ("guidance_interval", [-0.1, 0.4], np.float32, "guidance_interval: -0.1, expected 0.0..1.0"),
+        ("guidance_interval", [0.4, 1.1], np.float32, "guidance_interval: 1.1, expected 0.0..1.0"),
+        ("guidance_interval", [0.4, np.nan], np.float32, "guidance_interval: nan, expected 0.0..1.0"),
+        ("guidance_interval", [0.4], np.float32, r"guidance_interval: shape is \[1\], expected \[2\]"),
         ("mask_ratio", [0.99], np.float32, "mask_ratio: 0.99, expected 0.0..0.98"),
         ("profile_box", [0, 0, 1, 1.5], np.float32, "profile_box: 1.5, expected 0.0..1.0"),
         ("scheduler", [b"heun"], object, "scheduler: 'heun', expected one of ddim, euler, dpmpp_2m"),
@@ -81,8 +92,28 @@ def test_metadata_gets_the_decimal_the_caller_wrote() -> None:
 
 
 def test_a_request_survives_json() -> None:
-    request = parse(profile_box=np.array([0, 0.25, 0.5, 1], np.float32), seed=np.array([MAX_SEED]))
+    request = parse(
+        profile_box=np.array([0, 0.25, 0.5, 1], np.float32),
+        guidance_interval=np.array([0.1, 0.7], np.float32),
+        seed=np.array([MAX_SEED]),
+    )
+    assert request.guidance_interval == (0.1, 0.7)
     assert PortraitRequest.from_json(request.to_json()) == request
+
+
+@pytest.mark.parametrize(
+    ("interval", "message"),
+    [
+        ([0.6, 0.4], "guidance_interval: [0.6, 0.4], expected a begin that isn't after its end"),
+        ([0.6, 1.4], "guidance_interval: 1.4, expected 0.0..1.0"),
+        ([0.6], "guidance_interval"),
+        (None, "guidance_interval"),
+    ],
+)
+def test_an_interval_is_checked_again_within_the_server(interval: object, message: str) -> None:
+    changed = json.loads(parse().to_json()) | {"guidance_interval": interval}
+    with pytest.raises(InvalidRequest, match=f"^{re.escape(message)}"):
+        PortraitRequest.from_json(json.dumps(changed))
 
 
 @pytest.mark.parametrize(("guidance", "rows"), [(1.0, 3), (1.01, 6)])

@@ -42,6 +42,7 @@ def test_mixes_are_drawn_by_their_weights_each_from_its_own_stream() -> None:
     assert np.mean([each.num_inference_steps == 20 for each in mix]) == pytest.approx(0.5, abs=0.03)
     assert [each.seed for each in mix] == [each.seed for each in plain]
     assert {(each.guidance_scale, each.priority, each.deadline_ms) for each in plain} == {(1.0, None, None)}
+    assert {each.guidance_interval for each in many(guidance_interval=(0.2, 0.5))} == {(0.2, 0.5)}
     classes = many(priority=Mix((0, 9), (1, 9)), deadline_ms=Mix((500, 5000), (1, 1)))
     assert np.mean([each.priority == 0 for each in classes]) == pytest.approx(0.1, abs=0.02)
     assert {each.deadline_ms for each in classes} == {500, 5000}

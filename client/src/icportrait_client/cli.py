@@ -234,6 +234,8 @@ def _argument(spec: InputSpec, meaning: str) -> dict[str, Any]:
     default = "chosen by the server" if spec.default is None else spec.default
     if spec.name == "seed":
         default = "drawn at random"
+    if spec.is_interval:
+        default = " ".join(map(str, spec.default))
     if spec.choices:
         return {"choices": spec.choices, "help": f"{meaning} (default: {default})"}
     keywords: dict[str, Any] = {
