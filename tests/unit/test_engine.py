@@ -20,7 +20,7 @@ import pytest
 from icportrait.errors import DeadlineMissed, IcPortraitError, Unavailable, from_wire, to_wire
 from icportrait.gateway import engine as module
 from icportrait.gateway.engine import Engine, EngineLostError, Pong
-from icportrait.serving.control import Asked, ControlServer, Demand, Hello, Peer, frame
+from icportrait.serving.control import VERSION, Asked, ControlServer, Demand, Hello, Peer, frame
 
 SHAPE = (2, 3, 4)
 DEMAND = Demand(phases=((20, 2),), priority=1, deadline_ms=None, arrived_s=5.0, nbytes=7)
@@ -40,7 +40,7 @@ class Loop:
     def take(self, peer: Peer, message: Asked) -> None:
         self.peer = peer
         if message.op == "lease" and self.answers:
-            refusal = "" if message.replayed or message.rows < 8 else to_wire(Unavailable("full; retry_after_ms: 5"))
+            refusal = "" if message.replayed or message.demand.rows < 8 else to_wire(Unavailable("full; retry_after_ms: 5"))
             peer.send({"op": "leased", "key": message.key, "refusal": refusal})
         elif message.op == "ping" and self.answers:
             peer.send({"op": "pong", "id": message.id, "busy": True, "step_age_ms": 3.5, "expected_ms": 2.0})
@@ -186,7 +186,7 @@ async def loop_that_says(path: Path, data: bytes) -> AsyncIterator[None]:
 @pytest.mark.parametrize("data", [b"\0\0\0\2[]", b"\xff\xff\xff\xff", b"\0\0\0\1{", frame({"op": "step", "key": "a"})])
 def test_a_message_that_is_none_ends_the_line(tmp_path: Path, data: bytes) -> None:
     async def main() -> None:
-        async with asyncio.timeout(10), loop_that_says(tmp_path / "loop", frame(Hello(version=1)) + data):
+        async with asyncio.timeout(10), loop_that_says(tmp_path / "loop", frame(Hello(version=VERSION)) + data):
             engine = await Engine.connect(f"unix:{tmp_path}/t:1", tmp_path / "loop", SHAPE)
             engine.listen("a", Heard())
             await engine.lost
@@ -197,8 +197,8 @@ def test_a_message_that_is_none_ends_the_line(tmp_path: Path, data: bytes) -> No
 
 def test_a_loop_of_another_version_is_named(tmp_path: Path) -> None:
     async def main() -> None:
-        async with loop_that_says(tmp_path / "loop", frame(Hello(version=2))):
-            with pytest.raises(IcPortraitError, match="speaks version 2 of the control line, expected 1"):
+        async with loop_that_says(tmp_path / "loop", frame(Hello(version=VERSION + 1))):
+            with pytest.raises(IcPortraitError, match=f"speaks version {VERSION + 1} of the control line, expected {VERSION}"):
                 await Engine.connect("unix:/none", tmp_path / "loop", SHAPE)
 
     asyncio.run(main())
