@@ -40,7 +40,8 @@ class Loop:
     def take(self, peer: Peer, message: Asked) -> None:
         self.peer = peer
         if message.op == "lease" and self.answers:
-            refusal = "" if message.replayed or message.demand.rows < 8 else to_wire(Unavailable("full; retry_after_ms: 5"))
+            is_let_in = message.replayed or message.demand.rows < 8
+            refusal = "" if is_let_in else to_wire(Unavailable("full; retry_after_ms: 5"))
             peer.send({"op": "leased", "key": message.key, "refusal": refusal})
         elif message.op == "ping" and self.answers:
             peer.send({"op": "pong", "id": message.id, "busy": True, "step_age_ms": 3.5, "expected_ms": 2.0})
@@ -198,7 +199,8 @@ def test_a_message_that_is_none_ends_the_line(tmp_path: Path, data: bytes) -> No
 def test_a_loop_of_another_version_is_named(tmp_path: Path) -> None:
     async def main() -> None:
         async with loop_that_says(tmp_path / "loop", frame(Hello(version=VERSION + 1))):
-            with pytest.raises(IcPortraitError, match=f"speaks version {VERSION + 1} of the control line, expected {VERSION}"):
+            expected = f"speaks version {VERSION + 1} of the control line, expected {VERSION}"
+            with pytest.raises(IcPortraitError, match=expected):
                 await Engine.connect("unix:/none", tmp_path / "loop", SHAPE)
 
     asyncio.run(main())
