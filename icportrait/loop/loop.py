@@ -5,9 +5,8 @@ reference's view once. Every step then advances all rows, each by its own timest
 own steps are done. The other jobs of the batch change no bit of a row's result.
 
 An engine that waits for the loop does nothing, so answers, reports and counting come while an engine runs. Three rules
-follow. A step after which a job leaves or changes its rows is reported, and a leaving job's result copied, before rows
-move. A step whose report may hold a job is reported before the next launch. A row with NaN is found after the next
-launch.
+follow. Before a job leaves or its rows change, the last step is reported, and a leaving job's result copied. A step
+whose report may hold a job is reported before the next launch. A row with NaN is found after the next launch.
 """
 
 from __future__ import annotations
@@ -155,8 +154,6 @@ class DenoisingLoop:
         leaving, joining = self._scheduler.next_step(self._batch.running, self._clock())
         self._changing = [*leaving, *joining]
         self._part(leaving)
-        if self._batch.is_changing:
-            self._finish()
         self._batch.rearrange(leaving, joining)
         for start in range(0, len(joining), self._max_jobs):
             self._warp(joining[start : start + self._max_jobs])
@@ -207,8 +204,8 @@ class DenoisingLoop:
         return True
 
     def _part(self, leaving: Outcomes) -> None:
-        """Finish the last step of leaving jobs while their rows are theirs, and keep their results."""
-        if leaving:
+        """Finish the last step where rows are about to move, and keep the results of leaving jobs."""
+        if leaving or self._batch.is_changing:
             self._finish()
         for job, error in leaving.items():
             try:

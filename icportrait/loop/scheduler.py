@@ -94,12 +94,14 @@ class Scheduler:
         A job that doesn't fit ends the choice: no large job is overtaken.
         """
         chosen: list[Job] = []
-        if sum(job.rows for job in running) >= self._rows or (running and not self._mode.joins_running):
+        order = sorted(self.waiting, key=lambda job: rank(job, now_s, self._aging_s))
+        room = self._rows - sum(job.rows for job in running)
+        if not order or order[0].rows > room or (running and not self._mode.joins_running):
             return chosen
-        free = Timetable(self._rows, max((job.steps for job in [*running, *self.waiting]), default=0))
+        free = Timetable(self._rows, max(job.steps for job in [*running, *self.waiting]))
         for job in running:
             free.take(self._phases(job))
-        for job in sorted(self.waiting, key=lambda job: rank(job, now_s, self._aging_s)):
+        for job in order:
             if self._mode.equal_steps and chosen and job.steps != chosen[0].steps:
                 continue
             phases = self._phases(job)
