@@ -525,6 +525,13 @@ class TestStatus:
             "maximum": 8,
             "default": 1,
         }
+        assert form["properties"]["guidance_interval"] == {
+            "type": "array",
+            "items": {"type": "number", "minimum": 0.0, "maximum": 1.0},
+            "minItems": 2,
+            "maxItems": 2,
+            "default": [0.0, 1.0],
+        }
         assert form["required"] == ["profile", "reference"]
 
 

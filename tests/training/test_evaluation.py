@@ -517,6 +517,29 @@ def test_a_sweep_finds_the_best_of_all_settings(
     assert starred.split()[:2] == [str(trials[0]["num_inference_steps"]), f"{trials[0]['guidance_scale']:g}"]
 
 
+def test_a_sweep_tries_intervals_at_one_setting(
+    checkpoint_directory: Path,
+    tiny: Checkpoint,
+    rendered: EvaluationPairs,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(command, "SWEEP_INTERVALS", ((0.0, 0.0), (0.0, 0.5), (0.0, 1.0)))
+    settings = ("--sweep-intervals", "--pairs", "4", "--seed", "3", "--steps", "4", "--guidance", "3", "--json")
+    assert run(checkpoint_directory, *settings) == 0
+    trials = json.loads(capsys.readouterr().out)["trials"]
+    assert {(*trial["guidance_interval"], trial["unet_rows"]) for trial in trials} == {
+        (0.0, 0.0, 4),
+        (0.0, 0.5, 6),
+        (0.0, 1.0, 8),
+    }
+    found = {trial["guidance_interval"][1]: trial["head_psnr_db"] for trial in trials}
+    assert len(set(found.values())) == 3
+    for end, options in (0.0, {"guidance_scale": 1.0}), (0.5, {"guidance_scale": 3.0, "guidance_interval": (0.0, 0.5)}):
+        expected = evaluate(tiny, rendered, num_inference_steps=4, seed=3, **options)
+        assert found[end] == pytest.approx(expected.pictures["portrait"]["head_psnr_db"], abs=1e-3)
+
+
 def test_settings_are_not_chosen_on_the_pairs_that_are_reported(
     checkpoint_directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

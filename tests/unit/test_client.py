@@ -578,7 +578,7 @@ def test_command_prints_metadata_as_json(
 def test_command_passes_every_option(triton: FakeTriton, command: list[str], tmp_path: Path) -> None:
     options = (
         "--seed 7 --num-portraits 2 --steps 30 --guidance-scale 2.5 --mask-ratio 0.5 --scheduler ddim "
-        "--priority 2 "
+        "--priority 2 --guidance-interval 0.2 0.5 "
         "--profile-box 0 0 0.5 1 --reference-box 0.25 0 1 1 --format jpeg"
     )
     assert main([*command, str(tmp_path / "out.png"), *options.split()]) == 0
@@ -587,6 +587,7 @@ def test_command_passes_every_option(triton: FakeTriton, command: list[str], tmp
         "num_portraits": struct.pack("<i", 2),
         "num_inference_steps": struct.pack("<i", 30),
         "guidance_scale": struct.pack("<f", 2.5),
+        "guidance_interval": struct.pack("<2f", 0.2, 0.5),
         "mask_ratio": struct.pack("<f", 0.5),
         "scheduler": bytes_tensor(b"ddim"),
         "priority": struct.pack("<i", 2),

@@ -599,3 +599,16 @@ def test_closing_twice_and_unused_is_fine(fake: FakePortraitServer) -> None:
         client.generate(**PICTURES)
     client.close()
     assert threads() == 0
+
+
+def test_every_way_to_call_takes_a_guidance_interval(client: PortraitClient) -> None:
+    request: PortraitRequest = {**PICTURES, "guidance_interval": (0.25, 0.75)}
+    portraits = [
+        client.generate(**request),
+        client.submit(**request).result(),
+        *client.map([request]),
+        [*client.stream(**request)][-1],
+    ]
+    assert all(isinstance(portrait, Portrait) for portrait in portraits)
+    assert [portrait.metadata.guidance_interval for portrait in portraits] == 4 * [(0.25, 0.75)]
+    assert client.generate(**PICTURES).metadata.guidance_interval == (0.0, 1.0)
