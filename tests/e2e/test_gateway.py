@@ -187,15 +187,16 @@ def test_keys_are_asked_for_and_share_nothing_that_is_kept(tmp_path: Path, pictu
         with pytest.raises(InferenceServerException, match="priority: 0, and this API key allows 1, 2") as refusal:
             call(keys["two"], priority=0)
         assert refusal.value.status() == "StatusCode.PERMISSION_DENIED"
+        guided = {"num_inference_steps": 2, "guidance_scale": 2.0, "guidance_interval": [0.0, 0.5]}
         for key, expected in (("one", [0, 2]), ("one", [2, 2]), ("two", [2, 4]), ("two", [4, 4])):
-            call(keys[key])
+            call(keys[key], **(guided if key == "two" else {}))
             assert counts() == expected, key
         found = series(server.metrics_url, "icportrait_gateway_")
         assert found['icportrait_gateway_answers_total{door="grpc",kind="portraits",code="OK"}'] == 4
         assert found['icportrait_gateway_answers_total{door="grpc",kind="portraits",code="UNAUTHENTICATED"}'] == 2
         assert found['icportrait_gateway_key_answers_total{key="two",code="PERMISSION_DENIED"}'] == 1
         assert found['icportrait_gateway_key_portraits_total{key="one"}'] == 2
-        assert found['icportrait_gateway_key_row_steps_total{key="two"}'] == 2
+        assert found['icportrait_gateway_key_row_steps_total{key="two"}'] == 2 * (2 + 1)
         (tmp_path / "keys.toml").write_text("not TOML")
         while not (warned := [line for line in server.errors().splitlines() if "read before it still count" in line]):
             with pytest.raises(InferenceServerException):
