@@ -247,6 +247,32 @@ def test_a_deadline_that_cannot_be_kept_is_refused_with_what_it_would_take() -> 
 
 
 @pytest.mark.usefixtures("no_margin")
+def test_a_forecast_counts_the_rows_of_each_step() -> None:
+    """Guidance for 4 of 8 steps lets two requests of 2 rows in at once, where one has it first and one last."""
+    server = Server(slots=3)
+    first, last = ((4, 2), (4, 1)), ((4, 1), (4, 2))
+
+    def demand(phases: Phases, deadline_ms: int | None = None) -> Demand:
+        return Demand(phases, 1, deadline_ms, server.now_s, 1)
+
+    running = server.admission.lease("first", demand(first))
+    running.job = waiting_job()
+    running.job.state = State.RUNNING
+    with pytest.raises(Unavailable, match="would take about 1300 ms"):
+        server.admission.lease("again", demand(((8, 2),), deadline_ms=1000))
+    server.admission.lease("last", demand(last, deadline_ms=1000))
+
+
+def test_the_pace_is_that_of_the_rows_that_are_taken_on_average() -> None:
+    server = Server(slots=4)
+    server.pace.stepped(1, 0.01)
+    server.pace.stepped(2, 0.5)
+    server.admission.lease("few", Demand(((1, 2), (9, 1)), 1, 200, server.now_s, 1))
+    with pytest.raises(Unavailable):
+        server.admission.lease("many", Demand(((10, 2),), 1, 200, server.now_s, 1))
+
+
+@pytest.mark.usefixtures("no_margin")
 def test_a_deadline_counts_from_the_requests_arrival() -> None:
     server = Server()
     text = server.refused(steps=5, deadline_ms=1000, arrived_s=server.now_s - 0.5)
