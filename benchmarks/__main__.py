@@ -10,6 +10,7 @@ from typing import Any
 
 from icportrait_client.errors import InvalidRequest, PortraitError
 
+from benchmarks.gpu import command as gpu
 from benchmarks.ladder_names import RUNGS
 from benchmarks.mix import mixed, weighted
 from benchmarks.output import Output, add_output_arguments, check_file
@@ -74,6 +75,7 @@ def main(argv: list[str] | None = None) -> int:
     faces.set_defaults(settings=FacesSettings, run=_faces)
     _add_faces_arguments(faces)
     planning.add_commands(commands)
+    gpu.add_commands(commands)
     args = vars(parser.parse_args(argv))
     command, make_settings, run = (args.pop(name) for name in ("command", "settings", "run"))
     output = Output(args.pop("json"), args.pop("report", None))

@@ -65,22 +65,55 @@ def run_loop(settings: LoopSettings) -> dict[str, Any]:
     largest = engine_specs(manifest.preset, manifest.precision)["unet"].batch.max
     if settings.slots > largest:
         raise InvalidRequest(f"slots: {settings.slots}, expected {largest} or fewer: {settings.export}'s UNet has them")
-    recorder = Recorder()
     with _simulated_slots(settings, manifest) as slots:
-        schedule = NoiseSchedule.from_config(manifest.scheduler_config)
-        loop = DenoisingLoop(slots, schedule, manifest.preset, metrics=recorder)
-        feeder = _Feeder(loop, settings, manifest)
-        try:
-            time.sleep(WARM_UP_S)
-            began_s, recorder.is_recording = time.perf_counter(), True
-            time.sleep(settings.seconds)
-            recorder.is_recording, took_s = False, time.perf_counter() - began_s
-        finally:
-            feeder.stop()
-            loop.close()
+        figures = figures_of(slots, settings, manifest)
+    return {
+        "simulated": True,
+        **figures,
+        "conditions": {
+            **conditions_here(settings),
+            "numpy": np.__version__,
+            "preset": manifest.preset.name,
+            "precision": manifest.precision,
+            "engine": f"simulated-{latencies.device}",
+            "latency_ms": latencies.latency_ms,
+        },
+    }
+
+
+def figures_of(slots: Slots, settings: LoopSettings, manifest: Manifest) -> dict[str, Any]:
+    """Keep a loop over these slots full for the settings' seconds, and return its figures.
+
+    Raises:
+        IcPortraitError: the loop failed, or no step ended.
+    """
+    recorder, schedule = Recorder(), NoiseSchedule.from_config(manifest.scheduler_config)
+    loop = DenoisingLoop(slots, schedule, manifest.preset, metrics=recorder)
+    feeder = _Feeder(loop, settings, manifest)
+    try:
+        time.sleep(WARM_UP_S)
+        began_s, recorder.is_recording = time.perf_counter(), True
+        time.sleep(settings.seconds)
+        recorder.is_recording, took_s = False, time.perf_counter() - began_s
+    finally:
+        feeder.stop()
+        loop.close()
     if feeder.failure:
         raise feeder.failure
-    return _report(settings, manifest, latencies, recorder.values, took_s)
+    outside, step_ms, in_use = (recorder.values[name] for name in _SERIES)
+    if not outside:
+        raise IcPortraitError(f"no step ended in {settings.seconds:g} s; ask for more --seconds")
+    return {
+        "steps": len(outside),
+        "steps_per_s": round(len(outside) / took_s, 2),
+        "outside_engine_ms": {
+            "median": round(median(outside), 4),
+            "mean": round(fmean(outside), 4),
+            "p99": round(float(np.percentile(outside, 99)), 4),
+        },
+        "engine_ms": {"median": round(median(step_ms), 4), "mean": round(fmean(step_ms), 4)},
+        "occupancy": round(fmean(in_use), 3),
+    }
 
 
 class _Feeder:
@@ -148,34 +181,6 @@ def _simulated_slots(settings: LoopSettings, manifest: Manifest) -> Iterator[Slo
         (folder / DEVICE_FOLDER).mkdir()
         (folder / "repository").symlink_to(folder, target_is_directory=True)
         yield load_slots(folder / "repository" / "denoise" / "1", manifest, policy)
-
-
-def _report(
-    settings: LoopSettings, manifest: Manifest, latencies: LatencyTable, values: dict[str, list[float]], took_s: float
-) -> dict[str, Any]:
-    outside, step_ms, slots = (values[name] for name in _SERIES)
-    if not outside:
-        raise IcPortraitError(f"no step ended in {settings.seconds:g} s; ask for more --seconds")
-    return {
-        "simulated": True,
-        "steps": len(outside),
-        "steps_per_s": round(len(outside) / took_s, 2),
-        "outside_engine_ms": {
-            "median": round(median(outside), 4),
-            "mean": round(fmean(outside), 4),
-            "p99": round(float(np.percentile(outside, 99)), 4),
-        },
-        "engine_ms": {"median": round(median(step_ms), 4), "mean": round(fmean(step_ms), 4)},
-        "occupancy": round(fmean(slots), 3),
-        "conditions": {
-            **conditions_here(settings),
-            "numpy": np.__version__,
-            "preset": manifest.preset.name,
-            "precision": manifest.precision,
-            "engine": f"simulated-{latencies.device}",
-            "latency_ms": latencies.latency_ms,
-        },
-    }
 
 
 def table(report: dict[str, Any]) -> str:

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.calls import LEFT, OK, Answer
+from benchmarks.gpu.command import GpuProbeSettings
 from benchmarks.load import LoadRun, Outcome
 from benchmarks.machine import machine
 from benchmarks.mix import Mix
@@ -240,7 +241,8 @@ def conditions_here(
     | MarkingSettings
     | SearchSettings
     | GeneratorSettings
-    | ClientOverheadSettings,
+    | ClientOverheadSettings
+    | GpuProbeSettings,
 ) -> dict[str, Any]:
     """Return the conditions of any run: the code, the machine and the settings."""
     return {

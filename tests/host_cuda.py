@@ -11,6 +11,7 @@ import ctypes
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -63,6 +64,8 @@ class HostCuda:
         self.calls: list[str] = []
         """Names of all calls."""
         self.free_bytes = 8 * 10**9
+        self.attributes: dict[str, int] = {}
+        """The device's numbers that aren't 0, by the names of ``cudaDeviceAttr``."""
         self.pageable_bytes = 0
         """Bytes that crossed between host and GPU from or to memory that isn't pinned."""
         self.has_batches, self.can_capture = True, True
@@ -97,6 +100,11 @@ class HostCuda:
             "cudaEventRecord": self._note_time,
             "cudaEventElapsedTime": lambda begin, end: (SUCCESS, 1000 * (end.at_s - begin.at_s)),
             "cudaEventDestroy": lambda event: (SUCCESS,),
+            "cudaDriverGetVersion": lambda: (SUCCESS, 13000),
+            "cudaGetDeviceCount": lambda: (SUCCESS, 1),
+            "cudaGetDeviceProperties": lambda device: (SUCCESS, SimpleNamespace(name=b"NVIDIA Test", major=8, minor=9)),
+            "cudaMemGetInfo": lambda: (SUCCESS, self.free_bytes, 8 * 10**9),
+            "cudaDeviceGetAttribute": lambda name, device: (SUCCESS, self.attributes.get(name.name, 0)),
             "cudaSetDevice": lambda device: (SUCCESS,),
             "cudaGetLastError": lambda: (SUCCESS,),
             "cudaDeviceSynchronize": lambda: (self.sticky_error,),

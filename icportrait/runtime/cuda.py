@@ -30,6 +30,14 @@ class Gpu:
     free_bytes: int
     driver_cuda_version: str
     """The newest that the driver supports, such as 13.0."""
+    compute_mode: str = "default"
+    """Of ``COMPUTE_MODES``: which processes may use it."""
+    has_mps: bool = False
+    """NVIDIA's Multi-Process Service lets processes run at the same time."""
+
+
+COMPUTE_MODES = ("default", "exclusive thread", "prohibited", "exclusive process")
+"""By CUDA's numbers."""
 
 
 def find_gpu() -> Gpu:
@@ -50,10 +58,28 @@ def find_gpu() -> Gpu:
             raise CudaError("the driver shows none")
         properties = call(cuda.cudaGetDeviceProperties(0))
         free, total = call(cuda.cudaMemGetInfo())
+        mode = COMPUTE_MODES[attribute("ComputeMode")]
     except (CudaError, RuntimeError) as error:
         raise RuntimeNotAvailable(f"no NVIDIA GPU was found ({error})") from error
-    capability = f"{properties.major}.{properties.minor}"
-    return Gpu(properties.name.decode(), capability, total, free, f"{driver // 1000}.{driver % 1000 // 10}")
+    has_mps = False
+    with suppress(CudaError):  # a driver that is older than the question
+        has_mps = bool(attribute("MpsEnabled"))
+    capability, newest = f"{properties.major}.{properties.minor}", f"{driver // 1000}.{driver % 1000 // 10}"
+    return Gpu(properties.name.decode(), capability, total, free, newest, mode, has_mps)
+
+
+def attribute(name: str) -> int:
+    """Return one of the GPU's numbers.
+
+    Args:
+        name: of ``cudaDeviceAttr``, without the prefix ``cudaDevAttr``.
+
+    Raises:
+        CudaError: the driver doesn't say, as one that is older than the attribute.
+    """
+    from cuda.bindings import runtime as cuda
+
+    return int(call(cuda.cudaDeviceGetAttribute(getattr(cuda.cudaDeviceAttr, f"cudaDevAttr{name}"), 0)))
 
 
 def call(result: tuple[Any, ...]) -> Any:
@@ -218,7 +244,9 @@ class Stream:
     def __init__(self) -> None:
         from cuda.bindings import runtime as cuda
 
-        self._cuda, self._has_batches = cuda, True
+        self._cuda = cuda
+        self.has_batches = True
+        """Whether the driver takes copies in batches, as far as it was asked."""
         self.handle = int(call(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking)))
 
     def synchronize(self) -> None:
@@ -249,7 +277,7 @@ class Stream:
         cuda, count = self._cuda, len(pairs)
         if not pairs:
             return
-        if self._has_batches:
+        if self.has_batches:
             order = cuda.cudaMemcpyAttributes()
             order.srcAccessOrder = cuda.cudaMemcpySrcAccessOrder.cudaMemcpySrcAccessOrderStream
             sources, targets = ([pair[side].pointer for pair in pairs] for side in (0, 1))
@@ -259,7 +287,7 @@ class Stream:
                 call((status,))
                 return
             cuda.cudaGetLastError()
-            self._has_batches = False
+            self.has_batches = False
         for source, target in pairs:
             self.copy(source, target)
 

@@ -87,6 +87,8 @@ class DeviceEngine:
         for array in self.inputs.values():
             stream.fill(array, 0)  # what lies in a bucket's unused rows is computed with
         executor.bind(self.inputs, self.outputs)
+        self.unrecorded: dict[int, str] = {}
+        """Why a bucket runs without a CUDA graph, by bucket; known once the engine is warm."""
         self._launches: dict[int, Callable[[], None]] = {
             bucket: partial(executor.enqueue, bucket) for bucket in executor.buckets
         }
@@ -96,7 +98,7 @@ class DeviceEngine:
 
         A bucket that can't be recorded runs directly from then on, and the log says why, once.
         """
-        reasons: dict[int, str] = {}
+        reasons = self.unrecorded
         for bucket in self.buckets:
             self._executor.enqueue(bucket)  # a runtime finishes its lazy work outside of the recording
             self.stream.synchronize()

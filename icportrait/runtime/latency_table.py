@@ -61,12 +61,13 @@ class LatencyTable:
         except (OSError, ValueError, RecursionError) as error:
             raise LatencyTableError(f"{path}: can't be read as JSON ({' '.join(str(error).split())})") from error
         try:
-            return cls._parse(fields)
+            return cls.of_fields(fields)
         except LatencyTableError as error:
             raise LatencyTableError(f"{path}: {error}") from error
 
     @classmethod
-    def _parse(cls, fields: object) -> LatencyTable:
+    def of_fields(cls, fields: object) -> LatencyTable:
+        """Make a table of a file's content; see ``read``."""
         if not isinstance(fields, dict):
             raise LatencyTableError(f"is {_told(fields)}, expected an object with device and engines")
         device, engines = fields.get("device"), fields.get("engines")

@@ -200,7 +200,7 @@ def test_a_pinned_array_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 def bare_stream() -> Stream:
     """Make a stream whose calls reach the real CUDA, which has no driver here."""
     stream = Stream.__new__(Stream)
-    stream._cuda, stream.handle, stream._has_batches = cuda, 7, True
+    stream._cuda, stream.handle, stream.has_batches = cuda, 7, True
     return stream
 
 
