@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.calls import LEFT, OK, Answer
-from benchmarks.gpu.command import GpuProbeSettings
+from benchmarks.gpu.settings import GpuProbeSettings
 from benchmarks.load import LoadRun, Outcome
 from benchmarks.machine import machine
 from benchmarks.mix import Mix

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.command import GpuProbeSettings
 from benchmarks.gpu.engines import gpu_ms, host_us, load
+from benchmarks.gpu.settings import GpuProbeSettings
 from icportrait.manifest import Manifest
 from icportrait.runtime.device_engine import DeviceEngine
 
@@ -54,7 +54,7 @@ def table(report: dict[str, Any]) -> str:
     """Write the batches as lines for a reader."""
     lines = [
         f"{report['version']}, loaded and recorded in {report['load_s']:g} s",
-        f"{'engine':<18}{'rows':>5}{'directly ms':>13}{'graph ms':>11}{'host us':>10}{'graph us':>10}  bytes that differ",
+        f"{'engine':<18}{'rows':>5}{'directly ms':>13}{'graph ms':>11}{'host us':>10}{'graph us':>10}  differing bytes",
     ]
     for each in report["batches"]:
         why = each["unrecorded_because"]

@@ -5,54 +5,11 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from icportrait_client.errors import InvalidRequest
-
+from benchmarks.gpu.settings import PROBES, RUNTIMES, GpuProbeSettings
 from benchmarks.output import Output, add_output_arguments
-from icportrait.policy import PLAN_RUNTIMES
-
-PROBES = {
-    "facts": "the GPU, its driver, the libraries, and the runtime that would serve",
-    "copies": "what a step and a join copy: pinned and pageable memory, one call and many",
-    "capture": "each batch with and without its CUDA graph: recorded, as fast, the same bytes?",
-    "steps": "the latency table of all four engines, as benchmarks/latency has them",
-    "loop": "the denoising loop on this GPU, kept full: the time outside of the engine",
-    "share": "steps beside another process that decodes: how much later are they?",
-}
-"""The probes in the order of a first session."""
-RUNTIMES = ("torch", *PLAN_RUNTIMES)
-
-
-@dataclass(frozen=True)
-class GpuProbeSettings:
-    """One probe."""
-
-    probe: str
-    export: Path = Path("build/export/sd15-512-fp16-opset23")
-    """Of it ``torch`` reads the manifest alone."""
-    runtime: str = "torch"
-    plans: Path | None = None
-    """Folder of the plans; None with ``torch``."""
-    seconds: float = 10.0
-    """For each state that ``loop`` and ``share`` measure."""
-    out: Path | None = None
-    """File for the figures as JSON; of ``steps`` the latency table."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            InvalidRequest: names the value, what came and what was expected.
-        """
-        if not 0 < self.seconds <= 60:
-            raise InvalidRequest(f"seconds: {self.seconds:g}, expected a number above 0, up to 60")
-        if (self.plans is None) != (self.runtime == "torch"):
-            expected = "none with torch" if self.plans else "the folder of the plans"
-            raise InvalidRequest(f"plans: {self.plans}, expected {expected}")
 
 
 def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

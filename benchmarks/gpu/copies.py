@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.command import GpuProbeSettings
 from benchmarks.gpu.engines import gpu_ms, host_us
+from benchmarks.gpu.settings import GpuProbeSettings
 from icportrait.contract import TensorSpec, engine_specs
 from icportrait.manifest import Manifest
 from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Stream, pinned_array
@@ -22,7 +22,7 @@ JOBS = 8
 
 
 def probe(settings: GpuProbeSettings) -> dict[str, Any]:
-    """Time copies of the export's own sizes."""
+    """Measure copies of the export's own sizes."""
     manifest = Manifest.read(settings.export)
     specs = engine_specs(manifest.preset, manifest.precision)
     unet, stream = specs["unet"], Stream()
@@ -32,9 +32,9 @@ def probe(settings: GpuProbeSettings) -> dict[str, Any]:
         _add_crossings(works, f"a step's {way}", way, stream, (unet.batch.max, *spec.shape(batch=1)[1:]), spec)
     block = np.dtype(np.uint8)
     for way in ("upload", "download"):
-        _add_crossings(works, f"64 MB {way}", way, stream, (BLOCK_BYTES,), block)
+        _add_crossings(works, f"{BLOCK_BYTES >> 20} MB {way}", way, stream, (BLOCK_BYTES,), block)
     source, target = (DeviceMemory(BLOCK_BYTES).array((BLOCK_BYTES,), block) for _ in range(2))
-    works["64 MB within the GPU"] = BLOCK_BYTES, partial(stream.copy, source, target)
+    works[f"{BLOCK_BYTES >> 20} MB within the GPU"] = BLOCK_BYTES, partial(stream.copy, source, target)
     pairs = [
         (_on_gpu(spec, JOBS).rows(row, 1), _on_gpu(spec, JOBS).rows(row, 1))
         for spec in unet.inputs

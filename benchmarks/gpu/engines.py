@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu.command import GpuProbeSettings
+from benchmarks.gpu.settings import GpuProbeSettings
 from benchmarks.report import conditions_here
 from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.gpu.command import GpuProbeSettings
+from benchmarks.gpu.settings import GpuProbeSettings
 from icportrait.deploy.choice import choose
 from icportrait.presets import SD15_512
 from icportrait.runtime.cuda import CudaError, DeviceMemory, Stream, attribute, find_gpu

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.gpu.command import GpuProbeSettings
 from benchmarks.gpu.engines import load
+from benchmarks.gpu.settings import GpuProbeSettings
 from benchmarks.loop import figures_of
 from benchmarks.settings import LoopSettings
 from icportrait.manifest import Manifest

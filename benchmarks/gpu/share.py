@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from benchmarks.gpu.command import GpuProbeSettings
 from benchmarks.gpu.engines import load
+from benchmarks.gpu.settings import GpuProbeSettings
 from icportrait.contract import engine_specs
 from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest
@@ -35,14 +35,14 @@ class Event(Protocol):
 
 
 def probe(settings: GpuProbeSettings) -> dict[str, Any]:
-    """Time full steps alone, and then beside the decoder with each batch."""
+    """Measure full steps alone, and then beside the decoder with each batch."""
     return measured(settings, decoding)
 
 
 def measured(
     settings: GpuProbeSettings, neighbour: Callable[[GpuProbeSettings, int], AbstractContextManager[None]]
 ) -> dict[str, Any]:
-    """Time full steps alone and beside a neighbour.
+    """Measure full steps alone and beside a neighbour.
 
     Args:
         settings: the probe's.

@@ -7,8 +7,8 @@ from functools import partial
 from statistics import median
 from typing import Any
 
-from benchmarks.gpu.command import GpuProbeSettings
 from benchmarks.gpu.engines import REPEATS, gpu_ms, load
+from benchmarks.gpu.settings import GpuProbeSettings
 from icportrait.contract import ENGINES
 from icportrait.manifest import Manifest
 from icportrait.runtime.cuda import find_gpu
@@ -16,7 +16,7 @@ from icportrait.runtime.latency_table import TFLOP_A_ROW, LatencyTable
 
 
 def probe(settings: GpuProbeSettings) -> dict[str, Any]:
-    """Time each engine's CUDA graphs by batch, one engine after the other.
+    """Measure each engine's CUDA graphs by batch, one engine after the other.
 
     Raises:
         LatencyTableError: a figure is faster than the GPU can be.

@@ -228,7 +228,16 @@ def _gpu(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome, s
         text = f"{error}; {driver}" if needed else f"none, and runtime {policy.runtime} needs none; {driver}"
         yield Outcome.FAULT if needed else Outcome.GOOD, text
     else:
-        yield Outcome.GOOD, f"{gpu.name}, {_megabytes(gpu.total_bytes)}, CUDA {gpu.driver_cuda_version}; {driver}"
+        about = f"{gpu.name}, {_megabytes(gpu.total_bytes)}, CUDA {gpu.driver_cuda_version}"
+        mode = f"compute mode {gpu.compute_mode}, MPS {'on' if gpu.has_mps else 'off'}"
+        yield Outcome.GOOD, f"{about}, {mode}; {driver}"
+        uses_gpu = policy.uses_plans or policy.runtime == "torch"
+        if uses_gpu and gpu.compute_mode.startswith("exclusive") and not gpu.has_mps:
+            yield (
+                Outcome.FAULT,
+                f"compute mode {gpu.compute_mode} lets one process have the GPU, and three models need it; "
+                'set "nvidia-smi -c DEFAULT", or start MPS',
+            )
 
 
 def _plans(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome, str]]:

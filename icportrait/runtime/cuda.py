@@ -31,13 +31,13 @@ class Gpu:
     driver_cuda_version: str
     """The newest that the driver supports, such as 13.0."""
     compute_mode: str = "default"
-    """Of ``COMPUTE_MODES``: which processes may use it."""
+    """One of ``COMPUTE_MODES``, which says which processes may use it."""
     has_mps: bool = False
     """NVIDIA's Multi-Process Service lets processes run at the same time."""
 
 
 COMPUTE_MODES = ("default", "exclusive thread", "prohibited", "exclusive process")
-"""By CUDA's numbers."""
+"""Names of the modes, by CUDA's numbers."""
 
 
 def find_gpu() -> Gpu:
@@ -246,7 +246,7 @@ class Stream:
 
         self._cuda = cuda
         self.has_batches = True
-        """Whether the driver takes copies in batches, as far as it was asked."""
+        """True where the driver takes copies in batches, as far as it was asked."""
         self.handle = int(call(cuda.cudaStreamCreateWithFlags(cuda.cudaStreamNonBlocking)))
 
     def synchronize(self) -> None:

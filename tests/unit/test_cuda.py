@@ -22,6 +22,7 @@ from icportrait.runtime.cuda import (
     Stream,
     Timer,
     as_device_array,
+    attribute,
     call,
     find_gpu,
     is_lost,
@@ -236,6 +237,7 @@ REAL_CALLS: dict[str, Callable[[Stream], object]] = {
     "fill": lambda stream: stream.fill(BYTES, 255),
     "capture": record,
     "launch": lambda stream: bare_graph(stream).launch(),
+    "an attribute": lambda stream: attribute("ComputeMode"),
     "an event": lambda stream: Timer(stream),
     "an event's record": lambda stream: bare_timer(stream).__enter__(),
     "an event's end": lambda stream: bare_timer(stream).__exit__(None),
@@ -349,6 +351,7 @@ def driver(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[Any, ...]]:
         "cudaGetDeviceCount": (SUCCESS, 1),
         "cudaGetDeviceProperties": (SUCCESS, properties),
         "cudaMemGetInfo": (SUCCESS, 3 * 10**9, 8 * 10**9),
+        "cudaDeviceGetAttribute": (SUCCESS, 0),
     }
     for name in answers:
         monkeypatch.setattr(cuda, name, lambda *_, name=name: answers[name])
@@ -360,6 +363,19 @@ def test_the_gpu_is_described(driver: dict[str, tuple[Any, ...]]) -> None:
     assert (gpu.name, gpu.compute_capability) == ("NVIDIA Test", "8.9")
     assert (gpu.free_bytes, gpu.total_bytes) == (3 * 10**9, 8 * 10**9)
     assert gpu.driver_cuda_version == "13.1"
+    assert (gpu.compute_mode, gpu.has_mps) == ("default", False)
+
+
+def test_a_driver_that_knows_no_mps_has_none(
+    driver: dict[str, tuple[Any, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(name: cuda.cudaDeviceAttr, device: int) -> tuple[Any, ...]:
+        of_mps = name is cuda.cudaDeviceAttr.cudaDevAttrMpsEnabled
+        return (cuda.cudaError_t.cudaErrorInvalidValue, None) if of_mps else (SUCCESS, 3)
+
+    monkeypatch.setattr(cuda, "cudaDeviceGetAttribute", answer)
+    gpu = find_gpu()
+    assert (gpu.compute_mode, gpu.has_mps) == ("exclusive process", False)
 
 
 @pytest.mark.parametrize(

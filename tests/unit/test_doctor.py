@@ -16,6 +16,7 @@ from icportrait.gateway.doctor import Finding, Outcome, examine, is_fit
 from icportrait.gateway.settings import Settings
 from icportrait.policy import ServingPolicy
 from icportrait.presets import DEMO_128
+from icportrait.runtime.cuda import Gpu
 from icportrait.server import Ports, main
 from tests.certificates import make_chain
 from tests.trivial_engines import write_trivial_export
@@ -148,3 +149,23 @@ def test_a_check_that_fails_itself_is_a_finding(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(doctor, "CHECKS", {"broken": broken})
     (finding,) = examine(Settings())
     assert finding.outcome is Outcome.FAULT and "unforeseen" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("mode", "has_mps", "runtime", "fits"),
+    [
+        ("default", False, "torch", True),
+        ("exclusive process", False, "torch", False),
+        ("exclusive process", False, "tensorrt-rtx", False),
+        ("exclusive process", True, "torch", True),
+        ("exclusive process", False, "onnxruntime", True),
+    ],
+)
+def test_a_gpu_that_one_process_may_have_is_a_fault(
+    mode: str, has_mps: bool, runtime: str, fits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = Gpu("NVIDIA Test", "8.9", 8 * 10**9, 8 * 10**9, "13.0", mode, has_mps)
+    monkeypatch.setattr(doctor, "find_gpu", lambda: gpu)
+    findings = list(doctor.CHECKS["gpu"](free(), ServingPolicy(runtime=runtime)))
+    assert all(outcome is Outcome.GOOD for outcome, _ in findings) == fits
+    assert f"compute mode {mode}, MPS {'on' if has_mps else 'off'}" in findings[0][1]

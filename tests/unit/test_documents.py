@@ -59,6 +59,7 @@ EXEMPT = {
     "kubectl rollout status deployment/icportrait --namespace icportrait": NO_CLUSTER,
     "kubectl rollout undo deployment/icportrait --namespace icportrait": NO_CLUSTER,
     "node examples/node/portrait.js localhost:8001 me.jpg portrait.jpg out.png": "tests/e2e/test_node.py runs it",
+    "nvidia-cuda-mps-control -d": "needs an NVIDIA GPU; it comes with the driver",
     "npm ci --prefix examples/node": "tests/e2e/test_node.py installs the same packages elsewhere",
     "pip install ./client": "make setup installs the client from the same folder",
 }

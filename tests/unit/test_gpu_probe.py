@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.gpu import share
-from benchmarks.gpu.command import PROBES, GpuProbeSettings
+from benchmarks.gpu import copies, share
+from benchmarks.gpu.settings import PROBES, GpuProbeSettings
 from icportrait.contract import ENGINES, Array, ModelSpec, engine_specs
 from icportrait.runtime.device_engine import BUCKETS, buckets_up_to
 from icportrait.runtime.latency_table import LatencyTable
@@ -113,7 +113,10 @@ def test_facts_are_the_drivers_and_the_packages(probe: Callable[..., dict[str, A
     assert found["make_serve"]["runtime"] == "tensorrt-rtx"  # has kernels for 8.9
 
 
-def test_copies_are_of_a_steps_and_a_joins_bytes(probe: Callable[..., dict[str, Any]], cuda: HostCuda) -> None:
+def test_copies_are_of_a_steps_and_a_joins_bytes(
+    probe: Callable[..., dict[str, Any]], cuda: HostCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(copies, "BLOCK_BYTES", 2**20)
     found = {each["copy"]: each for each in probe("copies")["copies"]}
     latent = next(spec for spec in SPECS["unet"].inputs if spec.name == "canvas_latent")
     assert found["a step's upload, pinned"]["bytes"] == found["a step's upload, pageable"]["bytes"] == latent.nbytes(16)
@@ -121,6 +124,7 @@ def test_copies_are_of_a_steps_and_a_joins_bytes(probe: Callable[..., dict[str, 
     joins = [each for name, each in found.items() if name.startswith("F_ref of 8 rows")]
     assert [each["bytes"] for each in joins] == [f_ref, f_ref]
     assert all(each["gpu_us"] > 0 and each["host_us"] > 0 and each["gb_per_s"] > 0 for each in found.values())
+    assert found["1 MB upload, pageable"]["bytes"] == 2**20
     assert cuda.calls.count("cudaMemcpyBatchAsync") > 20
 
 
