@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     build.add_argument("--workspace", type=_gigabytes, metavar="GB", help="largest scratch memory of a kernel")
     build.add_argument("--allow-mixed", action="store_true", help="build although much is in another precision")
     build.add_argument("--allow-warnings", action="store_true", help="build although TensorRT warns of the graph")
+    build.add_argument("--allow-unfused", action="store_true", help="build although an attention isn't fused")
     args = parser.parse_args(argv)
     try:
         if args.command == "accept":
@@ -105,6 +106,7 @@ def _build(args: argparse.Namespace, flavour: Flavour, manifest: Manifest) -> No
             args.out,
             allow_mixed=args.allow_mixed,
             allow_warnings=args.allow_warnings,
+            allow_unfused=args.allow_unfused,
         ):
             print(
                 f"  {name}: {plan.plan_bytes / 1e6:.0f} MB for {', '.join(plan.compute_capabilities)}, "

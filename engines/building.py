@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from engines.build_config import BuildConfig, Profile
+from engines.fusion import fusion
 from engines.gpu_target import GpuTarget, gpu_target
-from engines.inspection import inspect, table, warning_lines
+from engines.inspection import Inspection, inspect, table, warning_lines
 from engines.network import ParsedNetwork, parse, warnings_that_matter
 from engines.polygraphy_setup import prepare_polygraphy
 from engines.progress import progress_monitor
@@ -36,6 +37,7 @@ def build_engine(
     *,
     allow_mixed: bool = False,
     allow_warnings: bool = False,
+    allow_unfused: bool = False,
 ) -> list[PlanManifest]:
     """Build one engine's plans into ``out``, each with its manifest, and print what the parser made of the graph.
 
@@ -48,13 +50,14 @@ def build_engine(
         out: directory for the plans, made where it is missing.
         allow_mixed: also build graphs that do much of their arithmetic in other types than the engine's precision.
         allow_warnings: also build where TensorRT's parser warns of something that isn't known to be harmless.
+        allow_unfused: also build where the scores of an attention lie in scratch memory.
 
     Raises:
         CheckpointError: the graph isn't the one that its manifest names.
         PlanError: TensorRT couldn't build it.
         RuntimeNotAvailable: the product isn't installed, or needs a GPU that isn't here.
-        VerificationError: TensorRT can't parse the graph or warns of it while it parses, or its arithmetic isn't in the
-            engine's precision.
+        VerificationError: TensorRT can't parse the graph or warns of it while it parses, its arithmetic isn't in the
+            engine's precision, or an attention isn't fused.
         NotEnoughDisk: a plan is larger than the room that is left.
     """
     target = gpu_target(flavour, config.compute_capabilities_for(manifest.precision))
@@ -80,7 +83,7 @@ def build_engine(
             PlanManifest.path(old).unlink(missing_ok=True)
             old.unlink()
     return [
-        _build_plan(target, parsed, onnx, manifest, spec, config, profiles, out / name)
+        _build_plan(target, parsed, found, onnx, manifest, spec, config, profiles, out / name, allow_unfused)
         for name, profiles in plans.items()
     ]
 
@@ -96,14 +99,16 @@ def _refuse_warnings(onnx: Path, warned: list[str]) -> None:
 def _build_plan(
     target: GpuTarget,
     parsed: ParsedNetwork,
+    found: Inspection,
     onnx: Path,
     manifest: Manifest,
     spec: ModelSpec,
     config: BuildConfig,
     profiles: list[Profile],
     plan: Path,
+    allow_unfused: bool,
 ) -> PlanManifest:
-    started, known = time.perf_counter(), len(parsed.warnings)
+    started, known, planned = time.perf_counter(), len(parsed.warnings), len(parsed.planned)
     with progress_monitor(parsed.flavour, plan.name) as monitor:
         serialized = _serialize(target, parsed, config, profiles, monitor)
     warned = parsed.warnings[known:]
@@ -112,6 +117,15 @@ def _build_plan(
     # The builder warns of tactics that it skipped, of the machine, and of much that says nothing against the plan.
     for line in warning_lines(warned):
         print(line, flush=True)
+    precision = manifest.engines[spec.name].precision
+    largest = max(shapes[2][0] for profile in profiles for shapes in profile.values())
+    attention = fusion(parsed.planned[planned:], found, precision, len(profiles), largest)
+    print(f"  {attention}", flush=True)
+    if attention.is_unfused and precision != "fp32" and not allow_unfused:  # fp32 has no fused kernels
+        raise VerificationError(
+            f"{onnx}: {plan.name}: {attention}: a step would write them each time; export with another head size, or "
+            "allow it with --allow-unfused"
+        )
     network = parsed.network
     tensors = [
         PlanTensor(tensor.name, is_input, tensor.dtype.name, tuple(tensor.shape))
@@ -125,7 +139,7 @@ def _build_plan(
     built = PlanManifest(
         engine=spec.name,
         preset=manifest.preset.name,
-        precision=manifest.engines[spec.name].precision,
+        precision=precision,
         flavour=parsed.flavour.name,
         tensorrt_version=parsed.flavour.version(),
         compute_capabilities=target.compute_capabilities,
@@ -139,6 +153,9 @@ def _build_plan(
         peak_memory_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         gpu_name=target.gpu_name,
         warnings=tuple(dict.fromkeys(text.strip() for text in warned)),
+        scratch_bytes=attention.scratch_bytes,
+        attentions=attention.attentions,
+        fused_attentions=attention.fused,
     )
     with room_for("the plan", plan.parent, size_bytes, (plan.name, PlanManifest.path(plan).name)):
         # A plan without its manifest is never loaded, so neither half of an interrupted build is taken for a whole one.
@@ -174,6 +191,7 @@ def _serialize(
         "builder_optimization_level": config.optimization_level,
         "load_timing_cache": cache if config.timing_cache and config.timing_cache.is_file() else None,
         "progress_monitor": monitor,
+        "profiling_verbosity": trt.ProfilingVerbosity.DETAILED,
     }
     for profile, shapes in zip(settings["profiles"], profiles, strict=True):
         for name, (smallest, best, largest) in shapes.items():

@@ -30,6 +30,10 @@ class Inspection:
     """Multiply-adds of products of two activations, attention's and the cost volume's, by type."""
     attentions: int = 0
     """Attentions that are TensorRT's own (IAttention)."""
+    scores: int = 0
+    """Elements of the largest attention's scores, which it keeps in scratch memory where it isn't fused."""
+    largest: int = 0
+    """Elements of the largest tensor that a layer gives."""
     casts: list[str] = field(default_factory=list)
     """Casts between types that arithmetic is done in: "layer: HALF to FLOAT, [shape]"."""
 
@@ -74,6 +78,7 @@ def _count(parsed: ParsedNetwork) -> Inspection:
     for layer in layers:
         output = layer.get_output(0)
         found.layers[layer.type.name, output.dtype.name] += 1
+        found.largest = max(found.largest, abs(math.prod(output.shape)))
         if layer.type == kinds.CONVOLUTION:
             layer.__class__ = trt.IConvolutionLayer  # the bindings give every layer as its base class
             assert isinstance(layer, trt.IConvolutionLayer)
@@ -95,6 +100,7 @@ def _count(parsed: ParsedNetwork) -> Inspection:
         elif layer.type == kinds.ATTENTION_INPUT:
             found.attentions += 1
             query, key, value = (layer.get_input(side) for side in range(3))
+            found.scores = max(found.scores, math.prod(query.shape[:3]) * key.shape[2])
             types = [_arithmetic_type(kinds, side, producers) for side in (query, key, value)]
             found.products[_common(types)] += (
                 math.prod(query.shape) * key.shape[2] + math.prod(output.shape) * key.shape[2]

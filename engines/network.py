@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 HARMLESS = {"scales to fp32": "fp16 scales of a quantised layer become fp32, which is exact"}
 """Parts of warnings that say nothing against a graph, and why. Any other may mean other values than torch's."""
 
+PLANNED = ("Max Scratch Memory: ", "Layers:")
+"""Beginnings of the builder's messages about the memory of a profile, and about the kernels of all."""
+
 
 @dataclass
 class ParsedNetwork:
@@ -27,6 +30,8 @@ class ParsedNetwork:
     parser: trt.OnnxParser
     warnings: list[str]
     """Warnings of TensorRT since parsing began; a build adds to them."""
+    planned: list[str]
+    """The builder's messages about scratch memory and kernels."""
 
 
 def parse(flavour: Flavour, onnx: Path) -> ParsedNetwork:
@@ -45,8 +50,8 @@ def parse(flavour: Flavour, onnx: Path) -> ParsedNetwork:
     else:
         trt = flavour.load()
     logger = _logger(flavour)
-    warnings: list[str] = []
-    logger.warnings = warnings
+    warnings, planned = list[str](), list[str]()
+    logger.warnings, logger.planned = warnings, planned
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -62,7 +67,7 @@ def parse(flavour: Flavour, onnx: Path) -> ParsedNetwork:
             assert isinstance(layer, trt.IAttentionInputLayer)
             # There is no kernel for every size in every type, none for fp32: what has none may be taken apart.
             layer.attention.decomposable = True
-    return ParsedNetwork(flavour, builder, network, parser, warnings)
+    return ParsedNetwork(flavour, builder, network, parser, warnings, planned)
 
 
 def warnings_that_matter(warnings: list[str]) -> list[str]:
@@ -82,9 +87,12 @@ def _logger(flavour: Flavour) -> Any:
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.warnings: list[str] = []
+            self.planned: list[str] = []
 
         def log(self, severity: trt.ILogger.Severity, message: str) -> None:
             if severity in (trt.ILogger.WARNING, trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
                 self.warnings.append(message)
+            elif message.startswith(PLANNED):
+                self.planned.append(message)
 
     return Logger()

@@ -60,6 +60,12 @@ class PlanManifest:
     """The GPU model that it was built on, and runs on alone; empty for a plan that was compiled ahead of time."""
     warnings: tuple[str, ...] = ()
     """The builder's warnings; a graph of which the parser warns isn't built."""
+    scratch_bytes: tuple[int, ...] = ()
+    """Scratch memory by optimization profile, as the builder has planned it; empty where it didn't say."""
+    attentions: int = 0
+    """The graph's attentions."""
+    fused_attentions: int = 0
+    """The attentions that have a kernel of their own, in the profile that has the fewest."""
 
     @property
     def batch_ranges(self) -> tuple[BatchRange, ...]:
@@ -89,7 +95,7 @@ class PlanManifest:
             )
         try:
             fields = json.loads(path.read_text(encoding="utf-8"))
-            for name in ("compute_capabilities", "warnings"):
+            for name in ("compute_capabilities", "warnings", "scratch_bytes"):
                 fields[name] = tuple(fields.get(name, ()))
             fields["profiles"] = tuple(
                 {name: tuple(tuple(shape) for shape in shapes) for name, shapes in profile.items()}
