@@ -18,7 +18,7 @@ import numpy as np
 
 from icportrait.contract import Array, ModelSpec, TensorSpec
 from icportrait.errors import IcPortraitError, RuntimeNotAvailable
-from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Gpu, Stream, as_device_array, is_lost
+from icportrait.runtime.cuda import DeviceArray, DeviceMemory, Gpu, Stream, as_device_array, is_lost, pinned_array
 
 logger = logging.getLogger(__name__)
 BUCKETS = (1, 2, 3, 4, 6, 8, 10, 12, 14, 16)
@@ -87,6 +87,8 @@ class DeviceEngine:
         for array in self.inputs.values():
             stream.fill(array, 0)  # what lies in a bucket's unused rows is computed with
         executor.bind(self.inputs, self.outputs)
+        self._pinned: dict[str, Array] = {}
+        """Pinned memory of what ``run`` moves, by tensor. It is made when first used, because slots have their own."""
         self.unrecorded: dict[int, str] = {}
         """Why a bucket runs without a CUDA graph, by bucket; known once the engine is warm."""
         self._launches: dict[int, Callable[[], None]] = {
@@ -149,8 +151,9 @@ class DeviceEngine:
         for spec in self.spec.inputs:
             target = self.inputs[spec.name].rows(0, batch)
             if isinstance(inputs[spec.name], np.ndarray):
-                keep.append(np.ascontiguousarray(inputs[spec.name]))
-                self.stream.upload(keep[-1], target)
+                staged = self._staged(spec.name, self.inputs[spec.name])[:batch]
+                staged[...] = inputs[spec.name]
+                self.stream.upload(staged, target)
             else:
                 keep.append(as_device_array(inputs[spec.name], self.stream))
                 self.stream.copy(keep[-1], target)
@@ -158,9 +161,18 @@ class DeviceEngine:
             self.execute_directly(batch)
         else:
             self.execute(batch)
-        found = {name: self.stream.download(array.rows(0, batch)) for name, array in self.outputs.items()}
+        found = {
+            name: self.stream.download(array.rows(0, batch), self._staged(name, array)[:batch])
+            for name, array in self.outputs.items()
+        }
         self.stream.synchronize()
-        return found
+        return {name: array.copy() for name, array in found.items()}
+
+    def _staged(self, name: str, array: DeviceArray) -> Array:
+        """Return the pinned array of a tensor."""
+        if name not in self._pinned:
+            self._pinned[name] = pinned_array(array.shape, array.dtype)
+        return self._pinned[name]
 
 
 def buckets_up_to(largest: int, buckets: tuple[int, ...] = BUCKETS) -> tuple[int, ...]:

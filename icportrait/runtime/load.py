@@ -11,12 +11,17 @@ from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.policy import RUNTIMES, ServingPolicy
 from icportrait.runtime.engine import Engine
+from icportrait.runtime.portions import PortionedEngine
 from icportrait.runtime.slots import HostSlots, Slots
 from icportrait.runtime.tensorrt.products import FLAVOURS
 
+DECODER_ROWS = 4
+"""Portraits that a GPU decodes at once, because a step of the UNet may wait for them: at most a step's time
+(docs/capacity.md)."""
+
 
 def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingPolicy) -> Engine:
-    """Load engine ``name`` of an export into the policy's runtime.
+    """Load engine ``name`` of an export into the policy's runtime. On a GPU the decoder runs in portions.
 
     Args:
         name: one of ``contract.ENGINES``.
@@ -51,22 +56,34 @@ def load_engine(name: str, directory: Path, manifest: Manifest, policy: ServingP
         if _torch_has_gpu():
             from icportrait.runtime.torch_device import load_modules
 
-            return load_modules([name], manifest, policy)[name]
+            return _beside_steps(load_modules([name], manifest, policy)[name])
         from icportrait.runtime.eager import TorchEngine
 
         return TorchEngine.from_manifest(name, manifest, policy)
     if policy.is_simulated:
         from icportrait.runtime.simulated import load_simulated
 
-        return load_simulated([name], directory, manifest, policy)[name]
+        return _beside_steps(load_simulated([name], directory, manifest, policy)[name])
     if policy.uses_plans:
         from icportrait.runtime.tensorrt.loading import load_plans
 
         rows = pinned_rows(spec, policy)
         pinned = None if rows is None else {name: rows}
         caches = _kernel_caches([name], directory, manifest)
-        return load_plans([name], directory, manifest, FLAVOURS[policy.runtime], pinned, caches)[name]
+        plans = load_plans([name], directory, manifest, FLAVOURS[policy.runtime], pinned, caches)
+        return _beside_steps(plans[name])
     raise RuntimeNotAvailable(f"runtime: {policy.runtime!r}, expected one of {', '.join(RUNTIMES)}")
+
+
+def _beside_steps(engine: Engine) -> Engine:
+    """Let the decoder give the GPU back to the UNet between portions. All other engines stay as they are."""
+    rows = most_rows(engine.spec)
+    return engine if rows == engine.spec.batch.max else PortionedEngine(engine, rows)
+
+
+def most_rows(spec: ModelSpec) -> int:
+    """Return the most rows that an engine on a GPU runs at once."""
+    return min(spec.batch.max, DECODER_ROWS) if spec.name == "vae_decoder" else spec.batch.max
 
 
 def load_slots(directory: Path, manifest: Manifest, policy: ServingPolicy) -> Slots:
@@ -150,9 +167,9 @@ def buckets_at_once(spec: ModelSpec, policy: ServingPolicy) -> tuple[int, ...]:
 def pinned_rows(spec: ModelSpec, policy: ServingPolicy) -> int | None:
     """Return the number of rows that every run of a plan has in the deterministic mode; None where the mode is off.
 
-    It is the most rows that can come at once. An engine that batches across callers always runs its largest batch. An
+    It is the most rows that can come at once. An engine that batches across callers always runs ``most_rows``. An
     engine that fills slots runs no more rows than there are slots.
     """
     if not policy.deterministic:
         return None
-    return spec.batch.max if spec.name in MODEL_ENGINES else min(policy.slots, spec.batch.max)
+    return most_rows(spec) if spec.name in MODEL_ENGINES else min(policy.slots, spec.batch.max)
