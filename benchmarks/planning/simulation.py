@@ -37,6 +37,7 @@ from icportrait.metrics import Metrics
 from icportrait.pictures.prepare import Kept
 from icportrait.policy import ServingPolicy, rank
 from icportrait.request import PortraitRequest
+from icportrait.runtime.load import DECODER_ROWS
 from icportrait.serving.admission import Admission, Lease, Limits
 from icportrait.serving.control import Demand
 from icportrait.serving.encoder_cache import RowCache
@@ -208,6 +209,7 @@ class _Batched:
         times = server.profile.engine_ms[engine]
         self._device, self._run = server.device, run
         late_ms, self._most = server.profile.host.late_ms, max(times)
+        self._at_once = DECODER_ROWS if engine == "vae_decoder" else self._most
         self._run_s = [0.0, *((each + late_ms) / 1000 for each in times.values())]
         self._waiting: deque[tuple[int, Any, Callable[[], None]]] = deque()
         self._is_busy = False
@@ -229,7 +231,13 @@ class _Batched:
         computed = self._run([brought for _, brought, _ in batch]) if self._run else rows
         if computed:
             self.runs, self.rows = self.runs + 1, self.rows + computed
-            self._device.run(self._run_s[computed], lambda: self._end(batch))
+        self._compute(computed, batch)
+
+    def _compute(self, left: int, batch: Sequence[tuple[int, Any, Callable[[], None]]]) -> None:
+        """Compute a batch's rows in portions, between which others have the device."""
+        if left:
+            rows = min(left, self._at_once)
+            self._device.run(self._run_s[rows], lambda: self._compute(left - rows, batch))
         else:
             self._end(batch)
 

@@ -11,7 +11,7 @@ from icportrait.errors import RuntimeNotAvailable
 from icportrait.manifest import Manifest
 from icportrait.policy import RUNTIMES, ServingPolicy
 from icportrait.runtime.engine import Engine
-from icportrait.runtime.portions import PortionedEngine
+from icportrait.runtime.portioned import PortionedEngine
 from icportrait.runtime.slots import HostSlots, Slots
 from icportrait.runtime.tensorrt.products import FLAVOURS
 

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from typing import Any
 
 import numpy as np
 
 from icportrait.contract import Array, ModelSpec
-from icportrait.runtime.cuda import DeviceArray
-from icportrait.runtime.engine import Engine
 
 
 def run_in_portions(
@@ -34,31 +31,9 @@ def run_in_portions(
         return dict(run(inputs))
     outputs = {tensor.name: np.empty(tensor.shape(batch=batch), tensor.dtype.numpy) for tensor in spec.outputs}
     for rows in portions(batch, sizes):
-        for name, part in run({name: _rows(array, rows) for name, array in inputs.items()}).items():
+        for name, part in run({name: array[rows] for name, array in inputs.items()}).items():
             outputs[name][rows] = part
     return outputs
-
-
-class PortionedEngine:
-    """An engine that runs a batch in portions, between which other processes have the device."""
-
-    def __init__(self, engine: Engine, rows: int) -> None:
-        """Take the engine.
-
-        Args:
-            engine: takes any batch of the specification.
-            rows: the most that it runs at once.
-        """
-        self.spec, self.version = engine.spec, engine.version
-        self._engine, self._sizes = engine, range(1, rows + 1)
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run one batch; see ``Engine.run``."""
-        return run_in_portions(self.spec, inputs, self._sizes, self._engine.run)
-
-
-def _rows(array: Array | DeviceArray, rows: slice) -> Any:
-    return array.rows(rows.start, rows.stop - rows.start) if isinstance(array, DeviceArray) else array[rows]
 
 
 def portions(batch: int, sizes: Collection[int]) -> Iterator[slice]:

@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.load import Answer, LoadRun, Outcome
-from benchmarks.planning import planner, validation
+from benchmarks.planning import planner, simulation, validation
 from benchmarks.planning.answer import table, to_json
 from benchmarks.planning.bound import BatchService, fit, whole_batches
 from benchmarks.planning.computed import GPUS, MEASURED_ON, compute, peak_tflops, write_all
@@ -36,7 +36,7 @@ from benchmarks.schedule import poisson_schedule
 from benchmarks.settings import LATENCY_TABLE, ROOT, LoadSettings
 from icportrait.phases import row_steps
 from icportrait.policy import ServingPolicy
-from icportrait.presets import DEMO_128
+from icportrait.presets import DEMO_128, SD15_512
 from icportrait.runtime.latency_table import PEAK_TFLOPS, LatencyTable
 from tests.label_slots import run_together, steps_of
 
@@ -119,6 +119,49 @@ def test_the_device_runs_one_engine_at_a_time() -> None:
     assert 0 < run.busy["device"] <= 1
     assert run.duration_s < (busy_ms + 40 * (WARP_MS + 5 * 12)) / 1000
     assert run.batches["unet"] > 2
+
+
+@pytest.mark.parametrize(("portraits", "rate_per_s"), [(8, 1.2), (4, 2.0), (1, 6.5)])
+def test_decoding_leaves_a_full_steps_p99_within_twice_its_median(portraits: int, rate_per_s: float) -> None:
+    """Serve requests of 5 to 30 steps by the times that were measured on an H200, in full slots."""
+    found = full_steps(portraits, rate_per_s)
+    assert len(found) > 200
+    assert np.percentile(found, 99) <= 2 * np.median(found)
+
+
+def test_a_whole_batch_decoded_at_once_would_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulation, "DECODER_ROWS", 8)
+    found = full_steps(8, 1.2)
+    assert np.percentile(found, 99) > 2 * np.median(found)
+
+
+def full_steps(portraits: int, rate_per_s: float) -> list[float]:
+    """Return the seconds of each step with 14 rows or more."""
+    table = LatencyTable.read(LATENCY_TABLE)
+    profile = ServiceProfile.of_table(
+        "h200", table, SD15_512, precision="fp16", origin="measured", host=dataclasses.replace(HOST, workers=16)
+    )
+    server, draw, found, begun = SimulatedServer(profile), np.random.default_rng(0), list[float](), [0.0, 0.0]
+    slots, launch, wait = server._slots, server._slots.launch, server._slots.wait
+
+    def timed_launch(canvas: Any, timestep: Any) -> None:
+        begun[:] = len(timestep), server.time.now_s
+        launch(canvas, timestep)
+
+    def timed_wait() -> None:
+        wait()
+        if begun[0] >= 14:
+            found.append(server.time.now_s - begun[1])
+
+    slots.launch, slots.wait = timed_launch, timed_wait  # type: ignore[method-assign]
+    moments = np.cumsum(draw.exponential(1 / rate_per_s, size=400))
+    server.run(
+        [
+            call(float(at_s), int(draw.integers(5, 31)), number, portraits=portraits, rows=portraits)
+            for number, at_s in enumerate(moments)
+        ]
+    )
+    return found
 
 
 def test_a_full_queue_refuses_and_a_deadline_is_forecast_or_missed() -> None:

@@ -313,6 +313,18 @@ def test_nothing_crosses_from_memory_that_is_not_pinned(device: OnDevice, cuda: 
     assert cuda.pageable_bytes == 0
 
 
+def test_an_engine_alone_moves_by_pinned_memory_and_gives_fresh_arrays(device: OnDevice, cuda: HostCuda) -> None:
+    cuda.pageable_bytes = 0
+    latent, timestep = canvas(2)
+    given = {"canvas_latent": latent, "timestep": timestep}
+    given |= {name: np.zeros((2, *device.unet.inputs[name].shape[1:]), np.float32) for name in F_REF}
+    first = device.unet.run(given)["noise_pred"]
+    kept = first.copy()
+    device.unet.run(given | {"timestep": timestep + 100})
+    assert np.array_equal(first, kept) and np.allclose(first, denoise(given)["noise_pred"])
+    assert cuda.pageable_bytes == 0
+
+
 def test_a_prediction_stays_until_the_next_wait(device: OnDevice) -> None:
     """Launch the next step before the last prediction has been read, as the loop does."""
     first = step(device.slots, *canvas(2, seed=1))
