@@ -17,7 +17,7 @@ import signal
 import tempfile
 from pathlib import Path
 
-from icportrait.deploy.stub_processes import stubs_of_region
+from icportrait.deploy.stub_processes import runs, stubs_of_region
 
 SHM = Path("/dev/shm")
 LOCK, FOLDER = "icportrait_{token}_lock", "icportrait-server-run-{token}"
@@ -28,6 +28,8 @@ PLAIN = re.compile(r"[\w./+-]+", re.ASCII)
 """Triton's Python backend starts its processes through a shell, with their paths unquoted."""
 SHORT = Path("/tmp")
 """Parent of the folder if its path would be too long for its sockets, or isn't plain."""
+ENVIRONMENTS = Path("/tmp")
+"""Triton's Python backend makes a folder here at each start, whatever TMPDIR says, and leaves it where it is killed."""
 
 
 class Run:
@@ -58,6 +60,7 @@ class Run:
         with contextlib.suppress(OSError):
             _remove_regions(self._token)
         self._locks.close()
+        remove_environments()
 
     def _take_region(self) -> bool:
         self._token = secrets.token_hex(4)
@@ -98,7 +101,22 @@ def remove_leftovers() -> list[str]:
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
             removed.append(folder.name)
+    remove_environments()
     return removed
+
+
+def remove_environments() -> None:
+    """Remove the folders of this user that killed Python backends have left, unless a tritonserver runs.
+
+    None of these folders tells which process it is of. A folder with something in it stays.
+    """
+    # Listed first, because a server that starts meanwhile makes another.
+    folders = list(ENVIRONMENTS.glob("python_env_??????"))
+    if folders and not runs("tritonserver"):
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                if folder.stat().st_uid == os.getuid():
+                    folder.rmdir()
 
 
 def _take_left(path: Path, flags: int) -> int | None:

@@ -55,8 +55,12 @@ def stub_processes(server_pid: int) -> list[StubProcess]:
 
 def stubs_of_region(prefix: str) -> list[int]:
     """List the stub processes whose region of shared memory has a prefix, whoever their parent is now."""
-    pids = [int(folder.name) for folder in PROC.iterdir() if folder.name.isdecimal()]
-    return [pid for pid in pids if any(each.startswith(prefix) for each in _stub_arguments(pid)[1:2])]
+    return [pid for pid in _pids() if any(each.startswith(prefix) for each in _stub_arguments(pid)[1:2])]
+
+
+def runs(program: str) -> bool:
+    """Tell whether any process that this one sees runs a program, by the name of its file."""
+    return any(Path(arguments[0]).name == program for pid in _pids() if (arguments := _arguments(pid)))
 
 
 def describe(exit_code: int) -> str:
@@ -67,13 +71,17 @@ def describe(exit_code: int) -> str:
 def descendants(pid: int) -> list[int]:
     """List the processes below one, its children before theirs."""
     children: dict[int, list[int]] = {}
-    for folder in PROC.iterdir():
-        if folder.name.isdecimal() and (fields := _stat(int(folder.name))):
-            children.setdefault(int(fields[PARENT]), []).append(int(folder.name))
+    for each in _pids():
+        if fields := _stat(each):
+            children.setdefault(int(fields[PARENT]), []).append(each)
     found = [pid]
     for parent in found:
         found += children.get(parent, [])
     return found[1:]
+
+
+def _pids() -> list[int]:
+    return [int(folder.name) for folder in PROC.iterdir() if folder.name.isdecimal()]
 
 
 def _stat(pid: int) -> list[str] | None:

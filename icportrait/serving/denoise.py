@@ -93,7 +93,7 @@ class DenoiseStage:
             peer.send(self._pong(message.id))
         elif isinstance(message, LeaseAsked):
             peer.send({"op": "leased", "key": message.key, "refusal": self._lease(peer, message)})
-        elif lease := self._leases.get(message.key):
+        elif (lease := self._leases.get(message.key)) and lease.peer is peer:
             if isinstance(message, Cancel):
                 self._cancel(lease)
             elif isinstance(message, Seen):

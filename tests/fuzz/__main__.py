@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import hashlib
 import shutil
 import sys
 import tempfile
@@ -20,8 +19,6 @@ from pathlib import Path
 from tests.exports import ROOT
 
 BUILD = ROOT / "build" / "fuzz"
-KEY = "the-key-of-the-fuzz"
-HEADERS = (("authorization", f"Bearer {KEY}"),)
 REPEATS = 3
 """A replayed case is sent so often."""
 
@@ -52,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
         Corpus(args.seed).write(args.write_corpus)
         return 0
     from icportrait.presets import DEMO_128
+    from tests.fuzz import keys
     from tests.fuzz.cases import Case
     from tests.fuzz.run import Plan, Run, table
 
@@ -61,9 +59,10 @@ def main(argv: list[str] | None = None) -> int:
             args.requests,
             f"127.0.0.1:{ports.grpc}",
             f"127.0.0.1:{ports.http}",
-            HEADERS,
+            (keys.bearer("plain"),),
             corpus=args.corpus,
             run_folder=folder,
+            metrics_url=f"127.0.0.1:{ports.metrics}",
             findings=BUILD / "findings",
         )
         run = Run(plan, DEMO_128, watched)
@@ -102,12 +101,13 @@ def server() -> Iterator[tuple[object, object, Path]]:
     """Start a server of its own, whose log is kept in ``build/fuzz``."""
     from tests.e2e.conftest import simulated_repository
     from tests.e2e.supervised import supervised
+    from tests.fuzz import keys
     from tests.fuzz.watch import Watched
 
     BUILD.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="icf-") as temporary:
         folder = Path(temporary)
-        (folder / "keys.toml").write_text(f'[keys.fuzz]\nsha256 = "{hashlib.sha256(KEY.encode()).hexdigest()}"\n')
+        keys.write(folder / "keys.toml")
         repository = simulated_repository(folder, {})
         flags = ("--api-keys", str(folder / "keys.toml"), "--max-queued-slots=4096", "--max-pending-requests=1024")
         (folder / "run").mkdir()

@@ -17,8 +17,9 @@ import hpack
 from hyperframe.exceptions import HyperframeError
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame, RstStreamFrame
 
-from icportrait.serving.control import LENGTH
-from tests.fuzz.cases import Case
+from icportrait.serving.control import LENGTH, frame
+from tests.fuzz.cases import GONE, WAITS, Case
+from tests.fuzz.control_cases import HELLO, LAST
 
 CHANNELS = 8
 NO_LIMIT = [
@@ -26,7 +27,7 @@ NO_LIMIT = [
     ("grpc.max_send_message_length", -1),
     ("grpc.enable_http_proxy", 0),
 ]
-GONE = "GONE"
+LINE_TIMEOUT_S = 30.0
 
 
 @dataclass
@@ -34,7 +35,7 @@ class Answer:
     """Answer as a caller got it."""
 
     code: str
-    """gRPC's code, HTTP's status, or ``GONE``: the connection or the call ended without."""
+    """gRPC's code, HTTP's status, ``GONE`` or ``WAITS``; a control line's pong is ``OK``."""
     text: str = ""
     """Text of a refusal."""
     bodies: list[bytes] = field(default_factory=list)
@@ -204,7 +205,17 @@ class Callers:
     async def _control(self, case: Case) -> Answer:
         path = self._control_path()
         if path is None:
-            return Answer(GONE)
+            return Answer(GONE, faults=["there is no control line"])
+        # A message whose length was changed leaves the loop waiting for the rest.
+        answer = await self._line(path, case.messages, 2.0 if WAITS in case.expects else LINE_TIMEOUT_S)
+        other = await self._line(path, tuple(map(frame, (HELLO, LAST))), LINE_TIMEOUT_S)
+        answer.faults += [f"another line: {fault}" for fault in other.faults]
+        if other.code != "OK":
+            answer.faults.append(f"another line ended with {other.code}")
+        return answer
+
+    async def _line(self, path: Path, messages: tuple[bytes, ...], timeout_s: float) -> Answer:
+        """Send a line's messages, the last a ping, and read what the loop says until its pong or the line's end."""
         answer = Answer(GONE)
         try:
             reader, writer = await asyncio.open_unix_connection(str(path))
@@ -213,18 +224,20 @@ class Callers:
             return answer
         try:
             with contextlib.suppress(OSError):
-                writer.writelines(case.messages)
+                writer.writelines(messages)
                 await writer.drain()
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError, TimeoutError):
-                # A message whose length was changed leaves the loop waiting for the rest.
-                async with asyncio.timeout(2):
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                async with asyncio.timeout(timeout_s):
                     while answer.code != "OK":
                         (length,) = LENGTH.unpack(await reader.readexactly(LENGTH.size))
-                        message = json.loads(await reader.readexactly(length))
-                        if message.get("op") not in ("hello", "leased", "pong"):
-                            answer.faults.append(f"the loop said {str(message)[:200]}")
-                        if message == {"op": "pong", "id": 7}:
+                        answer.bodies.append(await reader.readexactly(length))
+                        said = json.loads(answer.bodies[-1])
+                        if said.get("op") not in ("hello", "leased", "pong"):
+                            answer.faults.append(f"the loop said {str(said)[:200]}")
+                        if (said.get("op"), said.get("id")) == ("pong", LAST["id"]):
                             answer.code = "OK"
+        except TimeoutError:
+            answer.code = WAITS
         finally:
             await _end(writer)
         return answer

@@ -10,6 +10,10 @@ from typing import Any
 
 GRPC_REFUSALS = ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED")
 HTTP_REFUSALS = ("400", "401", "404", "405", "408", "413", "415", "431", "501")
+GONE = "GONE"
+"""The connection or the call ended without an answer."""
+WAITS = "WAITS"
+"""The control line stays open, and the loop waits for the rest of a message."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,8 @@ class Case:
     leaves_after_s: float | None = None
     """Seconds after which the caller hangs up; None stays."""
     compression: str = ""
+    at_most: int = 0
+    """Requests of this kind that a run may serve; 0 where all of them may be."""
 
     def write(self, path: Path, **more: Any) -> None:
         """Write the case, and ``more`` for people, as JSON."""

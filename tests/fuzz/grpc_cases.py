@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2
 
 from tests.fuzz.cases import GRPC_REFUSALS, Case
 from tests.fuzz.corpus import Corpus, mutated
+from tests.fuzz.keys import limited
 from tests.fuzz.wishes import FIELDS, Wish, good, plain, wish
 
 SERVICE = "/inference.GRPCInferenceService/"
@@ -37,6 +38,7 @@ BY_VERDICT = {
     "deadline": ("OK", "UNAVAILABLE"),
 }
 ANY = ("OK", *GRPC_REFUSALS)
+BY_REFUSAL = {"": ("OK",), "exhausted": ("OK", "RESOURCE_EXHAUSTED"), "denied": ("PERMISSION_DENIED",)}
 CONTENTS = {"BYTES": "bytes_contents", "FP32": "fp32_contents", "INT32": "int_contents", "INT64": "int64_contents"}
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 Headers = tuple[tuple[str, str], ...]
@@ -257,7 +259,14 @@ def metadata(name: str, rng: random.Random, corpus: Corpus, headers: Headers) ->
 
 
 def key(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> Case:
-    """Call with no key, a wrong one, or one that may do less."""
+    """Call with no key, a wrong one, or one that has a limit."""
+    if headers and rng.random() < 0.5:
+        asked = limited(rng)
+        sent = message(Wish(plain(rng, corpus) | {"priority": asked.priority}, asked.kind), "ic_portrait")
+        return Case(
+            name, "grpc", asked.kind, BY_REFUSAL[asked.refusal], INFER, (asked.header,), (sent.SerializeToString(),),
+            names=asked.names, at_most=asked.at_most,
+        )  # fmt: skip
     wrong = rng.choice((None, "", "Bearer", "Bearer x", "Basic " + "x" * 40, "Bearer " + "y" * 3000, "bearer"))
     others = tuple(pair for pair in headers if pair[0] != "authorization")
     given = others if wrong is None else (*others, ("authorization", wrong))
@@ -328,5 +337,5 @@ def frames(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> C
 Maker = Callable[[str, random.Random, Corpus, Headers], Case]
 MAKERS: tuple[tuple[Maker, int], ...] = (
     (unary, 60), (wrong_tensor, 10), (ignored, 2), (damaged_message, 12), (model, 3), (method, 5), (stream, 14),
-    (leaver, 2), (in_a_hurry, 1), (metadata, 3), (key, 2), (frames, 6),
+    (leaver, 2), (in_a_hurry, 1), (metadata, 3), (key, 3), (frames, 6),
 )  # fmt: skip

@@ -11,12 +11,14 @@ from typing import Any
 from tests.fuzz.cases import HTTP_REFUSALS, Case
 from tests.fuzz.corpus import Corpus, mutated
 from tests.fuzz.grpc_cases import raw
+from tests.fuzz.keys import limited
 from tests.fuzz.wishes import FIELDS, Wish, good, plain, wish
 
 MODEL = "/v2/models/ic_portrait"
 STREAM = "/v2/models/ic_portrait_stream"
 BY_VERDICT = {"good": ("200",), "wrong": ("400",), "either": ("200", "400"), "deadline": ("200", "503", "504")}
 ANY = ("200", *HTTP_REFUSALS)
+BY_REFUSAL = {"": ("200",), "exhausted": ("200", "429"), "denied": ("403",)}
 HOSTILE_JSON = (
     "", "{}", "[]", "null", "1", '"x"', "{", '{"inputs": null}', '{"inputs": {}}', '{"inputs": [1]}',
     '{"inputs": [[]]}',
@@ -284,7 +286,14 @@ def leaver(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> C
 
 
 def key(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> Case:
-    """Call without a key, or with a wrong one."""
+    """Call without a key, with a wrong one, or with one that has a limit."""
+    if headers and rng.random() < 0.5:
+        asked = limited(rng)
+        path, more, body = rng.choice(WRITERS)(Wish(plain(rng, corpus) | {"priority": asked.priority}, asked.kind), rng)
+        return Case(
+            name, "http", asked.kind, BY_REFUSAL[asked.refusal], path,
+            messages=(request(path, (asked.header,), body, more=more),), names=asked.names, at_most=asked.at_most,
+        )  # fmt: skip
     wrong = rng.choice((None, "", "Bearer", "Bearer x", "Basic " + "x" * 40, "Bearer " + "y" * 3000, "bearer \xff"))
     others = tuple(pair for pair in headers if pair[0] != "authorization")
     given = others if wrong is None else (*others, ("authorization", wrong))
@@ -303,5 +312,5 @@ def _pieces(rng: random.Random, data: bytes) -> tuple[bytes, ...]:
 Maker = Callable[[str, random.Random, Corpus, Headers], Case]
 MAKERS: tuple[tuple[Maker, int], ...] = (
     (asked, 55), (damaged_body, 12), (hostile_json, 8), (wrong_form, 5), (route, 5), (strange_headers, 4), (chunked, 3),
-    (damaged_request, 4), (leaver, 2), (key, 2),
+    (damaged_request, 4), (leaver, 2), (key, 3),
 )  # fmt: skip

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,8 +15,9 @@ from PIL import Image, UnidentifiedImageError
 from tritonclient.grpc import service_pb2
 
 from icportrait.pictures.imaging import DIGITAL_SOURCE_TYPE
-from tests.fuzz.callers import GONE, Answer
-from tests.fuzz.cases import Case
+from tests.fuzz.callers import Answer
+from tests.fuzz.cases import GONE, WAITS, Case
+from tests.fuzz.control_cases import leases
 
 MAX_TEXT = 700
 INTERNALS = re.compile(
@@ -23,7 +25,9 @@ INTERNALS = re.compile(
     r"\b[A-Z]\w*(Error|Exception)\(|(?<![0-9a-f])0x[0-9a-f]{8}"
 )
 """Signs of the server's inside in a text for a caller."""
-WITHOUT_TEXT = ("DEADLINE_EXCEEDED", GONE)
+NAMING = ("INVALID_ARGUMENT", "400", "RESOURCE_EXHAUSTED", "429", "PERMISSION_DENIED", "403")
+"""Codes of refusals that name what is wrong."""
+WITHOUT_TEXT = ("DEADLINE_EXCEEDED", GONE, WAITS)
 
 
 class Judge:
@@ -34,6 +38,7 @@ class Judge:
         self.pictures = 0
         """Good pictures so far."""
         self._first: dict[str, tuple[bytes, ...]] = {}
+        self._served: Counter[str] = Counter()
 
     def faults(self, case: Case, answer: Answer) -> list[str]:
         """Return what is wrong with an answer; nothing where it is right."""
@@ -41,17 +46,23 @@ class Judge:
         if answer.code not in case.expects:
             return [*faults, f"answered {answer.code} {answer.text[:300]!r}, expected {' or '.join(case.expects)}"]
         if answer.code in ("OK", "200"):
+            self._served[case.kind] += 1
+            if case.at_most and self._served[case.kind] > case.at_most:
+                faults.append(f"{self._served[case.kind]} were served, expected {case.at_most} at most")
             return faults + (
                 self._stream(case, answer) if case.path.endswith("/ModelStreamInfer") else self._good(case, answer)
             )
         # A HEAD has no body to say it in.
         if answer.code not in WITHOUT_TEXT and not (case.door == "http" and case.messages[0].startswith(b"HEAD ")):
-            faults += refusal_faults(answer.text, case.names if answer.code in ("INVALID_ARGUMENT", "400") else "")
+            faults += refusal_faults(answer.text, case.names if answer.code in NAMING else "")
         if answer.bodies and case.door in ("grpc", "frames") and not case.path.endswith("/ModelStreamInfer"):
             faults.append("a refusal came beside an answer")
         return faults
 
     def _good(self, case: Case, answer: Answer) -> list[str]:
+        if case.expects == ("OK",) and case.door == "control":
+            leased = sum(json.loads(said)["op"] == "leased" for said in answer.bodies)
+            return [] if leased == leases(case) else [f"{leased} of {leases(case)} leases were answered"]
         if case.door in ("grpc", "frames"):
             if not case.path.endswith("/ModelInfer"):
                 return []

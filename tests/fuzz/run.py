@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import TextIO
 
 from icportrait.presets import Preset
+from tests.e2e.caller import settled
 from tests.fuzz import control_cases, grpc_cases, http_cases
 from tests.fuzz.callers import Answer, Callers
 from tests.fuzz.cases import Case, is_case
 from tests.fuzz.corpus import Corpus
 from tests.fuzz.judge import Judge
-from tests.fuzz.watch import Memory, Watched, growth, settled
+from tests.fuzz.watch import Memory, Watched, growth, resting
 
 HANGS_AFTER_S = 60.0
 MAX_FINDINGS = 200
@@ -42,6 +43,8 @@ class Plan:
     corpus: Path | None = None
     run_folder: Path | None = None
     """Folder of the server's temporary files; with it the control line is fuzzed too."""
+    metrics_url: str = ""
+    """With it each tenth ends with a look whether any request's lease was left behind."""
     findings: Path = Path("build/fuzz/findings")
     checks_memory: bool = True
 
@@ -104,8 +107,11 @@ class Run:
             for tenth in range(TENTHS):
                 numbers = iter(range(*(self.plan.requests * part // TENTHS for part in (tenth, tenth + 1))))
                 await asyncio.gather(*(self._call(callers, numbers) for _ in range(self.plan.callers)))
+                if self.plan.metrics_url:
+                    for fault in await asyncio.to_thread(_left_behind, self.plan.metrics_url):
+                        self._found(fault)
                 if self.plan.checks_memory:
-                    self.outcome.memory.append(await settled(self.watched, 3.0 if self.plan.requests > 5000 else 1.0))
+                    self.outcome.memory.append(await resting(self.watched, 3.0 if self.plan.requests > 5000 else 1.0))
                 for fault in [*self.watched.log_faults(), *self.watched.ended()]:
                     self._found(fault)
         self.outcome.took_s = time.monotonic() - self._began_s
@@ -168,6 +174,13 @@ class Run:
             f"{self.judge.pictures:,} pictures, {len(self.outcome.findings)} findings"
         )
         print(line, end="\r" if self._out.isatty() else "\n", file=self._out, flush=True)
+
+
+def _left_behind(metrics_url: str) -> list[str]:
+    """Wait until nothing runs, and name the series that say that a lease is held still."""
+    now = settled(metrics_url)
+    names = ("icportrait_queued_requests", "icportrait_admitted_bytes")
+    return [f"{name} is {now[name]:g} with no request under way" for name in names if now[name]]
 
 
 def table(outcome: Outcome) -> str:

@@ -92,7 +92,7 @@ def growth(before: list[Memory], after: list[Memory]) -> list[tuple[Memory, Memo
     return compared
 
 
-async def settled(watched: Watched, seconds: float = 3.0) -> list[Memory]:
+async def resting(watched: Watched, seconds: float = 3.0) -> list[Memory]:
     """Wait until what callers left behind is gone, and read the memory."""
     await asyncio.sleep(seconds)
     return watched.memory()

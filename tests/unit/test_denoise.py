@@ -321,6 +321,21 @@ def test_a_request_that_nobody_waits_for_stops_at_the_next_step(op: str) -> None
         assert metric(stage, "answers_total") == 0
 
 
+@pytest.mark.parametrize("op", ["cancel", "release"])
+def test_one_line_neither_cancels_nor_releases_what_another_has_leased(op: str) -> None:
+    with open_stage() as (slots, stage), Front(stage) as mine, Front(stage) as other:
+        slots.step_gate.clear()
+        mine.lease("a", BASE)
+        answers = mine.submit("a", BASE)
+        assert slots.is_stepping.wait(10)
+        other.say(op, "a")
+        assert metric(stage, "admitted_bytes") == mine.nbytes and metric(stage, "cancellations_total") == 0
+        slots.step_gate.set()
+        assert not isinstance(answers.get(timeout=10), IcPortraitError)
+        mine.release("a", {})
+        assert metric(stage, "admitted_bytes") == 0
+
+
 def test_a_caller_that_goes_while_its_portraits_are_decoded_cancelled_nothing() -> None:
     with open_stage() as (_, stage), Front(stage) as front:
         front.lease("a", BASE)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import stat
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import pytest
 
 import icportrait.deploy.leftovers
 from icportrait.deploy.leftovers import FOLDER_BYTES, Run, remove_leftovers
+from icportrait.deploy.stub_processes import runs
 
 RUN = """
 import pathlib, sys, tempfile
@@ -38,6 +40,7 @@ def shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("tmp", "shm"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    monkeypatch.setattr(icportrait.deploy.leftovers, "ENVIRONMENTS", tmp_path / "tmp")
     monkeypatch.setattr(icportrait.deploy.leftovers, "SHM", tmp_path / "shm")
     monkeypatch.setattr(icportrait.deploy.leftovers, "FOLDER_BYTES", 1000)
     return tmp_path / "shm"
@@ -128,6 +131,27 @@ def test_a_folder_that_has_outlived_the_machines_last_start_goes_and_others_stay
         (tmp_path / "tmp" / name).mkdir()
     assert remove_leftovers() == [names[0]]
     assert all_files(tmp_path) == set(names[1:])
+
+
+@pytest.mark.parametrize("is_running", [False, True])
+@pytest.mark.parametrize("remove", [remove_leftovers, lambda: Run().remove()], ids=["at a start", "at an end"])
+def test_empty_folders_of_killed_python_backends_go_and_those_that_may_be_a_running_ones_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_running: bool, remove: Callable[[], object]
+) -> None:
+    names = {"python_env_Ab3dE6", "python_env_another", "python_env_full12"}
+    for name in names:
+        (tmp_path / "tmp" / name).mkdir()
+    (tmp_path / "tmp" / "python_env_full12" / "bin").touch()
+    monkeypatch.setattr(icportrait.deploy.leftovers, "runs", lambda program: is_running)
+    remove()
+    assert all_files(tmp_path) == (names if is_running else {"python_env_another", "python_env_full12"})
+
+
+def test_a_program_runs_while_a_process_has_its_name(tmp_path: Path) -> None:
+    with subprocess.Popen(["/any/a-program", "99"], executable=shutil.which("sleep")) as process:
+        assert runs("a-program") and not runs("/any/a-program") and not runs("another-program")
+        process.kill()
+    assert not runs("a-program")
 
 
 def test_a_run_that_finds_no_room_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
