@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from icportrait.deploy import heap
 from icportrait.deploy.installation import find_installation
 from icportrait.deploy.leftovers import Run, remove_leftovers
 from icportrait.deploy.machine_memory import oom_kills
@@ -136,10 +137,14 @@ class TritonServer:
         try:
             self._run = Run()
             folder = self.directory
-            environment = installation.environment() | {
-                POLICY_VARIABLE: json.dumps(chosen),
-                LOOP_VARIABLE: str(self.loop_path),
-            }
+            environment = (
+                heap.environment(policy.runtime)
+                | installation.environment()
+                | {
+                    POLICY_VARIABLE: json.dumps(chosen),
+                    LOOP_VARIABLE: str(self.loop_path),
+                }
+            )
             backends = installation.prepare_backends(folder / "backends")
             (folder / DEVICE_FOLDER).mkdir()
             # The Python backend starts its stubs through a shell, unquoted: it gets a path without spaces.

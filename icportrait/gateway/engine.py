@@ -27,7 +27,8 @@ from icportrait.errors import DeadlineMissed, IcPortraitError, Unavailable, from
 from icportrait.serving.control import LENGTH, VERSION, Demand, Hello, frame
 
 logger = logging.getLogger(__name__)
-LEASE_TIMEOUT_S = 2.0
+LEASE_TIMEOUT_S = 10.0
+"""Long, because a loop on a busy machine may answer late; probes find one that hangs sooner (``host``)."""
 CONNECT_TIMEOUT_S = 10.0
 LINE_BYTES = 2**26
 """The longest message from the loop: a preview of all portraits of a request is less."""

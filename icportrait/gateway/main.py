@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from icportrait.deploy import heap
 from icportrait.deploy.preflight import fit_memory, repository_policy, simulation_note
 from icportrait.deploy.triton_server import GPU_DEVICE, TritonServer
 from icportrait.errors import IcPortraitError
@@ -47,6 +48,7 @@ def run(settings: Settings, say: Callable[[str], None]) -> None:
     Raises:
         IcPortraitError: as ``serve`` does, or there is no room for a file.
     """
+    heap.fix_limits()
     begin_logs(settings.log_level, settings.log_format)
     try:
         asyncio.run(serve(settings, say))

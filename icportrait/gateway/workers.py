@@ -41,6 +41,8 @@ START_TIMEOUT_S = 60.0
 STARTS = 3
 """Tries for the first start of a process."""
 LOOK_EVERY_S = 0.5
+RESTS_AFTER_S = 2.0
+"""A process without work gives memory back after this time, because the next picture takes longer then (5 ms)."""
 _CONTEXT = multiprocessing.get_context("spawn")
 """Not fork, which gRPC's and this process's other threads don't outlive."""
 
@@ -89,6 +91,8 @@ class _Worker:
         self.pid = 0
         self._pidfd = -1
         self.turn: _Turn | None = None
+        self.rests_at_s = math.inf
+        """Time to give memory back, by ``time.monotonic``, where no picture comes before it."""
         self._changing = threading.Lock()
         """Held while it starts or stops, because a thread that starts it can't be cancelled."""
 
@@ -297,7 +301,7 @@ class Workers:
         else:
             if not turn.done.done():
                 turn.done.set_result(result)
-        worker.turn = None
+        worker.turn, worker.rests_at_s = None, time.monotonic() + RESTS_AFTER_S
         self._free.append(worker)
         self._assign()
 
@@ -326,7 +330,10 @@ class Workers:
                 await asyncio.sleep(LOOK_EVERY_S)
 
     async def _watch(self) -> None:
-        """Replace what has ended while it waited, and end what a signal has stopped: it would keep its work."""
+        """Look after processes without work, and end what a signal has stopped: it would keep its work.
+
+        One that has ended is replaced. One that has rested gives memory back, never two of them at once.
+        """
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             for worker in self._workers:
@@ -335,6 +342,15 @@ class Workers:
             for worker in [worker for worker in self._free if worker.has_ended]:
                 self._free.remove(worker)
                 self._spawn(self._bring_back(worker))
+            if rested := [worker for worker in self._free if worker.rests_at_s < time.monotonic()]:
+                self._free.remove(rested[0])
+                self._spawn(self._rest(rested[0]))
+
+    async def _rest(self, worker: _Worker) -> None:
+        worker.turn = _Turn([], "memory", bounded.rest, b"", (), asyncio.get_running_loop().create_future())
+        worker.turn.done.cancel()  # because nobody waits for it
+        await self._serve(worker, worker.turn)
+        worker.rests_at_s = math.inf
 
     async def _bring_back(self, worker: _Worker) -> None:
         await self._replace(worker)

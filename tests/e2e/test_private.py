@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from icportrait.deploy.heap import environment
 from icportrait.deploy.triton_server import TritonServer
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, Unavailable
 from icportrait.presets import DEMO_128
@@ -53,6 +54,12 @@ def test_nothing_listens_on_a_port_and_nobody_else_may_enter_the_folder(private:
             assert fields[3] != listening or f"socket:[{fields[9]}]" not in sockets
     assert stat.S_IMODE(private.directory.stat().st_mode) == 0o700
     assert {stub.model for stub in private.stubs} == {"denoise", "vae_encoder", "vae_decoder"}
+
+
+def test_its_processes_give_freed_memory_back(private: TritonServer) -> None:
+    for pid in (private.pid, *(stub.pid for stub in private.stubs)):
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        assert {f"{name}={value}".encode() for name, value in environment("simulated").items()} <= set(variables)
 
 
 def test_a_portrait_comes_with_its_times(caller: Gateway) -> None:

@@ -29,7 +29,7 @@ class Limited:
     """``"exhausted"`` or ``"denied"``; an empty text where there is none."""
     names: str = ""
     at_most: int = 0
-    """See ``Case.at_most``."""
+    """Requests with the key that a run may serve; 0 where all of them may be."""
 
 
 def limited(rng: random.Random) -> Limited:

@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import icportrait.gateway.workers as workers_module
 from icportrait.errors import IcPortraitError, InvalidRequest
 from icportrait.gateway.c2pa_signing import Credentials, Ingredient, encode_and_sign
 from icportrait.gateway.workers import LARGE_BYTES, Workers
 from icportrait.pictures.imaging import encode_picture
 from icportrait.pictures.prepare import prepare
 from tests.certificates import make_chain, report
+from tests.e2e.supervised import resident_bytes
 
 Result = TypeVar("Result")
 MEMORY = 2**30
@@ -73,7 +75,14 @@ def keep(_: bytes, count: int) -> int:
     return len(kept)
 
 
-kept: list[mmap.mmap] = []
+kept: list[mmap.mmap | bytes] = []
+
+
+def hoard(_: bytes, count: int) -> int:
+    """Leave free memory before a block that stays, and return the process's id."""
+    blocks = [b"x" * 100_000 for _ in range(count // 100_000)]
+    kept.append(blocks[-1])
+    return os.getpid()
 
 
 def length(data: bytes) -> int:
@@ -264,6 +273,20 @@ def test_memory_is_counted_for_each_picture() -> None:
     async def test(workers: Workers) -> None:
         for _ in range(3):
             assert await workers.run(now(), keep, b"", MEMORY * 3 // 4) > 0
+
+    run(test, count=1)
+
+
+def test_a_process_without_work_gives_freed_memory_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers_module, "RESTS_AFTER_S", 0.1)
+
+    async def test(workers: Workers) -> None:
+        await workers.run(now(), length, b"")  # which imports this file
+        before = resident_bytes(workers.pids[0])
+        pid = await workers.run(now(), hoard, b"", 60_000_000)
+        assert pid == workers.pids[0]
+        await until(lambda: resident_bytes(pid) < before + 20_000_000)
+        assert await workers.run(now(), length, b"abc") == 3 and workers.pids == [pid] and not workers.lost
 
     run(test, count=1)
 

@@ -1,0 +1,44 @@
+"""Give back to the machine the memory that a process has freed.
+
+glibc's malloc raises two limits of its own with the largest block that was freed: up to 32 MB it keeps a block in its
+heap, and up to 64 MB the heap keeps what is free at its end. So one large message or picture makes a process larger
+for ever. A fixed limit keeps a process as small as it was; a block above the limit costs page faults each time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+LIMIT_BYTES = 2**17
+"""glibc's own first limit, which stays the limit once it is set."""
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
+"""Numbers of the limits in malloc.h."""
+
+
+def environment(runtime: str) -> dict[str, str]:
+    """Return variables that fix the limits in tritonserver and in the models' processes.
+
+    Args:
+        runtime: the repository's. torch gets none, because it allocates the activations of each operation.
+    """
+    names = () if runtime == "torch" else ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
+    return dict.fromkeys(names, str(LIMIT_BYTES))
+
+
+def fix_limits() -> None:
+    """Keep the limits of this process as they are."""
+    if mallopt := _of_glibc("mallopt"):
+        for limit in (TRIM_THRESHOLD, MMAP_THRESHOLD):
+            mallopt(limit, LIMIT_BYTES)
+
+
+def trim() -> None:
+    """Give back what is free in this process now. The limits stay glibc's own."""
+    if malloc_trim := _of_glibc("malloc_trim"):
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    """Return a function of glibc; None where the C library is another."""
+    return getattr(ctypes.CDLL(None), name, None)

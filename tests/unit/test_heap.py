@@ -1,0 +1,48 @@
+"""A process that has freed its large blocks is as small as before."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from icportrait.deploy.heap import environment
+
+GROWN = """
+import os, pathlib, sys
+from icportrait.deploy import heap
+
+def resident():
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+if sys.argv[1] == "limits":
+    heap.fix_limits()
+before = resident()
+for _ in range(2):
+    block = b"x" * (20 << 20)  # the first raises glibc's own limits
+    del block
+if sys.argv[1] == "trim":
+    heap.trim()
+print(resident() - before)
+"""
+
+
+def grown_bytes(how: str, variables: dict[str, str]) -> int:
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    command = [sys.executable, "-c", GROWN, how]
+    return int(subprocess.run(command, env=plain | variables, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.parametrize(
+    ("how", "variables"),
+    [("limits", {}), ("trim", {}), ("environment", environment("onnxruntime"))],
+    ids=["limits", "trim", "environment"],
+)
+def test_what_is_freed_goes_back_to_the_machine(how: str, variables: dict[str, str]) -> None:
+    assert grown_bytes(how, variables) < 4 << 20
+
+
+def test_a_process_of_torch_keeps_what_it_will_need_again() -> None:
+    assert grown_bytes("environment", environment("torch")) > 16 << 20
