@@ -19,6 +19,8 @@ from pathlib import Path
 from tests.exports import ROOT
 
 BUILD = ROOT / "build" / "fuzz"
+KEPT_PICTURES = 32
+"""So few that they are all there after a tenth."""
 REPEATS = 3
 """A replayed case is sent so often."""
 
@@ -109,7 +111,8 @@ def server() -> Iterator[tuple[object, object, Path]]:
         folder = Path(temporary)
         keys.write(folder / "keys.toml")
         repository = simulated_repository(folder, {})
-        flags = ("--api-keys", str(folder / "keys.toml"), "--max-queued-slots=4096", "--max-pending-requests=1024")
+        limits = ("--max-queued-slots=4096", "--max-pending-requests=1024", f"--pictures-kept={KEPT_PICTURES}")
+        flags = ("--api-keys", str(folder / "keys.toml"), *limits)
         (folder / "run").mkdir()
         try:
             with supervised(repository, folder / "run", flags=flags) as running:

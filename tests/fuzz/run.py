@@ -111,7 +111,7 @@ class Run:
                     for fault in await asyncio.to_thread(_left_behind, self.plan.metrics_url):
                         self._found(fault)
                 if self.plan.checks_memory:
-                    self.outcome.memory.append(await resting(self.watched, 3.0 if self.plan.requests > 5000 else 1.0))
+                    self.outcome.memory.append(await resting(self.watched))
                 for fault in [*self.watched.log_faults(), *self.watched.ended()]:
                     self._found(fault)
         self.outcome.took_s = time.monotonic() - self._began_s

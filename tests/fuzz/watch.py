@@ -7,10 +7,13 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from icportrait.gateway.workers import LOOK_EVERY_S, RESTS_AFTER_S
 from icportrait.server import ServerProcess
 from tests.e2e.supervised import named_processes, resident_bytes
 
 GROWTH = 0.03
+REST_S = RESTS_AFTER_S + 6 * LOOK_EVERY_S
+"""Until pictures' processes, one after another, have given back what is free."""
 WRONG = re.compile(r"Traceback|\bERROR\b|\bCRITICAL\b|Segmentation|never awaited|was never retrieved")
 RIGHT = re.compile(r"control line|HINT|CUDA|pinned memory")
 """Lines that cases for the control line bring about, and lines of a tritonserver without a GPU."""
@@ -92,7 +95,7 @@ def growth(before: list[Memory], after: list[Memory]) -> list[tuple[Memory, Memo
     return compared
 
 
-async def resting(watched: Watched, seconds: float = 3.0) -> list[Memory]:
+async def resting(watched: Watched, seconds: float = REST_S) -> list[Memory]:
     """Wait until what callers left behind is gone, and read the memory."""
     await asyncio.sleep(seconds)
     return watched.memory()

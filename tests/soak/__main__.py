@@ -14,6 +14,7 @@ from rich.table import Table
 from tests.chaos.site import Site, make_repository, running
 from tests.conftest import EXAMPLES
 from tests.e2e.caller import settled
+from tests.fuzz.watch import REST_S
 from tests.soak.load import CALLERS, KINDS, Load, by_kind
 from tests.soak.readings import DRIFT, GROWTH, Drift, Growth, Reading, drift, growths, read
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> int:
                 p50_ms = load.take_p50_ms()
                 with load.paused():
                     settled(site.metrics_url)
+                    time.sleep(REST_S)
                     reading = read(site.server.process.pid, site.server.shm_regions())
                 now_s = time.monotonic() - began_s
                 if now_s >= args.warm_up:

@@ -100,3 +100,7 @@ def test_the_dashboards_variables_are_its_own() -> None:
 @pytest.mark.parametrize("name", ALERTS)
 def test_each_alert_has_its_advice(name: str) -> None:
     assert re.search(rf"^\| `{name}` \| .+ \| .+ \|$", OPERATIONS.read_text(), re.MULTILINE)
+
+
+def test_each_advice_is_of_an_alert() -> None:
+    assert re.findall(r"^\| `(IcPortrait\w+)` \|", OPERATIONS.read_text(), re.MULTILINE) == list(ALERTS)
