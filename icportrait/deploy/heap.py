@@ -20,7 +20,8 @@ def environment(runtime: str) -> dict[str, str]:
     """Return variables that fix the limits in tritonserver and in the models' processes.
 
     Args:
-        runtime: the repository's. torch gets none, because it allocates the activations of each operation.
+        runtime: the repository's. torch gets none, because it allocates the activations of each operation: a run of
+            the demo's UNet has 14,500 page faults then, and 1,100 otherwise. ONNX Runtime has none, OpenVINO 35.
     """
     names = () if runtime == "torch" else ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
     return dict.fromkeys(names, str(LIMIT_BYTES))

@@ -137,14 +137,8 @@ class TritonServer:
         try:
             self._run = Run()
             folder = self.directory
-            environment = (
-                heap.environment(policy.runtime)
-                | installation.environment()
-                | {
-                    POLICY_VARIABLE: json.dumps(chosen),
-                    LOOP_VARIABLE: str(self.loop_path),
-                }
-            )
+            environment = heap.environment(policy.runtime) | installation.environment()
+            environment |= {POLICY_VARIABLE: json.dumps(chosen), LOOP_VARIABLE: str(self.loop_path)}
             backends = installation.prepare_backends(folder / "backends")
             (folder / DEVICE_FOLDER).mkdir()
             # The Python backend starts its stubs through a shell, unquoted: it gets a path without spaces.
