@@ -134,7 +134,8 @@ class Run:
         print(f"A recovery's time is the median of its tries, and must be within {RATIO} cold starts. Where a try to")
         print("start may have begun before the fault was mended, the seconds of that try are added, as shown.")
         wrong = [result for result in results if not result.skipped and result.verdict(self._limit(cold_s))]
-        print(f"{len(results) - len(wrong)} passed, {len(wrong)} failed")
+        skipped = sum(bool(result.skipped) for result in results)
+        print(f"{len(results) - len(wrong) - skipped} passed, {len(wrong)} failed, {skipped} skipped")
         return bool(wrong)
 
     def _limit(self, cold_s: float) -> float | None:
