@@ -164,7 +164,7 @@ def test_the_loop_says_whether_it_gets_on(caller: Gateway) -> None:
 
 def test_a_forged_line_is_closed_and_the_others_stay(caller: Gateway, private: TritonServer) -> None:
     forged = Line(str(private.loop_path))
-    forged.say(op="lease", key="a", rows=-3, steps="x", priority="x", deadline_ms=None, arrived_s=1e25, nbytes=0)
+    forged.say(op="lease", key="a", phases=[[-3, "x"]], priority="x", deadline_ms=None, arrived_s=1e25, nbytes=0)
     assert forged.said.get(timeout=10) == {"op": "hello", "version": 1}
     assert forged.said.get(timeout=10) is None
     forged.close()

@@ -18,7 +18,7 @@ NUMBERS: tuple[Any, ...] = (-1, 2**63, 1.5, float("1e308"), "1", None, True, [],
 """Each is wrong wherever a count is expected."""
 HELLO = {"op": "hello", "version": VERSION}
 LAST = {"op": "ping", "id": 7}
-COUNTS = ("rows", "steps", "priority", "nbytes")
+COUNTS = ("priority", "nbytes")
 
 
 def control(name: str, rng: random.Random, corpus: Corpus, headers: Any) -> Case:
@@ -53,8 +53,9 @@ def _right(rng: random.Random) -> dict[str, Any]:
         made["stage_ms"] = {stage: rng.choice((0.0, 1.5, 1e9)) for stage in rng.sample(STAGES, 2)}
     if op == "lease":
         # Small, because other callers' requests wait behind it.
-        made |= {"rows": rng.choice((1, 2)), "steps": rng.choice((1, 150, 4096)), "priority": rng.randrange(10)}
-        made |= {"deadline_ms": rng.choice((None, None, 0, 1)), "arrived_s": rng.choice((0.0, 1.5)), "nbytes": 10}
+        made["phases"] = [[rng.choice((1, 150, 4096)), rng.choice((1, 2))] for _ in range(rng.randrange(1, 4))]
+        made |= {"priority": rng.randrange(10), "nbytes": 10, "arrived_s": rng.choice((0.0, 1.5))}
+        made["deadline_ms"] = rng.choice((None, None, 0, 1))
         made |= rng.choice(({}, {"replayed": True}, {"replayed": False}))
     return made
 
@@ -79,8 +80,10 @@ def _wrong(rng: random.Random) -> bytes:
     elif kind == 5:
         made = {"op": "release", "key": "fuzz-a", "stage_ms": rng.choice(({"denoise": -1.0}, {"x": 1.0}, [], 1))}
     else:
-        made = {"op": "lease", "key": "fuzz-a", "rows": 1, "steps": 1, "priority": 1, "deadline_ms": None}
-        made |= {"arrived_s": 1.5, "nbytes": 1} | {rng.choice(COUNTS): rng.choice(NUMBERS)}
+        number = rng.choice(NUMBERS)
+        phases = rng.choice((number, [[number, 1]], [[1, number]], [[1, 1], [0, 1]], [[1]], [], [[1, 1]] * 4))
+        made = {"op": "lease", "key": "fuzz-a", "phases": [[1, 1]], "priority": 1, "deadline_ms": None}
+        made |= {"arrived_s": 1.5, "nbytes": 1} | rng.choice(({"phases": phases}, {rng.choice(COUNTS): number}))
     # Not ``frame``, because a wrong number may be one that JSON doesn't have.
     text = json.dumps(made).encode()
     return LENGTH.pack(len(text)) + text
