@@ -14,6 +14,8 @@ from engines.inspection import Inspection
 _SCRATCH = re.compile(r"Max Scratch Memory: (\d+) bytes")
 _KERNEL = re.compile(r"Name: \S*mha\S*_myl(\d+)_\d+, LayerType")
 """A fused attention, as TensorRT-RTX 1.7 names it, and the number of its profile."""
+LEAST_BYTES = 2**28
+"""Smaller scores cost a GPU too little to refuse a plan for."""
 _BYTES = {"fp32": 4}
 """Bytes of a score; 2 in all other precisions."""
 
@@ -34,8 +36,8 @@ class Fusion:
 
     @property
     def is_unfused(self) -> bool:
-        """Tell whether the plan's scratch memory holds an attention's scores."""
-        has_room = max(self.scratch_bytes, default=0) >= self.score_bytes
+        """Tell whether the plan's scratch memory holds an attention's scores, and these are large."""
+        has_room = max(self.scratch_bytes, default=0) >= self.score_bytes >= LEAST_BYTES
         return self.fused < self.attentions and self.scores_stand_out and has_room
 
     def __str__(self) -> str:

@@ -10,9 +10,10 @@ import pytest
 from onnx import TensorProto, helper
 
 import engines.building
+import engines.fusion
 from engines.__main__ import main
 from engines.build_config import BuildConfig
-from engines.fusion import Fusion, fusion
+from engines.fusion import LEAST_BYTES, Fusion, fusion
 from engines.gpu_target import GpuTarget
 from engines.inspection import Inspection, inspect
 from engines.network import parse
@@ -40,7 +41,7 @@ def attention_graph(path: Path, head_size: int, dtype: int) -> Path:
     ("head_size", "precision", "is_fused"), [(64, "fp16", True), (300, "fp16", False), (64, "fp32", False)]
 )
 def test_tensorrt_says_without_a_gpu_whether_an_attention_is_fused(
-    head_size: int, precision: str, is_fused: bool, tmp_path: Path
+    head_size: int, precision: str, is_fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Build for two GPUs: no kernel of TensorRT-RTX has heads of 300, and none is for fp32."""
     dtype = TensorProto.FLOAT16 if precision == "fp16" else TensorProto.FLOAT
@@ -50,6 +51,7 @@ def test_tensorrt_says_without_a_gpu_whether_an_attention_is_fused(
     with progress_monitor(TENSORRT_RTX, "g.plan") as monitor:
         target = GpuTarget(("8.9", "12.0"))
         assert engines.building._serialize(target, parsed, BuildConfig(), [], monitor) is not None
+    monkeypatch.setattr(engines.fusion, "LEAST_BYTES", 1)
     found = fusion(parsed.planned, inspected, precision, profiles=1, largest_batch=1)
     assert found.fused == int(is_fused) and found.is_unfused != is_fused
     assert found.score_bytes == inspected.scores * (2 if precision == "fp16" else 4)
@@ -60,13 +62,14 @@ def test_tensorrt_says_without_a_gpu_whether_an_attention_is_fused(
 def test_the_fewest_fused_attentions_of_a_profile_count() -> None:
     kernels = ("_gemm_mha_v2_myl0_3", "_gemm_mha_v2_myl0_8", "_gemm_mha_v2_myl1_3", "__myl_Resh_myl1_4")
     layers = "Layers:\n" + "\n".join(f"Name: {name}, LayerType: kgen" for name in kernels)
-    planned = ["Max Scratch Memory: 10 bytes", layers, "Max Scratch Memory: 30 bytes"]
-    graph = Inspection(attentions=2, scores=5, largest=4)
+    planned = ["Max Scratch Memory: 10 bytes", layers, f"Max Scratch Memory: {3 * LEAST_BYTES} bytes"]
+    graph = Inspection(attentions=2, scores=LEAST_BYTES // 2, largest=4)
     found = fusion(planned, graph, "fp16", profiles=2, largest_batch=3)
-    assert (found.fused, found.scratch_bytes, found.score_bytes) == (1, (10, 30), 30)
+    assert (found.fused, found.scratch_bytes, found.score_bytes) == (1, (10, 3 * LEAST_BYTES), 3 * LEAST_BYTES)
     assert found.is_unfused
-    assert not replace(found, scratch_bytes=(10, 29)).is_unfused
+    assert not replace(found, scratch_bytes=(10, 3 * LEAST_BYTES - 1)).is_unfused
     assert not replace(found, scores_stand_out=False).is_unfused
+    assert not replace(found, score_bytes=LEAST_BYTES - 1).is_unfused
     # A profile without any isn't in the listing.
     assert fusion(planned, graph, "fp16", profiles=3, largest_batch=3).fused == 0
 

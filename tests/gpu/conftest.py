@@ -35,7 +35,7 @@ def on_product(gpu: None, request: pytest.FixtureRequest, tmp_path: Path) -> Cal
             installed_products(product)
         except RuntimeNotAvailable as error:
             pytest.skip(str(error))
-        export = request.getfixturevalue("small_export")  # not made where it isn't used
+        export = request.getfixturevalue("small_fp16_export")  # fused attention; not made where it isn't used
         with ProcessPoolExecutor(max_workers=1, mp_context=multiprocessing.get_context("spawn")) as process:
             return process.submit(function, product, export, tmp_path, *arguments).result()
 

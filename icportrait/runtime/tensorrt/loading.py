@@ -78,6 +78,6 @@ def load_plans(
 def memory_need(plans: Iterable[Path], spec: ModelSpec) -> int:
     """Return the bytes of GPU memory for an engine's weights, nearly all of a plan, and its input and output buffers.
 
-    TensorRT says how much scratch memory an engine needs when it is loaded, and not before.
+    Scratch memory comes on top, once for all engines that share it; TensorRT is asked when they are loaded.
     """
     return sum(plan.stat().st_size for plan in plans) + buffer_bytes(spec)
