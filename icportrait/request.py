@@ -40,7 +40,7 @@ class RequestInput:
     maximum: float | None = None
     choices: tuple[str, ...] = ()
     is_interval: bool = False
-    """Of two numbers, the first isn't above the second."""
+    """Two numbers, of which the first isn't above the second."""
 
     def parse(self, array: Array) -> Any:
         """Parse the Python value of a Triton tensor.

@@ -17,6 +17,7 @@ from icportrait.deploy.heap import environment
 from icportrait.deploy.triton_server import TritonServer
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError, Unavailable
 from icportrait.presets import DEMO_128
+from icportrait.serving.control import VERSION
 from tests.e2e.conftest import simulated_repository
 from tests.label_slots import BASE
 from tests.private_client import Gateway, Line, gateway, metrics
@@ -165,7 +166,7 @@ def test_the_loop_says_whether_it_gets_on(caller: Gateway) -> None:
 def test_a_forged_line_is_closed_and_the_others_stay(caller: Gateway, private: TritonServer) -> None:
     forged = Line(str(private.loop_path))
     forged.say(op="lease", key="a", phases=[[-3, "x"]], priority="x", deadline_ms=None, arrived_s=1e25, nbytes=0)
-    assert forged.said.get(timeout=10) == {"op": "hello", "version": 1}
+    assert forged.said.get(timeout=10) == {"op": "hello", "version": VERSION}
     assert forged.said.get(timeout=10) is None
     forged.close()
     assert caller.run(BASE)[0].shape[0] == 1

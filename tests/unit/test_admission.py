@@ -52,7 +52,7 @@ def drawn_phases(draw: random.Random) -> Phases:
 
 
 def test_the_forecast_is_what_the_scheduler_does() -> None:
-    """Guidance begins and ends for some requests on their way."""
+    """Let guidance begin and end for some requests on their way."""
     draw = random.Random(0)
     for _ in range(300):
         slots = draw.choice((8, 11, 16))
@@ -248,7 +248,7 @@ def test_a_deadline_that_cannot_be_kept_is_refused_with_what_it_would_take() -> 
 
 @pytest.mark.usefixtures("no_margin")
 def test_a_forecast_counts_the_rows_of_each_step() -> None:
-    """Guidance for 4 of 8 steps lets two requests of 2 rows in at once, where one has it first and one last."""
+    """Let two requests of 2 rows in at once at 3 slots, where one has guidance first and one last."""
     server = Server(slots=3)
     first, last = ((4, 2), (4, 1)), ((4, 1), (4, 2))
 

@@ -144,7 +144,7 @@ class GuidingSlots(LabelSlots):
 def test_a_step_without_guidance_is_a_step_of_a_request_that_never_has_any(
     interval: tuple[float, float], scheduler: str
 ) -> None:
-    """Others come and go meanwhile, so that rows move."""
+    """Let others come and go meanwhile, so that rows move."""
     request = guided(*interval, num_portraits=2, scheduler=scheduler)
     others = [labelled(replace(BASE, seed=50 + n, num_inference_steps=n), 2.0 + n) for n in (3, 5, 8)]
     with label_loop(slots=GuidingSlots(request)) as (_, loop):
@@ -199,7 +199,7 @@ def test_a_job_that_may_be_held_keeps_room_for_its_guidance() -> None:
 
 @pytest.mark.parametrize("mode", ["whole", "whole-equal-steps"])
 def test_a_batch_that_leaves_as_a_whole_has_room_for_all_guidance(mode: str) -> None:
-    """The first job has ended with guidance, and stays, when the second one's begins."""
+    """Let the first job end with guidance, and stay, before the second one's begins."""
     first, second = (
         guided(0.5, 1.0, seed=seed, num_portraits=8, num_inference_steps=n) for seed, n in ((1, 2), (20, 6))
     )

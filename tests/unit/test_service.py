@@ -602,7 +602,7 @@ def test_demand_says_what_a_request_will_take(run: Callable[..., None]) -> None:
         world.engine.answer()
         await world.call(num_inference_steps=5, priority=3, deadline_ms=60_000)
         found = asdict(demands[0])
-        assert (found["steps"], found["priority"], found["deadline_ms"]) == (5, 3, 60_000)
+        assert (found["phases"], found["priority"], found["deadline_ms"]) == (((5, 1),), 3, 60_000)
         assert found["nbytes"] == 2 * len(picture())
 
     run(test)

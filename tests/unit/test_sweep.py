@@ -108,8 +108,8 @@ def test_the_profile_is_shown_upright(client: FakeClient, profile: Path, tmp_pat
 
 
 def test_the_requests_differ_in_the_reference_alone(client: FakeClient, profile: Path, tmp_path: Path) -> None:
-    options = "--seed 7 --steps 3 --guidance-scale 2 --mask-ratio 0.5 --scheduler ddim --priority 2"
-    options += " --deadline-ms 9000 --profile-box 0 0 0.5 1"
+    options = "--seed 7 --steps 3 --guidance-scale 2 --guidance-interval 0.2 0.6 --mask-ratio 0.5"
+    options += " --scheduler ddim --priority 2 --deadline-ms 9000 --profile-box 0 0 0.5 1"
     arguments = ["sweep", f"--profile={profile}", "--out", str(tmp_path / "o.png"), *options.split()]
     assert main(arguments) == 0
     assert {NUMBER[request.pop("reference")] for request in client.requests} == set(range(16))
@@ -119,6 +119,7 @@ def test_the_requests_differ_in_the_reference_alone(client: FakeClient, profile:
             "seed": 7,
             "num_inference_steps": 3,
             "guidance_scale": 2.0,
+            "guidance_interval": [0.2, 0.6],
             "mask_ratio": 0.5,
             "scheduler": "ddim",
             "priority": 2,

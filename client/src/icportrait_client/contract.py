@@ -36,7 +36,7 @@ class InputSpec:
     maximum: float | None
     choices: tuple[str, ...]
     is_interval: bool = False
-    """Of two numbers, the first isn't above the second."""
+    """Two numbers, of which the first isn't above the second."""
 
     @property
     def expected(self) -> str:
