@@ -136,7 +136,10 @@ def tensor_of_values(name: str, datatype: str, shape: Sequence[int], values: Seq
     if len(values) != field.size:
         raise InvalidRequest(f"{name}: {len(values)} elements, expected {field.size}")
     read = [_element(field, value) for value in values]
-    return _objects(read) if field.dtype is DType.BYTES else np.array(read, field.dtype.numpy)
+    if field.dtype is DType.BYTES:
+        return _objects(read)
+    with np.errstate(over="ignore"):  # infinity is out of range, and refused as such
+        return np.array(read, field.dtype.numpy)
 
 
 def refuse_extensions(name: str, parameters: Iterable[str]) -> None:

@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 from pebble import ProcessExpired, ProcessPool
 
 from icportrait.contract import Array
+from icportrait.deploy import heap
 from icportrait.deploy.stub_processes import describe, is_stopped
 from icportrait.errors import IcPortraitError, InvalidRequest
 from icportrait.gateway import bounded
@@ -351,6 +352,8 @@ class Workers:
         worker.turn.done.cancel()  # because nobody waits for it
         await self._serve(worker, worker.turn)
         worker.rests_at_s = math.inf
+        # This process has had the pictures too.
+        await asyncio.to_thread(heap.trim)
 
     async def _bring_back(self, worker: _Worker) -> None:
         await self._replace(worker)

@@ -19,8 +19,8 @@ from pathlib import Path
 from tests.exports import ROOT
 
 BUILD = ROOT / "build" / "fuzz"
-KEPT_PICTURES = 32
-"""So few that they are all there after a tenth."""
+KEPT_PICTURES, CACHE_BYTES = 32, 2**16
+"""So few that they are full after a tenth."""
 REPEATS = 3
 """A replayed case is sent so often."""
 
@@ -110,7 +110,7 @@ def server() -> Iterator[tuple[object, object, Path]]:
     with tempfile.TemporaryDirectory(prefix="icf-") as temporary:
         folder = Path(temporary)
         keys.write(folder / "keys.toml")
-        repository = simulated_repository(folder, {})
+        repository = simulated_repository(folder, {}, cache_bytes=CACHE_BYTES)
         limits = ("--max-queued-slots=4096", "--max-pending-requests=1024", f"--pictures-kept={KEPT_PICTURES}")
         flags = ("--api-keys", str(folder / "keys.toml"), *limits)
         (folder / "run").mkdir()

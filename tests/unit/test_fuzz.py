@@ -121,6 +121,7 @@ def test_any_tensors_in_json_are_read_or_refused(inputs: list[Any], more: dict[s
 @fuzzed(4)
 @given(st.dictionaries(NAMES, JSON, max_size=5))
 @example({"seed": {".py": None}})
+@example({"guidance_scale": 3.4028235677973366e38})
 def test_any_options_are_parsed_or_refused(options: dict[str, Any]) -> None:
     text = json.dumps(options)
     for parse in (
