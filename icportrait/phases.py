@@ -11,6 +11,8 @@ import numpy as np
 
 Phases = tuple[tuple[int, int], ...]
 """Steps one after another, as pairs: a number of steps, and the rows that each of them takes."""
+ALL_STEPS = (0.0, 1.0)
+"""The interval of guidance at all steps."""
 FOR_GOOD = 2**31
 """A number of steps that never end."""
 

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from icportrait.contract import Array, DType
 from icportrait.errors import InvalidRequest
-from icportrait.phases import Phases, guided_steps, most_rows, phases_of
+from icportrait.phases import ALL_STEPS, Phases, guided_steps, most_rows, phases_of
 
 MAX_SEED = 2**63 - 1
 SCHEDULERS = ("ddim", "euler", "dpmpp_2m")
@@ -123,7 +123,7 @@ INPUTS = (
         "guidance_interval",
         DType.FLOAT32,
         size=2,
-        default=(0.0, 1.0),
+        default=ALL_STEPS,
         minimum=0.0,
         maximum=1.0,
         is_interval=True,
@@ -172,19 +172,19 @@ class PortraitRequest:
     """The request's arrival at the gateway, a ``time.monotonic_ns`` reading."""
     key: str = ""
     """Name of the request between the gateway and the denoising loop, beside the ensemble."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] = ALL_STEPS
     """Begin and end of the steps with guidance, as shares of all steps."""
     is_streamed: bool = False
     """The request's caller is told of every step."""
     profile_box: tuple[float, float, float, float] | None = None
     reference_box: tuple[float, float, float, float] | None = None
 
-    @property
+    @cached_property
     def guided_steps(self) -> range:
         """Return the steps with guidance, which costs every portrait an unconditional row."""
         return guided_steps(self.guidance_scale, self.guidance_interval, self.num_inference_steps)
 
-    @property
+    @cached_property
     def phases(self) -> Phases:
         """Return the rows of a UNet batch that this request takes over its steps."""
         return phases_of(self.num_portraits, self.guided_steps, self.num_inference_steps)

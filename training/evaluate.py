@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from icportrait.errors import CheckpointError, IcPortraitError, InvalidRequest, RuntimeNotAvailable
-from icportrait.phases import guided_steps, phases_of, row_steps
+from icportrait.phases import ALL_STEPS, guided_steps, phases_of, row_steps
 from training.recipe import VARIETIES, Data
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ DEFAULT_CHECKPOINT = Path(__file__).parents[1] / "checkpoints" / "demo-128"
 PAIRS, SWEEP_PAIRS = 200, 24
 SWEEP_STEPS = (2, 4, 6, 10, 20)
 SWEEP_GUIDANCE = (1.0, 1.5, 2.0, 3.0)
-ALL_STEPS = (0.0, 1.0)
 SWEEP_INTERVALS = (
     (0.0, 0.0),
     (0.0, 0.3),

@@ -19,6 +19,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from icportrait.nn import Checkpoint
 from icportrait.nn.matching import gather_features
+from icportrait.phases import ALL_STEPS
 from training.appearance import Part
 from training.evaluation_pairs import EvaluationPairs, grids
 from training.grids import flow_colours
@@ -109,7 +110,7 @@ def evaluate(
     *,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_interval: tuple[float, float] = ALL_STEPS,
     seed: int = 0,
     batch_size: int = 16,
     progress: Callable[[int], object] = lambda _: None,

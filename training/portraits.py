@@ -19,7 +19,7 @@ from icportrait.diffusion.randomness import canvas_noise
 from icportrait.diffusion.sampling import NoiseSchedule, Trajectory, advance, guide
 from icportrait.nn import Checkpoint, engine_modules
 from icportrait.nn.matching import join_canvas, split_canvas
-from icportrait.phases import guided_steps
+from icportrait.phases import ALL_STEPS, guided_steps
 from icportrait.presets import Preset
 
 
@@ -48,7 +48,7 @@ def make_portraits(
     *,
     num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
-    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_interval: tuple[float, float] = ALL_STEPS,
     mask_ratio: float = 0.8,
     scheduler: str = "dpmpp_2m",
     known_flows: Sequence[Tensor] | None = None,

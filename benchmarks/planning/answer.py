@@ -10,6 +10,7 @@ from benchmarks.planning.evaluation import Estimate, Figures
 from benchmarks.planning.planner import NoPlan, Plan
 from benchmarks.planning.question import Question
 from benchmarks.planning.workload import Workload
+from icportrait.phases import ALL_STEPS
 
 
 def to_json(question: Question, answers: Sequence[Plan | NoPlan], requests: int, took_s: float) -> dict[str, Any]:
@@ -66,7 +67,7 @@ def _load_line(workload: Workload) -> str:
     steps = sorted(workload.steps)
     parts = [f"steps {steps[0]}" + (f"..{steps[-1]}" if len(steps) > 1 else "") + f" (mean {workload.mean_steps:.1f})"]
     parts += [f"{workload.guided:.0%} guided"] if workload.guided else ["no guidance"]
-    if workload.guided and workload.guidance_interval != (0.0, 1.0):
+    if workload.guided and workload.guidance_interval != ALL_STEPS:
         parts[-1] += " in {:g}..{:g} of their steps".format(*workload.guidance_interval)
     parts.append(f"bursts {workload.burstiness:g}" if workload.burstiness != 1 else "Poisson")
     parts += [f"{workload.returning:.0%} of profiles return"] if workload.returning else []

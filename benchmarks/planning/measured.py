@@ -218,6 +218,15 @@ def mean_host(first: Host, second: Host) -> Host:
     return replace(first, **means, step_outside_ms=outside_ms)
 
 
+def mean_profile(first: ServiceProfile, second: ServiceProfile) -> ServiceProfile:
+    """Return the mean of two measurements of a server."""
+    means = {
+        name: {size: (ms + second.engine_ms[name][size]) / 2 for size, ms in times.items()}
+        for name, times in first.engine_ms.items()
+    }
+    return replace(first, engine_ms=means, host=mean_host(first.host, second.host))
+
+
 def profile_json(profile: ServiceProfile, host: Host) -> dict[str, Any]:
     """Return a profile with other host times as JSON."""
     return {

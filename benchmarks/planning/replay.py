@@ -24,6 +24,7 @@ from benchmarks.planning.simulation import Passage, ServerSettings, SimulatedSer
 from benchmarks.planning.workload import Call
 from benchmarks.schedule import PlannedRequest
 from benchmarks.settings import LoadSettings
+from icportrait.phases import ALL_STEPS
 from icportrait.presets import DEMO_128
 
 WORST = 10
@@ -235,7 +236,7 @@ def simulate(
             request.deadline_ms,
             index % len(settings.profile) if request.profile is None else request.profile,
             index % len(settings.reference),
-            request.guidance_interval or (0.0, 1.0),
+            request.guidance_interval or ALL_STEPS,
         )
         for index, request in enumerate(requests)
     ]

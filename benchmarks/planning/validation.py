@@ -1,10 +1,12 @@
 """Predictions against measurements: scenarios on a real server, its engines simulated or real; none is tuned to.
 
-A scenario is a mix at a load; a mix's loads share one server. The host's times depend on the machine's other work, so
-they are measured before and after each load, with no load, and the mean of both counts. Reported are, for p50 and p99:
+A scenario is a mix at a load; a mix's loads share one server. The host's times and those of real engines depend on the
+machine's other work, so they are measured before and after each load, with no load, and the mean of both counts.
+Reported are, for p50 and p99:
 
     error       the simulation of the same arrivals by the measurement, less 1: chance is the same on both sides
-    interval    90 %: where a run of this length falls, by the spread of simulated runs with other arrivals
+    interval    90 %: where a run of this length falls, by the spread of simulated runs with other arrivals, half of
+                them with the times from before the load and half with those from after it
     is wide     the interval's half is more than 20 % of the figure: other arrivals would give another one
 
 and for each mix the highest rate that keeps a p99 goal, both measured and simulated, by interpolation between loads.
@@ -17,6 +19,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -29,7 +32,7 @@ from benchmarks.planning.evaluation import Scenario, quantile, student_95
 from benchmarks.planning.measured import (
     as_served,
     host_json,
-    mean_host,
+    mean_profile,
     measure_engines,
     measure_host,
     measure_late_ms,
@@ -37,7 +40,7 @@ from benchmarks.planning.measured import (
     simulated_server,
 )
 from benchmarks.planning.planner import least_replicas
-from benchmarks.planning.profile import Host, ServiceProfile
+from benchmarks.planning.profile import ServiceProfile
 from benchmarks.planning.replay import compare, simulate, small
 from benchmarks.planning.simulation import ServerSettings
 from benchmarks.planning.workload import Workload, uniform
@@ -108,23 +111,20 @@ def validate(
         policy = ServingPolicy(batching=mix.batching)
         if mix.profile:
             engines = small(find(mix.profile))
-            starting = simulated_server(engines, policy)
+            starting, measure = simulated_server(engines, policy), partial(_with_host, engines)
         elif export:
-            engines = measure_engines(export, policy.runtime)
-            starting = real_server(export, policy)
+            starting, measure = real_server(export, policy), partial(_real, export, policy.runtime)
         else:
             continue
         with starting as server:
-            if not mix.profile:
-                engines = as_served(engines, server)
-            capacity, host = capacity_per_s(engines, mix), _measure(engines, server)
+            after = measure(server)
+            capacity = capacity_per_s(after, mix)
             found = []
             for number, load in enumerate(LOADS):
                 plain = _load(mix, capacity * load, duration_s, seed + 100 * (len(LOADS) * place + number))
                 run = run_load(replace(plain, url=server.grpc_url))
-                before, host = host, _measure(engines, server)
-                profile = replace(engines, host=mean_host(before, host))
-                found.append(assess(mix, load, profile, run))
+                before, after = after, measure(server)
+                found.append(assess(mix, load, (before, after), run))
                 say(_line(found[-1]))
         scenarios += found
         highest.append(highest_rates(mix, found))
@@ -133,9 +133,13 @@ def validate(
     return {"scenarios": scenarios, "highest_rates": highest, "summary": found_in_all, "took_s": took_s}
 
 
-def _measure(profile: ServiceProfile, server: ServerProcess) -> Host:
+def _real(export: Path, runtime: str, server: ServerProcess) -> ServiceProfile:
+    return _with_host(as_served(measure_engines(export, runtime), server), server)
+
+
+def _with_host(profile: ServiceProfile, server: ServerProcess) -> ServiceProfile:
     host = measure_host(profile, server, HOST_REQUESTS, steps=2)
-    return replace(host, late_ms=measure_late_ms(profile, server))
+    return replace(profile, host=replace(host, late_ms=measure_late_ms(profile, server)))
 
 
 def capacity_per_s(profile: ServiceProfile, mix: Mix) -> float:
@@ -144,12 +148,20 @@ def capacity_per_s(profile: ServiceProfile, mix: Mix) -> float:
     return 1000.0 / least_replicas(Scenario(profile, workload))
 
 
-def predict(profile: ServiceProfile, settings: LoadSettings, server_settings: ServerSettings) -> dict[str, Array]:
-    """Simulate runs like a load's with other seeds, and return the p50 and p99 of each, in milliseconds."""
+def predict(
+    profiles: Sequence[ServiceProfile], settings: LoadSettings, server_settings: ServerSettings
+) -> dict[str, Array]:
+    """Simulate runs like a load's with other seeds, and return the p50 and p99 of each, in milliseconds.
+
+    Args:
+        profiles: of the server at different times; the runs take turns.
+        settings: the load's.
+        server_settings: the server's.
+    """
     p50, p99 = [], []
     for run in range(RUNS):
         schedule = poisson_schedule(replace(settings, seed=settings.seed + 10_000 + run))
-        passages = simulate(profile, settings, schedule, server_settings)
+        passages = simulate(profiles[run % len(profiles)], settings, schedule, server_settings)
         steady = [passage for passage in passages if passage.call.send_s >= settings.warm_up_s and passage.code == OK]
         latency_ms = np.array([1000 * passage.latency_s for passage in steady])
         p50.append(quantile(latency_ms, 0.5))
@@ -169,10 +181,17 @@ def _load(mix: Mix, rate_per_s: float, duration_s: float, seed: int) -> LoadSett
     )
 
 
-def assess(mix: Mix, load: float, profile: ServiceProfile, run: LoadRun) -> dict[str, Any]:
-    """Compare a measured run with the simulation, and return the scenario's figures."""
-    settings = ServerSettings(ServingPolicy(batching=mix.batching))
-    replay, predicted = compare(profile, run, settings), predict(profile, run.settings, settings)
+def assess(mix: Mix, load: float, profiles: tuple[ServiceProfile, ServiceProfile], run: LoadRun) -> dict[str, Any]:
+    """Compare a measured run with the simulation, and return the scenario's figures.
+
+    Args:
+        mix: of the requests.
+        load: share of the server's capacity.
+        profiles: of the server before and after the run.
+        run: was measured.
+    """
+    settings, profile = ServerSettings(ServingPolicy(batching=mix.batching)), mean_profile(*profiles)
+    replay, predicted = compare(profile, run, settings), predict(profiles, run.settings, settings)
     row: dict[str, Any] = {
         "mix": mix.name,
         "load": load,

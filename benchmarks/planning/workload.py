@@ -14,7 +14,7 @@ import numpy as np
 
 from benchmarks.planning.profile import PlanningError, as_number
 from icportrait.contract import Array
-from icportrait.phases import Phases, guided_steps, phases_of
+from icportrait.phases import ALL_STEPS, Phases, guided_steps, phases_of
 from icportrait.request import INPUTS
 
 BALANCERS = ("random", "round-robin")
@@ -39,7 +39,7 @@ class Call:
     """A number for each profile picture: equal numbers are the same file."""
     reference: int
     """A number for each reference picture."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] = ALL_STEPS
 
     @property
     def guidance_scale(self) -> float:
@@ -66,7 +66,7 @@ class Workload:
     """Weight of each number of steps."""
     guided: float = 0.0
     """Share of requests with guidance, whose portraits take two rows."""
-    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    guidance_interval: tuple[float, float] = ALL_STEPS
     """Begin and end of their steps with guidance, as shares of all; at the others they take one row."""
     portraits: Mapping[int, float] = field(default_factory=lambda: {1: 1.0})
     """Weight of each number of portraits."""

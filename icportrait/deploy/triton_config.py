@@ -28,6 +28,7 @@ from icportrait.contract import (
 from icportrait.policy import ServingPolicy
 from icportrait.presets import Preset
 from icportrait.request import INPUTS, OUTPUTS
+from icportrait.runtime.load import most_rows
 from icportrait.runtime.tensorrt.plans import BatchRange, buckets_of
 
 UNARY, STREAM = "ic_portrait", "ic_portrait_stream"
@@ -156,6 +157,9 @@ def _plan_model(spec: ModelSpec, ranges: list[BatchRange]) -> pb.ModelConfig:
     """Configure a plan in Triton's TensorRT backend: an execution context per profile, a CUDA graph per bucket."""
     config = pb.ModelConfig(name=spec.name, platform="tensorrt_plan", backend="tensorrt")
     _batch_across_callers(config, spec)
+    if most_rows(spec) < spec.batch.max:
+        # This backend can't split a batch, so no caller's portraits lengthen what a step waits for by another's.
+        config.ClearField("dynamic_batching")
     config.instance_group.add(count=1)
     _place_on_gpu(config)
     config.instance_group[0].profile.extend(str(index) for index in range(len(ranges)))

@@ -22,7 +22,7 @@ from icportrait.diffusion.sampling import NoiseSchedule, Trajectory, advance, gu
 from icportrait.nn.checkpoint import Checkpoint
 from icportrait.nn.engine_modules import engine_modules
 from icportrait.nn.matching import join_canvas, split_canvas
-from icportrait.phases import guided_steps
+from icportrait.phases import ALL_STEPS, guided_steps
 from icportrait.presets import Preset
 
 
@@ -94,7 +94,7 @@ class ReferencePipeline:
         num_portraits: int = 1,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-        guidance_interval: tuple[float, float] = (0.0, 1.0),
+        guidance_interval: tuple[float, float] = ALL_STEPS,
         mask_ratio: float = 0.8,
         scheduler: str = "dpmpp_2m",
     ) -> ReferenceResult:

@@ -185,24 +185,25 @@ def buffer_bytes(spec: ModelSpec) -> int:
     return sum(tensor.nbytes(spec.batch.max) for tensor in (*spec.inputs, *spec.outputs))
 
 
-def check_memory(needs: dict[str, int], gpu: Gpu) -> None:
+def check_memory(needs: dict[str, int], gpu: Gpu, scratch: int | None = None) -> None:
     """Report in one line what all engines of a process need together.
 
     Args:
-        needs: bytes by engine.
+        needs: bytes of weights and buffers by engine.
         gpu: where they are to be loaded.
+        scratch: bytes of scratch memory that the engines share; None where it isn't known yet.
 
     Raises:
         RuntimeNotAvailable: there isn't as much memory free.
     """
-    need = sum(needs.values())
     parts = ", ".join(f"{name} {each / 1e9:.2f}" for name, each in needs.items())
+    parts += ", scratch memory on top" if scratch is None else f", scratch memory {scratch / 1e9:.2f}"
+    need = sum(needs.values()) + (scratch or 0)
     found = f"{gpu.name} has {gpu.free_bytes / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB free"
-    logger.info("weights and buffers take %.2f GB (%s) and scratch memory on top; %s", need / 1e9, parts, found)
+    logger.info("engines take %.2f GB (%s); %s", need / 1e9, parts, found)
     if need > gpu.free_bytes:
         raise RuntimeNotAvailable(
-            f"{', '.join(needs)}: need {need / 1e9:.1f} GB for weights and buffers ({parts}), and {found}; "
-            "free some, or use a larger GPU"
+            f"{', '.join(needs)}: need {need / 1e9:.1f} GB ({parts}), and {found}; free some, or use a larger GPU"
         )
 
 

@@ -22,13 +22,14 @@ from benchmarks.planning.answer import table, to_json
 from benchmarks.planning.bound import BatchService, fit, whole_batches
 from benchmarks.planning.computed import GPUS, MEASURED_ON, compute, peak_tflops, write_all
 from benchmarks.planning.evaluation import Estimate, Figures, Sample, Scenario, Simulator, run_once, summarise
+from benchmarks.planning.measured import mean_profile
 from benchmarks.planning.planner import NoPlan, Plan, keeps, least_replicas, plan, total_replicas
 from benchmarks.planning.profile import Host, PlanningError, ServiceProfile, read_host
 from benchmarks.planning.question import PROFILES, Goal, Question, find_profile, known_profiles, read, read_workload
 from benchmarks.planning.replay import Pair, Replay
 from benchmarks.planning.replay import simulate as simulate_load
 from benchmarks.planning.simulation import OK, Run, ServerSettings, SimulatedServer
-from benchmarks.planning.validation import LOADS, Mix, assess, capacity_per_s, crossing, highest_rates, summary
+from benchmarks.planning.validation import LOADS, Mix, assess, capacity_per_s, crossing, highest_rates, predict, summary
 from benchmarks.planning.validation import table as validation_table
 from benchmarks.planning.virtual import Device
 from benchmarks.planning.workload import Call, Workload, uniform
@@ -696,7 +697,7 @@ def test_a_validation_compares_the_same_arrivals_and_lists_misses(monkeypatch: p
             metadata = json.dumps({"stage_ms": stages, "encode_ms": 4.0}).encode()
             answered_s = request.send_s + passage.latency_s + late_s
             outcomes.append(Outcome(request, request.send_s, answered_s, Answer("OK", metadata=metadata)))
-        rows.append(assess(mix, load, profile, LoadRun(settings, len(schedule), outcomes)))
+        rows.append(assess(mix, load, (profile, profile), LoadRun(settings, len(schedule), outcomes)))
     assert [row["p50"]["error"] for row in rows[:-1]] == [0, 0]
     assert [row["p99"]["error"] for row in rows[:-1]] == [0, 0]
     assert rows[-1]["p50"]["error"] < -0.1
@@ -709,6 +710,20 @@ def test_a_validation_compares_the_same_arrivals_and_lists_misses(monkeypatch: p
     assert any("p50" in miss for miss in found["misses"])
     text = validation_table({"scenarios": rows, "highest_rates": [highest], "summary": found})
     assert "miss: test at 0.55: p50" in text
+
+
+def test_a_server_that_grew_slower_has_the_mean_of_its_times_and_an_interval_of_both() -> None:
+    before = profile_of()
+    slower = {name: {size: 1.5 * ms for size, ms in times.items()} for name, times in before.engine_ms.items()}
+    after = dataclasses.replace(
+        before, engine_ms=slower, host=dataclasses.replace(before.host, front_ms=before.host.front_ms + 2)
+    )
+    mean = mean_profile(before, after)
+    assert mean.host.front_ms == before.host.front_ms + 1
+    assert mean.engine_ms["unet"][4] == pytest.approx(1.25 * before.engine_ms["unet"][4])
+    settings = LoadSettings(rate_per_s=5, duration_s=8, steps=(2, 4), warm_up_s=2)
+    found = predict((before, after), settings, ServerSettings())["p50"]
+    assert found[1::2].min() > found[::2].max()
 
 
 def test_the_highest_rate_is_between_the_loads() -> None:

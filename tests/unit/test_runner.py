@@ -373,8 +373,8 @@ def test_what_all_engines_need_together_is_said_in_one_line_before_they_are_load
     with caplog.at_level(logging.INFO, "icportrait"):
         load_plans(["warping_network", "unet"], plans(), export, FULL)
     line = caplog.messages[0]
-    assert "weights and buffers take" in line and "warping_network 0." in line and "unet 0." in line
-    assert "NVIDIA Test has 8.0 of 8.0 GB free" in line
+    assert "engines take" in line and "warping_network 0." in line and "unet 0." in line
+    assert "scratch memory on top" in line and "NVIDIA Test has 8.0 of 8.0 GB free" in line
 
 
 def test_engines_that_fit_alone_and_not_together_are_refused_before_one_is_loaded(plans, export, engines, cuda) -> None:
@@ -389,6 +389,19 @@ def test_engines_that_fit_alone_and_not_together_are_refused_before_one_is_loade
         load_plans(["warping_network", "unet"], plans(), export, FULL)
     assert "warping_network, unet: need 0." in str(refusal.value) and "NVIDIA Test has" in str(refusal.value)
     assert "\n" not in str(refusal.value) and not engines
+
+
+def test_scratch_memory_that_the_builder_planned_is_looked_at_before_an_engine_is_loaded(
+    plans, export, engines, cuda
+) -> None:
+    directory = plans()
+    for name, scratch in (("warping_network", 9 * 10**9), ("unet", 3 * 10**9)):  # they share one block
+        plan = directory / f"{name}.plan"
+        dataclasses.replace(PlanManifest.read(plan), scratch_bytes=(1, scratch)).write(plan)
+    with pytest.raises(RuntimeNotAvailable, match=r"scratch memory 9\.00\), and NVIDIA Test has 8\.0"):
+        load_plans(["warping_network", "unet"], directory, export, FULL)
+    assert not engines
+    load_plans(["unet"], directory, export, FULL)
 
 
 def test_scratch_memory_that_does_not_fit_is_refused(plans, export, engines, cuda, monkeypatch) -> None:

@@ -13,7 +13,7 @@ from icportrait.manifest import Manifest
 from icportrait.runtime.cuda import Stream, find_gpu
 from icportrait.runtime.device_engine import DeviceEngine, buffer_bytes, check_memory
 from icportrait.runtime.tensorrt.engine import TensorRtExecutor, share_scratch
-from icportrait.runtime.tensorrt.plans import covering_bucket, find_plans
+from icportrait.runtime.tensorrt.plans import PlanManifest, covering_bucket, find_plans
 from icportrait.runtime.tensorrt.products import Flavour
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ def load_plans(
         plan, pinned[name] = covering_bucket(plans[name], rows)
         plans[name] = [plan]
         logger.info("%s: always runs %d rows", name, pinned[name])
-    check_memory({name: memory_need(paths, specs[name]) for name, paths in plans.items()}, gpu)
+    needs = {name: memory_need(paths, specs[name]) for name, paths in plans.items()}
+    check_memory(needs, gpu, planned_scratch(path for paths in plans.values() for path in paths))
     stream = Stream()
     executors = {
         name: TensorRtExecutor(
@@ -78,6 +79,14 @@ def load_plans(
 def memory_need(plans: Iterable[Path], spec: ModelSpec) -> int:
     """Return the bytes of GPU memory for an engine's weights, nearly all of a plan, and its input and output buffers.
 
-    Scratch memory comes on top, once for all engines that share it; TensorRT is asked when they are loaded.
+    Scratch memory comes on top, once for all engines that share it.
     """
     return sum(plan.stat().st_size for plan in plans) + buffer_bytes(spec)
+
+
+def planned_scratch(plans: Iterable[Path]) -> int | None:
+    """Return the bytes of scratch memory that plans share, as the builder has planned it; None where it didn't say.
+
+    The GPU's own figure may differ, and is asked for once the plans are loaded.
+    """
+    return max((size for plan in plans for size in PlanManifest.read(plan).scratch_bytes), default=None)
