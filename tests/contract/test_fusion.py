@@ -13,11 +13,13 @@ import engines.building
 import engines.fusion
 from engines.__main__ import main
 from engines.build_config import BuildConfig
+from engines.building import build_engine
 from engines.fusion import LEAST_BYTES, Fusion, fusion
 from engines.gpu_target import GpuTarget
 from engines.inspection import Inspection, inspect
 from engines.network import parse
 from engines.progress import progress_monitor
+from icportrait.contract import engine_specs
 from icportrait.manifest import Manifest
 from icportrait.runtime.tensorrt.plans import PlanManifest
 from icportrait.runtime.tensorrt.products import TENSORRT_RTX
@@ -105,3 +107,13 @@ def test_fp32_has_no_fused_kernels_and_is_built(export: Path, tmp_path: Path) ->
     replace(manifest, engines=manifest.engines | {"unet": in_fp32}).write(export)
     arguments = ["--onnx", str(export), "--out", str(tmp_path / "plans"), "--engine", "unet", "--buckets", "1"]
     assert main(["build", *arguments, "--allow-mixed"]) == 0
+
+
+@pytest.mark.parametrize("name", ["warping_network", "unet"])
+def test_the_export_that_tests_on_a_gpu_build_has_fused_attention_alone(
+    name: str, small_fp16_export: Path, tmp_path: Path
+) -> None:
+    manifest = Manifest.read(small_fp16_export)
+    spec, config = engine_specs(manifest.preset, "fp16")[name], BuildConfig(compute_capabilities=("8.9",), buckets=(2,))
+    (plan,) = build_engine(TENSORRT_RTX, small_fp16_export, manifest, spec, config, tmp_path)
+    assert plan.fused_attentions == plan.attentions == 8
