@@ -10,6 +10,13 @@ from typing import Any
 
 GRPC_REFUSALS = ("INVALID_ARGUMENT", "NOT_FOUND", "UNIMPLEMENTED", "RESOURCE_EXHAUSTED", "UNAUTHENTICATED")
 HTTP_REFUSALS = ("400", "401", "404", "405", "408", "413", "415", "431", "501")
+GRPC_VERDICTS = {
+    "good": ("OK",),
+    "wrong": ("INVALID_ARGUMENT",),
+    "either": ("OK", "INVALID_ARGUMENT"),
+    "deadline": ("OK", "UNAVAILABLE"),
+}
+"""Right ends of a request over gRPC by a wish's verdict; ``UNAVAILABLE`` only for its deadline."""
 GONE = "GONE"
 """The connection or the call ended without an answer."""
 WAITS = "WAITS"
@@ -36,6 +43,8 @@ class Case:
     """Word that a refusal's text must have in it, such as the input that is wrong."""
     verdicts: tuple[str, ...] = ()
     """Verdicts on a stream's requests: ``good``, ``wrong``, ``either`` or ``deadline``."""
+    seeds: tuple[int | None, ...] = ()
+    """Seeds of the requests, which their answers' metadata must tell; None where the server draws one."""
     same_as: str = ""
     """Requests with the same text here get the same pictures' bytes."""
     portraits: int = 0
@@ -62,6 +71,7 @@ class Case:
         fields = json.loads(path.read_text())["case"]
         fields["messages"] = tuple(base64.b85decode(text) for text in fields["messages"])
         fields["expects"], fields["verdicts"] = tuple(fields["expects"]), tuple(fields["verdicts"])
+        fields["seeds"] = tuple(fields["seeds"])
         fields["headers"] = tuple((name, value) for name, value in fields["headers"])
         return cls(**fields)
 

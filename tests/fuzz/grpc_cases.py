@@ -14,7 +14,7 @@ from h2.settings import Settings
 from hyperframe.frame import DataFrame, Frame, HeadersFrame, PingFrame, RstStreamFrame, SettingsFrame, WindowUpdateFrame
 from tritonclient.grpc import service_pb2
 
-from tests.fuzz.cases import GRPC_REFUSALS, Case
+from tests.fuzz.cases import GRPC_REFUSALS, GRPC_VERDICTS, Case
 from tests.fuzz.corpus import Corpus, mutated
 from tests.fuzz.keys import limited
 from tests.fuzz.wishes import FIELDS, Wish, good, plain, wish
@@ -31,12 +31,6 @@ FOREIGN_METHODS = (
     "SystemSharedMemoryRegister", "SystemSharedMemoryUnregister", "CudaSharedMemoryStatus", "TraceSetting",
     "LogSettings", "modelinfer", "", "ModelInfer/", "ModelInfer%00", "../ModelInfer",
 )  # fmt: skip
-BY_VERDICT = {
-    "good": ("OK",),
-    "wrong": ("INVALID_ARGUMENT",),
-    "either": ("OK", "INVALID_ARGUMENT"),
-    "deadline": ("OK", "UNAVAILABLE"),
-}
 ANY = ("OK", *GRPC_REFUSALS)
 BY_REFUSAL = {"": ("OK",), "exhausted": ("OK", "RESOURCE_EXHAUSTED"), "denied": ("PERMISSION_DENIED",)}
 CONTENTS = {"BYTES": "bytes_contents", "FP32": "fp32_contents", "INT32": "int_contents", "INT64": "int64_contents"}
@@ -81,8 +75,9 @@ def unary(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> Ca
     wanted = wish(rng, corpus)
     sent = message(wanted, "ic_portrait", rng).SerializeToString()
     return Case(
-        name, "grpc", wanted.kind, BY_VERDICT[wanted.verdict], INFER, headers, (sent,),
+        name, "grpc", wanted.kind, GRPC_VERDICTS[wanted.verdict], INFER, headers, (sent,),
         names="deadline_ms" if wanted.verdict == "deadline" else wanted.names, same_as=wanted.same_as,
+        seeds=(wanted.seed,),
         portraits=wanted.portraits if wanted.verdict == "good" else 0,
         output_format=wanted.output_format if wanted.verdict == "good" else "",
         compression="gzip" if rng.random() < 0.03 else "",
@@ -99,7 +94,8 @@ def wrong_tensor(name: str, rng: random.Random, corpus: Corpus, headers: Headers
     if kind == 0:
         tensor.datatype = rng.choice(("FP16", "UINT8", "", "bytes", "BOOL", "x" * 3000))
     elif kind == 1:
-        tensor.shape[:] = rng.choice(([], [0], [2], [1, 1], [-1], [2**62], [2**62, 2**62], [1] * 300))
+        wrong = [0] if list(tensor.shape) == [2] else [2]
+        tensor.shape[:] = rng.choice(([], [0], wrong, [1, 1], [-1], [2**62], [2**62, 2**62], [1] * 300))
     elif kind == 2:
         contents[index] = contents[index][:-1]
     elif kind == 3:
@@ -183,8 +179,11 @@ def method(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> C
     made = service_pb2.ModelMetadataRequest(
         name=rng.choice(("ic_portrait", "ic_portrait_stream", "", "x" * 1000)), version=rng.choice(("", "1", "9"))
     )
-    sent = mutated(rng, made.SerializeToString()) if rng.random() < 0.5 else made.SerializeToString()
-    return Case(name, "grpc", "another method", ANY, path, headers, (sent,))
+    is_right = made.name.startswith("ic_portrait") and made.version in ("", "1")
+    sent = made.SerializeToString()
+    if rng.random() < 0.5:
+        sent, is_right = mutated(rng, sent), False
+    return Case(name, "grpc", "another method", ("OK",) if is_right else ANY, path, headers, (sent,))
 
 
 def stream(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> Case:
@@ -208,8 +207,9 @@ def stream(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> C
     if verdicts == ("deadline",):
         names = "deadline_ms"
     return Case(
-        name, "grpc", "a stream", ("OK",), STREAM, headers, sent, names=names, same_as=same_as, verdicts=verdicts
-    )
+        name, "grpc", "a stream", ("OK",), STREAM, headers, sent, names=names, same_as=same_as, verdicts=verdicts,
+        seeds=tuple(each.seed for each in wanted),
+    )  # fmt: skip
 
 
 def leaver(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> Case:

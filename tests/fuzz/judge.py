@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2
 
 from icportrait.pictures.imaging import DIGITAL_SOURCE_TYPE
 from tests.fuzz.callers import Answer
-from tests.fuzz.cases import GONE, WAITS, Case
+from tests.fuzz.cases import GONE, GRPC_REFUSALS, GRPC_VERDICTS, WAITS, Case
 from tests.fuzz.control_cases import leases
 
 MAX_TEXT = 700
@@ -25,6 +25,8 @@ INTERNALS = re.compile(
     r"\b[A-Z]\w*(Error|Exception)\(|(?<![0-9a-f])0x[0-9a-f]{8}"
 )
 """Signs of the server's inside in a text for a caller."""
+CODE = re.compile(r"([A-Z_]+): ")
+"""Beginning of an error's text on a stream, unless the error is the caller's own mistake."""
 NAMING = ("INVALID_ARGUMENT", "400", "RESOURCE_EXHAUSTED", "429", "PERMISSION_DENIED", "403")
 """Codes of refusals that name what is wrong."""
 WITHOUT_TEXT = ("DEADLINE_EXCEEDED", GONE, WAITS)
@@ -68,8 +70,8 @@ class Judge:
                 return []
             try:
                 made = service_pb2.ModelInferResponse.FromString(answer.bodies[0])
-                return self._pictures(case, images_of(made))
-            except (DecodeError, IndexError) as error:
+                return self._pictures(case, images_of(made), metadata_of(made))
+            except (DecodeError, ValueError, IndexError) as error:
                 return [f"the answer can't be read: {error!r}"]
         if case.door == "http" and case.kind not in ("another route", "control line", "a damaged request"):
             try:
@@ -86,18 +88,19 @@ class Judge:
         if kind == "text/event-stream":
             return self._events(case, body)
         if kind.startswith("image/"):
-            json.loads(answer.headers["icportrait-metadata"])
-            return self._pictures(case, (body,))
+            return self._pictures(case, (body,), json.loads(answer.headers["icportrait-metadata"]))
         if "inference-header-content-length" in answer.headers:
             at = int(answer.headers["inference-header-content-length"])
-            head, images = json.loads(body[:at]), ()
+            head, tensors = json.loads(body[:at]), {}
             for output in head["outputs"]:
                 size = output.get("parameters", {}).get("binary_data_size", 0)
-                if output["name"] == "image":
-                    images = tuple(elements(body[at : at + size]))
+                tensors[output["name"]] = tuple(elements(body[at : at + size]))
                 at += size
-            return self._pictures(case, images) + ([] if at == len(body) else ["bytes follow the last tensor"])
-        return self._pictures(case, images_of_json(json.loads(body)))
+            metadata = json.loads(tensors["metadata"][0]) if tensors.get("metadata") else None
+            faults = self._pictures(case, tensors.get("image", ()), metadata)
+            return faults + ([] if at == len(body) else ["bytes follow the last tensor"])
+        made = json.loads(body)
+        return self._pictures(case, images_of_json(made), metadata_of_json(made))
 
     def _events(self, case: Case, body: bytes) -> list[str]:
         events = [event for event in body.decode().split("\n\n") if event]
@@ -113,7 +116,7 @@ class Judge:
             return [*faults, f"a stream ended with {errors[0]['error'][:200]!r}"]
         if not read or "metadata" not in read[-1]:
             return ["a stream ended without portraits"]
-        return self._pictures(case, images_of_json(read[-1]))
+        return self._pictures(case, images_of_json(read[-1]), metadata_of_json(read[-1]))
 
     def _stream(self, case: Case, answer: Answer) -> list[str]:
         """Judge a gRPC stream: each request has one end, and nothing after it."""
@@ -124,17 +127,20 @@ class Judge:
                 response = message.infer_response
                 if response.id in ended and case.kind == "a stream":
                     faults.append(f"request {response.id!r} was answered after its end")
-                verdict = case.verdicts[int(response.id)] if case.verdicts else "either"
-                if message.error_message:
-                    faults += refusal_faults(message.error_message, case.names)
-                    is_late = message.error_message.startswith("UNAVAILABLE: deadline_ms: ")
-                    if verdict == "good" or (verdict == "deadline") != is_late:
-                        faults.append(f"refused: {message.error_message[:200]!r}")
-                elif response.parameters["triton_final_response"].bool_param and response.outputs:
-                    if verdict == "wrong":
+                index = int(response.id) if case.verdicts else None
+                expects = ("OK", *GRPC_REFUSALS) if index is None else GRPC_VERDICTS[case.verdicts[index]]
+                is_end = response.parameters["triton_final_response"].bool_param
+                if text := message.error_message:
+                    faults += refusal_faults(text, case.names)
+                    code = found[1] if (found := CODE.match(text)) else "INVALID_ARGUMENT"
+                    is_late = text.startswith("UNAVAILABLE: deadline_ms: ")
+                    if code not in expects or (code == "UNAVAILABLE") != is_late:
+                        faults.append(f"refused: {text[:200]!r}, expected {' or '.join(expects)}")
+                elif is_end:
+                    if "OK" not in expects:
                         faults.append(f"request {response.id!r} was served, expected a refusal")
-                    faults += self._pictures(case, images_of(response))
-                if response.parameters["triton_final_response"].bool_param:
+                    faults += self._pictures(case, images_of(response), metadata_of(response), index or 0)
+                if is_end:
                     ended.append(response.id)
         except (DecodeError, ValueError, IndexError) as error:
             return [f"an answer can't be read: {error!r}"]
@@ -142,12 +148,21 @@ class Judge:
             faults.append(f"{len(ended)} ends for {len(case.messages)} requests")
         return faults
 
-    def _pictures(self, case: Case, images: tuple[bytes, ...]) -> list[str]:
+    def _pictures(
+        self, case: Case, images: tuple[bytes, ...], metadata: dict[str, Any] | None, index: int = 0
+    ) -> list[str]:
+        """Judge the portraits of a case's request, by its index on a stream."""
         faults = [fault for image in images for fault in self._picture_faults(image, case.output_format)]
         if case.portraits and len(images) != case.portraits:
             faults.append(f"{len(images)} portraits, expected {case.portraits}")
         if not images and case.kind not in ("a damaged message", "a damaged body"):
             faults.append("an answer without a picture")
+        # The engines of the fuzz make one picture for all requests: an answer's metadata tell whose the answer is.
+        seed = case.seeds[index] if case.seeds else None
+        if seed is not None and (metadata or {}).get("seed") != seed:
+            faults.append(f"the answer's metadata are {str(metadata)[:100]}, expected seed {seed}")
+        if metadata and metadata["num_portraits"] != len(images):
+            faults.append(f"{len(images)} portraits, but the metadata say {metadata['num_portraits']}")
         if case.same_as and images != self._first.setdefault(case.same_as, images):
             faults.append(f"{case.same_as}: other bytes than the first time")
         self.pictures += len(images)
@@ -192,6 +207,14 @@ def images_of(response: Any) -> tuple[bytes, ...]:
     return ()
 
 
+def metadata_of(response: Any) -> dict[str, Any] | None:
+    """Return the metadata of a ``ModelInferResponse``; None where the answer has none."""
+    for output, data in zip(response.outputs, response.raw_output_contents, strict=True):
+        if output.name == "metadata":
+            return dict(json.loads(next(elements(data))))
+    return None
+
+
 def images_of_json(answer: Any) -> tuple[bytes, ...]:
     """Return the pictures of an answer in JSON."""
     if "outputs" in answer:
@@ -200,6 +223,13 @@ def images_of_json(answer: Any) -> tuple[bytes, ...]:
         found = answer.get("images", answer.get("image", []))
         texts = found if isinstance(found, list) else [found]
     return tuple(base64.b64decode(text, validate=True) for text in texts)
+
+
+def metadata_of_json(answer: Any) -> dict[str, Any] | None:
+    """Return the metadata of an answer in JSON; None where the answer has none."""
+    named = {output["name"]: output["data"][0] for output in answer.get("outputs", ())}
+    found = named.get("metadata", answer.get("metadata"))
+    return json.loads(found) if isinstance(found, str) else found
 
 
 def elements(data: bytes) -> Iterator[bytes]:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from icportrait.gateway.workers import LOOK_EVERY_S, RESTS_AFTER_S
 from icportrait.server import ServerProcess
-from tests.e2e.supervised import named_processes, resident_bytes
+from tests.e2e.supervised import named_processes, resident_bytes, runs
 
 GROWTH = 0.03
 REST_S = RESTS_AFTER_S + 6 * LOOK_EVERY_S
 """Until pictures' processes, one after another, have given back what is free."""
-WRONG = re.compile(r"Traceback|\bERROR\b|\bCRITICAL\b|Segmentation|never awaited|was never retrieved")
-RIGHT = re.compile(r"control line|HINT|CUDA|pinned memory")
+WRONG = re.compile(r"^[EF]\d{4} |Traceback|\bERROR\b|\bCRITICAL\b|Segmentation|never awaited|was never retrieved")
+RIGHT = re.compile(r"a message on the control line|a control line (began|said)|HINT|CUDA|pinned memory")
 """Lines that cases for the control line bring about, and lines of a tritonserver without a GPU."""
 
 
@@ -34,7 +34,7 @@ class Watched:
     def __init__(self, pid: int, log: Path | None) -> None:
         self.pid, self._log = pid, log
         self._read_bytes = log.stat().st_size if log else 0
-        self._first = {pid for pid, part in self.parts().items() if part != "pictures"}
+        self._first = {pid: part for pid, part in self.parts().items() if part != "pictures"}
 
     @classmethod
     def of(cls, server: ServerProcess) -> Watched:
@@ -58,8 +58,7 @@ class Watched:
 
     def ended(self) -> list[str]:
         """Name the processes that were there at first, and have ended; a picture worker may."""
-        now = self.parts()
-        return [f"process {pid} has ended" for pid in self._first if pid not in now]
+        return [f"process {pid} ({part}) has ended" for pid, part in self._first.items() if not runs(pid)]
 
     def log_faults(self) -> list[str]:
         """Return new lines of the log that tell of a fault of the server."""

@@ -28,6 +28,10 @@ class Wish:
     drop: set[str] = field(default_factory=set)
 
     @property
+    def seed(self) -> int | None:
+        return self.values.get("seed")
+
+    @property
     def portraits(self) -> int:
         return int(self.values.get("num_portraits", 1))
 
