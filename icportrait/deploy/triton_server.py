@@ -153,7 +153,8 @@ class TritonServer:
                 # Its file is called t:1, and the metrics' m.
                 f"--grpc-address=unix:{folder / 't'}",
                 "--grpc-port=1",
-                # The answers of eight calls would be kept for the next calls: 50 MB of portraits at 512 px.
+                # Else each of its two handlers of gRPC keeps the messages of eight calls, to use their memory again:
+                # after requests for eight portraits of 512 px, 16 times 8 MB.
                 "--grpc-infer-allocation-pool-size=0",
                 f"--metrics-address=unix:{folder / 'm'}",
                 "--metrics-port=1",

@@ -145,6 +145,7 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         starting = asyncio.create_task(workers.start())
         host.start()
         await starting
+        heap.keep_present_objects()
         stop = asyncio.create_task(stopped.wait())
         ends: set[asyncio.Future[Any]] = {stop, host.ended}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)

@@ -63,6 +63,18 @@ def test_its_processes_give_freed_memory_back(private: TritonServer) -> None:
         assert {f"{name}={value}".encode() for name, value in environment("simulated").items()} <= set(variables)
 
 
+def test_no_answer_is_kept_once_it_is_sent(private: TritonServer, caller: Gateway) -> None:
+    held_kb = []
+    for num_portraits in (1, 8):
+        request = replace(BASE, num_portraits=num_portraits, num_inference_steps=1)
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(caller.run, [request] * 32))
+        status = Path(f"/proc/{private.pid}/status").read_text()
+        held_kb.append(int(status.partition("RssAnon:")[2].split()[0]))
+    eight_portraits_kb = 8 * 3 * DEMO_128.image_size**2 / 1024
+    assert held_kb[1] - held_kb[0] < 8 * eight_portraits_kb
+
+
 def test_a_portrait_comes_with_its_times(caller: Gateway) -> None:
     portraits, report, steps = caller.run(replace(BASE, num_portraits=2, num_inference_steps=5))
     assert portraits.shape == (2, DEMO_128.image_size, DEMO_128.image_size, 3) and steps == []

@@ -212,6 +212,15 @@ def stream(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> C
     )  # fmt: skip
 
 
+def largest(name: str, corpus: Corpus, headers: Headers) -> Case:
+    """Ask for as many portraits as a request may, for some steps."""
+    options = {"seed": 0, "num_portraits": 8, "num_inference_steps": 20}
+    made = message(Wish(plain(random.Random(name), corpus) | options, "the largest"), "ic_portrait")
+    return Case(
+        name, "grpc", "the largest", ("OK",), INFER, headers, (made.SerializeToString(),), seeds=(0,), portraits=8
+    )
+
+
 def leaver(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> Case:
     """Hang up on the way."""
     values = plain(rng, corpus) | {"num_inference_steps": 150, "preview_every": 0}

@@ -118,7 +118,8 @@ def asked(name: str, rng: random.Random, corpus: Corpus, headers: Headers) -> Ca
         name, "http", wanted.kind, BY_VERDICT[wanted.verdict], path,
         messages=_pieces(rng, request(path, headers, body, more=more)),
         names="deadline_ms" if wanted.verdict == "deadline" else wanted.names, same_as=wanted.same_as,
-        seeds=(wanted.seed,), portraits=wanted.portraits if is_good else 0, output_format=wanted.output_format if is_good else "",
+        seeds=(wanted.seed,), portraits=wanted.portraits if is_good else 0,
+        output_format=wanted.output_format if is_good else "",
     )  # fmt: skip
 
 

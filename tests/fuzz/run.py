@@ -25,6 +25,8 @@ HANGS_AFTER_S = 60.0
 MAX_FINDINGS = 200
 LINE_EVERY_S = 5.0
 TENTHS = 10
+BURSTS = 3
+"""Times that all callers ask for eight portraits at once, before the rest."""
 COMPARED_FROM = 20_000
 """Requests of the shortest run whose memory is judged: in the tenth of a shorter one little is warm."""
 
@@ -87,6 +89,10 @@ class Cases:
         maker = rng.choices([each for each, _ in makers], [weight for _, weight in makers])[0]
         return maker(name, rng, self.corpus, self._plan.headers)
 
+    def largest(self) -> Case:
+        """Make a case that takes as many slots as a request may."""
+        return grpc_cases.largest(f"{self._plan.seed}-largest", self.corpus, self._plan.headers)
+
 
 class Run:
     """One run against a server that is ready."""
@@ -104,6 +110,10 @@ class Run:
         async with Callers(
             self.plan.grpc_url, self.plan.http_url, lambda: self.watched.control_path(folder) if folder else None
         ) as callers:
+            if self.plan.checks_memory:
+                # The loop touches a slot's memory when the slot is first used, and the highest are used last.
+                for case in [self.cases.largest()] * BURSTS:
+                    await asyncio.gather(*(self._send(callers, case) for _ in range(self.plan.callers)))
             for tenth in range(TENTHS):
                 numbers = iter(range(*(self.plan.requests * part // TENTHS for part in (tenth, tenth + 1))))
                 await asyncio.gather(*(self._call(callers, numbers) for _ in range(self.plan.callers)))
@@ -119,10 +129,8 @@ class Run:
         if self.plan.checks_memory and self.plan.requests >= COMPARED_FROM:
             for now, like, is_more in growth(self.outcome.memory[0], self.outcome.memory[-1]):
                 if is_more:
-                    before = f"{like.rss_bytes / 1e6:.1f} MB" if like else "nothing"
-                    self._found(
-                        f"memory of {now.part} ({now.pid}): {now.rss_bytes / 1e6:.1f} MB; {before} after a tenth"
-                    )
+                    before = f"{like.nbytes / 1e6:.1f} MB" if like else "nothing"
+                    self._found(f"memory of {now.part} ({now.pid}): {now.nbytes / 1e6:.1f} MB; {before} after a tenth")
         return self.outcome
 
     async def one(self, callers: Callers, case: Case) -> tuple[Answer | None, list[str]]:
@@ -144,19 +152,22 @@ class Run:
         for number in numbers:
             if len(self.outcome.findings) >= MAX_FINDINGS:
                 return
-            case = self.cases.make(number)
-            answer, faults = await self.one(callers, case)
-            code = answer.code if answer else "none"
-            self.outcome.answers[case.door, code] += 1
-            self.outcome.kinds[case.kind, code] += 1
+            await self._send(callers, self.cases.make(number))
             self._done += 1
-            faults += self.watched.log_faults() if number % 20 == 0 else []
-            if faults:
-                path = self.plan.findings / f"{case.name}.json"
-                replay = f"make fuzz REPLAY={path}"
-                case.write(path, faults=faults, replay=replay, answer=repr(answer)[:4000])
-                self._found(f"{case.name} ({case.door}, {case.kind}): {'; '.join(faults)[:700]}\n    {replay}")
             self._show()
+
+    async def _send(self, callers: Callers, case: Case) -> None:
+        answer, faults = await self.one(callers, case)
+        code = answer.code if answer else "none"
+        self.outcome.answers[case.door, code] += 1
+        self.outcome.kinds[case.kind, code] += 1
+        if self.outcome.answers.total() % 20 == 0:
+            faults += self.watched.log_faults()
+        if faults:
+            path = self.plan.findings / f"{case.name}.json"
+            replay = f"make fuzz REPLAY={path}"
+            case.write(path, faults=faults, replay=replay, answer=repr(answer)[:4000])
+            self._found(f"{case.name} ({case.door}, {case.kind}): {'; '.join(faults)[:700]}\n    {replay}")
 
     def _found(self, text: str) -> None:
         self.outcome.findings.append(text)
@@ -198,16 +209,16 @@ def table(outcome: Outcome) -> str:
     lines += ["", "kind                 answer               requests"]
     lines += [f"{kind:20} {code:20} {count:8,}" for (kind, code), count in sorted(outcome.kinds.items())]
     if outcome.memory:
-        lines += ["", "resident memory, MB      pid    after a tenth      now   change   after each tenth"]
+        lines += ["", "own memory, MB           pid    after a tenth      now   change   after each tenth"]
         for now, like, is_more in growth(outcome.memory[0], outcome.memory[-1]):
-            before = like.rss_bytes if like else now.rss_bytes
+            before = like.nbytes if like else now.nbytes
             each = " ".join(
-                f"{next((one.rss_bytes for one in reading if one.pid == now.pid), 0) / 1e6:.0f}"
+                f"{next((one.nbytes for one in reading if one.pid == now.pid), 0) / 1e6:.0f}"
                 for reading in outcome.memory
             )
             lines.append(
-                f"{now.part:20} {now.pid:7} {before / 1e6:16.1f} {now.rss_bytes / 1e6:8.1f} "
-                f"{now.rss_bytes / before - 1:+8.1%}   {each}{'   too much' if is_more else ''}"
+                f"{now.part:20} {now.pid:7} {before / 1e6:16.1f} {now.nbytes / 1e6:8.1f} "
+                f"{now.nbytes / before - 1:+8.1%}   {each}{'   too much' if is_more else ''}"
             )
     lines += ["", f"{len(outcome.findings)} findings", *outcome.findings[:20]]
     return "\n".join(lines)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from icportrait.deploy.memory import PYTHON_MODELS
 from icportrait.gateway.workers import LOOK_EVERY_S, RESTS_AFTER_S
 from icportrait.server import ServerProcess
-from tests.e2e.supervised import named_processes, resident_bytes, runs
+from tests.e2e.supervised import named_processes, runs
 
 GROWTH = 0.03
+SHARED, SHARED_STEP_BYTES = "/dev/shm", 2**20
+"""Memory that the models' processes share with tritonserver. The Python backend makes a process's region larger by a
+step when more requests than ever need it at once, and never smaller."""
 REST_S = RESTS_AFTER_S + 6 * LOOK_EVERY_S
 """Until pictures' processes, one after another, have given back what is free."""
 WRONG = re.compile(r"^[EF]\d{4} |Traceback|\bERROR\b|\bCRITICAL\b|Segmentation|never awaited|was never retrieved")
@@ -21,11 +26,11 @@ RIGHT = re.compile(r"a message on the control line|a control line (began|said)|H
 
 @dataclass(frozen=True)
 class Memory:
-    """A process's memory."""
+    """A process's resident memory, without ``SHARED``; and ``SHARED``, which is of no process."""
 
     part: str
     pid: int
-    rss_bytes: int
+    nbytes: int
 
 
 class Watched:
@@ -47,14 +52,14 @@ class Watched:
         return {pid: part for pid, part in named_processes(self.pid).items() if part not in ("", "python3 -c")}
 
     def memory(self) -> list[Memory]:
-        """Read each process's resident memory."""
-        read = []
-        for pid, part in self.parts().items():
-            try:
-                read.append(Memory(part, pid, resident_bytes(pid)))
-            except (OSError, IndexError):
-                continue
-        return sorted(read, key=lambda each: (each.part, -each.rss_bytes))
+        """Read each process's memory, and what they share."""
+        read, parts = [], self.parts()
+        for pid, part in parts.items():
+            with contextlib.suppress(OSError, KeyError):  # it has just ended
+                read.append(Memory(part, pid, _own_bytes(pid)))
+        regions = {path for pid in parts for path in _regions(pid)}
+        read.append(Memory(SHARED, 0, sum(path.stat().st_size for path in regions)))
+        return sorted(read, key=lambda each: (each.part, -each.nbytes))
 
     def ended(self) -> list[str]:
         """Name the processes that were there at first, and have ended; a picture worker may."""
@@ -81,17 +86,36 @@ def growth(before: list[Memory], after: list[Memory]) -> list[tuple[Memory, Memo
     """Compare the memory of each process with what it was.
 
     Returns:
-        Each process now, the same or its like before, and whether it grew by more than ``GROWTH``. A picture worker
-        that was replaced is compared with the largest.
+        Each process now, the same or its like before, and whether it grew by more than ``GROWTH``, or ``SHARED`` by
+        more than a step for each model. A picture worker that was replaced is compared with the largest.
     """
     compared = []
     for now in after:
         same = next((each for each in before if each.pid == now.pid), None)
         like = same or max(
-            (each for each in before if each.part == now.part), key=lambda each: each.rss_bytes, default=None
+            (each for each in before if each.part == now.part), key=lambda each: each.nbytes, default=None
         )
-        compared.append((now, like, like is None or now.rss_bytes > (1 + GROWTH) * like.rss_bytes))
+        compared.append((now, like, like is None or now.nbytes > _most_bytes(like)))
     return compared
+
+
+def _most_bytes(like: Memory) -> float:
+    if like.part == SHARED:
+        return like.nbytes + PYTHON_MODELS * SHARED_STEP_BYTES
+    return (1 + GROWTH) * like.nbytes
+
+
+def _own_bytes(pid: int) -> int:
+    status = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return 1024 * sum(int(status[name].split()[0]) for name in ("RssAnon", "RssFile"))
+
+
+def _regions(pid: int) -> set[Path]:
+    """List the files in /dev/shm that a process uses."""
+    with contextlib.suppress(OSError):
+        lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        return {Path(line.split(maxsplit=5)[5]) for line in lines if f" {SHARED}/" in line and "deleted" not in line}
+    return set()
 
 
 async def resting(watched: Watched, seconds: float = REST_S) -> list[Memory]:

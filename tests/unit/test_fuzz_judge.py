@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from tests.fuzz.callers import Answer
 from tests.fuzz.cases import Case
 from tests.fuzz.grpc_cases import HEALTH, INFER, STREAM, method
 from tests.fuzz.judge import Judge
-from tests.fuzz.watch import Memory, Watched, growth
+from tests.fuzz.watch import SHARED, Memory, Watched, growth
 
 SIDE = 16
 PICTURE = encode_picture(np.zeros((SIDE, SIDE, 3), np.uint8), "png")
@@ -42,9 +44,7 @@ def made(*images: bytes, request_id: str = "", **metadata: Any) -> Any:
 def streamed(request_id: str, answer: Any = None, refusal: str = "") -> bytes:
     answer = answer or service_pb2.ModelInferResponse()
     answer.id, answer.parameters["triton_final_response"].bool_param = request_id, True
-    return bytes(
-        service_pb2.ModelStreamInferResponse(infer_response=answer, error_message=refusal).SerializeToString()
-    )
+    return bytes(service_pb2.ModelStreamInferResponse(infer_response=answer, error_message=refusal).SerializeToString())
 
 
 def faults(case: Case, *bodies: bytes, code: str = "OK", text: str = "", judge: Judge | None = None) -> str:
@@ -163,3 +163,33 @@ def test_a_line_of_the_log_is_a_fault_or_not(
     with log.open("a") as file:
         file.write(line + "\n")
     assert bool(server.log_faults()) == is_fault
+
+
+def test_a_process_that_grows_is_found_and_one_that_is_new() -> None:
+    before = [Memory("gateway", 1, 100_000), Memory("pictures", 2, 50_000), Memory("pictures", 3, 60_000)]
+    after = [Memory("gateway", 1, 103_001), Memory("pictures", 4, 61_800), Memory("denoise", 5, 1)]
+    assert [is_more for _, _, is_more in growth(before, after)] == [True, False, True]
+    assert not any(is_more for _, _, is_more in growth(before, before))
+
+
+@pytest.mark.parametrize(("grown_bytes", "is_more"), [(3 << 20, False), (4 << 20, True)])
+def test_shared_memory_may_grow_by_a_step_for_each_model(grown_bytes: int, is_more: bool) -> None:
+    before, after = [Memory(SHARED, 0, 5 << 20)], [Memory(SHARED, 0, (5 << 20) + grown_bytes)]
+    assert growth(before, after) == [(after[0], before[0], is_more)]
+
+
+def test_shared_memory_is_read_apart_from_a_processs_own() -> None:
+    code = """
+import mmap, sys
+with open(sys.argv[1], "r+b") as file, mmap.mmap(file.fileno(), 0) as shared:
+    shared[:] = bytes(1 << 23)
+    input("written")
+"""
+    with tempfile.NamedTemporaryFile(dir=SHARED) as region:
+        region.truncate(1 << 23)
+        command = [sys.executable, "-S", "-c", code, region.name]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdout and process.stdout.read(1)
+            read = {each.part: each.nbytes for each in Watched(process.pid, None).memory()}
+            process.kill()
+    assert read[SHARED] == 1 << 23 and 1 << 20 < read["gateway"] < 1 << 24
