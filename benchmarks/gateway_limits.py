@@ -58,9 +58,10 @@ def gateway_limits(export: Path, folder: Path, files: Mapping[str, bytes], secon
         for name, (values, expected) in asked.items():
             request = named(load_contract().model) + encoded(values)
             asyncio.run(_closed_loop(server.grpc_url, request, _WARM_UP_S, expected))
-            before_s = _cpu_s(server)
+            assert server.process
+            before_s = cpu_s(server.process.pid)
             per_s, count = asyncio.run(_closed_loop(server.grpc_url, request, seconds, expected))
-            cpu_ms = 1000 * (_cpu_s(server) - before_s) / count
+            cpu_ms = 1000 * (cpu_s(server.process.pid) - before_s) / count
             size = len(request)
             found[name] = {
                 "per_s": round(per_s, 1),
@@ -104,8 +105,7 @@ async def _closed_loop(url: str, request: bytes, seconds: float, expected: grpc.
     return count / (time.perf_counter() - began_s), count
 
 
-def _cpu_s(server: ServerProcess) -> float:
-    """Return the CPU time that the gateway's own process has taken; proc_pid_stat(5) describes the file."""
-    assert server.process
-    fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
+def cpu_s(pid: int) -> float:
+    """Return the CPU time that a process has taken; proc_pid_stat(5) describes the file."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

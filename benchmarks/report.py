@@ -27,6 +27,7 @@ from benchmarks.settings import (
     ROOT,
     ClientOverheadSettings,
     CompareSettings,
+    DevicesSettings,
     FacesSettings,
     GeneratorSettings,
     LatencySettings,
@@ -240,6 +241,7 @@ def conditions_here(
     | LatencySettings
     | MarkingSettings
     | SearchSettings
+    | DevicesSettings
     | GeneratorSettings
     | ClientOverheadSettings
     | GpuProbeSettings,

@@ -179,6 +179,37 @@ class SearchSettings:
 
 
 @dataclass(frozen=True)
+class DevicesSettings:
+    """One device and several behind one gateway."""
+
+    devices: int = 4
+    profile: str = "h200-sd15-512-fp16"
+    """Name of a profile, or its file: the engines' times."""
+    p99_ms: float = 2500.0
+    rate_per_s: float = 4.5
+    """Rate of a device in the first probe."""
+    duration_s: float = 60.0
+    longest_s: float = 120.0
+    probes: int = 7
+    returning: float = 0.5
+    """Share of requests whose profile an earlier request had."""
+    cost_rate_per_s: float = 3.0
+    """Rate at which the CPU time of a portrait is measured."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InvalidRequest: names the value, what came and what was expected.
+        """
+        if self.devices < 2:
+            raise InvalidRequest(f"devices: {self.devices}, expected 2 or more")
+        load = LoadSettings(rate_per_s=self.rate_per_s, duration_s=self.duration_s, seed=self.seed)
+        SearchSettings(load, self.p99_ms, longest_s=self.longest_s, probes=self.probes)
+
+
+@dataclass(frozen=True)
 class GeneratorSettings:
     """Rates that are tried, each for a while."""
 

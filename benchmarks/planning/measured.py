@@ -48,12 +48,15 @@ _SCHEDULER = {"_class_name": "DDIMScheduler", "clip_sample": False, "beta_schedu
 
 
 @contextmanager
-def simulated_server(profile: ServiceProfile, policy: ServingPolicy | None = None) -> Iterator[ServerProcess]:
+def simulated_server(
+    profile: ServiceProfile, policy: ServingPolicy | None = None, flags: tuple[str, ...] = ()
+) -> Iterator[ServerProcess]:
     """Start a real server whose engines take a profile's times, and end it.
 
     Args:
         profile: its engines' times and its preset.
         policy: the server's settings, but the runtime and the latency table.
+        flags: of the server.
     """
     with tempfile.TemporaryDirectory(prefix="icportrait-plan-") as name:
         folder = Path(name)
@@ -63,7 +66,7 @@ def simulated_server(profile: ServiceProfile, policy: ServingPolicy | None = Non
         (folder / "table.json").write_text(json.dumps({"device": profile.device, "engines": engines}))
         policy = replace(policy or ServingPolicy(), runtime=SIMULATED, latency_table=str(folder / "table.json"))
         assemble(folder / "export", folder / "repository", policy)
-        with ServerProcess(folder / "repository", Ports.free(), folder / "server.log") as server:
+        with ServerProcess(folder / "repository", Ports.free(), folder / "server.log", flags=flags) as server:
             yield server
 
 

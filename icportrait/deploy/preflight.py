@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import dataclasses
 import functools
 import multiprocessing
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -65,12 +67,13 @@ def simulation_note(repository: Path) -> str:
     return f"SIMULATED engines: their times are a table's for {table.device}, and pictures show nothing"
 
 
-def fit_memory(repository: Path, policy: ServingPolicy) -> tuple[ServingPolicy, str]:
+def fit_memory(repository: Path, policy: ServingPolicy, engines: int = 1) -> tuple[ServingPolicy, str]:
     """Return the policy that fits into this machine's memory, and a line that says so where engines run on a CPU.
 
     Args:
         repository: the model repository; its manifest says what engines need.
         policy: the one that it was assembled with.
+        engines: number of engines that are to share the memory.
 
     Raises:
         NotEnoughMemory: see ``memory.fit``.
@@ -80,16 +83,20 @@ def fit_memory(repository: Path, policy: ServingPolicy) -> tuple[ServingPolicy, 
     except CheckpointError:  # no repository of ours: Triton says what it makes of it
         return policy, ""
     here = room()
+    if engines > 1:
+        share = f"each of {engines} engines on {here.owner}"
+        here = dataclasses.replace(here, free_bytes=here.free_bytes // engines, owner=share)
     fitted, found = fit(manifest, policy, here, keeps_compiled(repository, manifest))
     return fitted, summary(fitted, found, here) if manifest.memory else ""
 
 
-def check_shared_memory(repository: Path, policy: ServingPolicy) -> None:
+def check_shared_memory(repository: Path, policy: ServingPolicy, engines: int = 1) -> None:
     """Compare what the models' processes share with Triton at most with what /dev/shm has room for.
 
     Args:
         repository: the model repository.
         policy: how it is to be served.
+        engines: number of engines that are to share it.
 
     Raises:
         NotEnoughMemory: there is less.
@@ -98,7 +105,7 @@ def check_shared_memory(repository: Path, policy: ServingPolicy) -> None:
         manifest = Manifest.read(repository / "denoise" / "1")
     except CheckpointError:  # no repository of ours: Triton says what it makes of it
         return
-    needed, free = shared_memory(manifest, policy), shutil.disk_usage(SHM).free
+    needed, free = engines * shared_memory(manifest, policy), shutil.disk_usage(SHM).free
     if free < needed:
         raise NotEnoughMemory(
             f"{SHM} has {free / 2**20:.0f} MB left, and the models' processes share up to {needed / 2**20:.0f} MB with "
@@ -132,13 +139,14 @@ def _check_graph(engine: str, folder: Path, *_: object) -> None:
     Manifest.read(folder).check_files(engine, folder)
 
 
-def check_plans(repository: Path, runtime: str, installation: Installation) -> None:
+def check_plans(repository: Path, runtime: str, installation: Installation, device: str | None = None) -> None:
     """Compare a repository's plans with what is here. A repository without plans needs nothing.
 
     Args:
         repository: the model repository.
         runtime: the one that it was assembled for.
         installation: the tritonserver that is to be started on it.
+        device: the GPU, by number or UUID; None is the one that CUDA finds first.
 
     Raises:
         RuntimeNotAvailable: there is no GPU, the server has no TensorRT backend, or a product isn't installed.
@@ -146,11 +154,11 @@ def check_plans(repository: Path, runtime: str, installation: Installation) -> N
             it.
     """
     if runtime == "torch":
-        _check_precision(repository)
+        _check_precision(repository, device)
     if runtime not in PLAN_RUNTIMES:
         return
     try:
-        gpu = find_gpu()
+        gpu = find_gpu(device)
     except RuntimeNotAvailable as error:
         raise RuntimeNotAvailable(f"{repository}: was assembled for {runtime}, and {error}") from error
     export = Manifest.read(repository / "denoise" / "1")
@@ -173,13 +181,13 @@ def check_plans(repository: Path, runtime: str, installation: Installation) -> N
         check_content(plan, manifest)
 
 
-def _check_precision(repository: Path) -> None:
+def _check_precision(repository: Path, device: str | None) -> None:
     """Refuse an export for torch that needs a GPU where there is none."""
     manifest = Manifest.read(repository / "denoise" / "1")
     if manifest.precision == "fp32":
         return
     try:
-        find_gpu()
+        find_gpu(device)
     except RuntimeNotAvailable as error:
         raise RuntimeNotAvailable(
             f"{repository}: is {manifest.precision}, which torch computes on a GPU only, and {error}; export with "
@@ -197,9 +205,14 @@ def _plans(repository: Path) -> Iterator[Path]:
             yield folder / TRITON_PLAN_NAME
 
 
-def find_gpu() -> Gpu:
-    """Run ``cuda.find_gpu`` in a process that ends, because CUDA, once asked, keeps GPU memory and survives no fork."""
-    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as process:
+def find_gpu(device: str | None = None) -> Gpu:
+    """Run ``cuda.find_gpu`` in a process that ends, because CUDA, once asked, keeps GPU memory and survives no fork.
+
+    Args:
+        device: the only GPU that the process sees; None shows it all.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, spawn, os.environ.update, (cuda.only_visible(device),)) as process:
         return process.submit(cuda.find_gpu).result()
 
 

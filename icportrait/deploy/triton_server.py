@@ -34,6 +34,7 @@ from icportrait.deploy.stub_processes import (
 from icportrait.deploy.supervisor import Ending
 from icportrait.errors import IcPortraitError, NotEnoughMemory
 from icportrait.policy import LOOP_VARIABLE, POLICY_VARIABLE
+from icportrait.runtime.cuda import only_visible
 from icportrait.runtime.shared_device import DEVICE_FOLDER
 
 GPU_DEVICE = Path("/dev/nvidiactl")
@@ -63,6 +64,8 @@ class TritonServer:
     """Takes a line on what was chosen for this machine."""
     overrides: Mapping[str, str] = field(default_factory=dict)
     """Parameters of the policy that go before the repository's own."""
+    device: str | None = None
+    """The only GPU that it sees, by number or UUID; None shows it all."""
     _process: subprocess.Popen[bytes] | None = None
     _run: Run | None = None
     _stubs: list[StubProcess] = field(default_factory=list)
@@ -124,7 +127,7 @@ class TritonServer:
         """
         policy = repository_policy(self.repository, self.overrides)
         installation = find_installation(policy.runtime)
-        check_plans(self.repository, policy.runtime, installation)
+        check_plans(self.repository, policy.runtime, installation, self.device)
         check_graphs(self.repository, policy)
         fitted, summary = fit_memory(self.repository, policy)
         if summary:
@@ -138,6 +141,7 @@ class TritonServer:
             self._run = Run()
             folder = self.directory
             environment = heap.environment(policy.runtime) | installation.environment()
+            environment |= only_visible(self.device)
             environment |= {POLICY_VARIABLE: json.dumps(chosen), LOOP_VARIABLE: str(self.loop_path)}
             backends = installation.prepare_backends(folder / "backends")
             (folder / DEVICE_FOLDER).mkdir()

@@ -181,7 +181,7 @@ def _repository(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Out
 
 def _memory(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome, str]]:
     if settings.repository:
-        fitted, summary = fit_memory(settings.repository, policy)
+        fitted, summary = fit_memory(settings.repository, policy, len(settings.engines))
         reduced = (fitted.slots, fitted.rows_at_once) != (policy.slots, policy.rows_at_once)
         yield Outcome.WARNING if reduced else Outcome.GOOD, summary or "its need isn't in the repository's manifest"
 
@@ -189,7 +189,7 @@ def _memory(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome
 def _shared_memory(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome, str]]:
     free = shutil.disk_usage(SHM).free
     if settings.repository:
-        check_shared_memory(settings.repository, policy)
+        check_shared_memory(settings.repository, policy, len(settings.engines))
     elif free < LEAST_SHM_BYTES:
         yield Outcome.WARNING, f"{_megabytes(free)} left, which is little; of a container, --shm-size allows more"
         return
@@ -220,9 +220,15 @@ def _descriptors(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Ou
 
 
 def _gpu(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome, str]]:
+    for device in settings.engines:
+        for outcome, text in _one_gpu(policy, device):
+            yield outcome, text if device is None else f"device {device}: {text}"
+
+
+def _one_gpu(policy: ServingPolicy, device: str | None) -> Iterator[tuple[Outcome, str]]:
     driver = DRIVER.read_text().splitlines()[0].split(":")[-1].strip() if DRIVER.is_file() else "no NVIDIA driver"
     try:
-        gpu = find_gpu()
+        gpu = find_gpu(device)
     except (RuntimeNotAvailable, ImportError) as error:
         needed = policy.uses_plans
         text = f"{error}; {driver}" if needed else f"none, and runtime {policy.runtime} needs none; {driver}"
@@ -242,7 +248,8 @@ def _gpu(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome, s
 
 def _plans(settings: Settings, policy: ServingPolicy) -> Iterator[tuple[Outcome, str]]:
     if settings.repository and policy.uses_plans:
-        check_plans(settings.repository, policy.runtime, find_installation(policy.runtime))
+        for device in settings.engines:
+            check_plans(settings.repository, policy.runtime, find_installation(policy.runtime), device)
         yield Outcome.GOOD, "all are of this TensorRT, this GPU and this export"
 
 

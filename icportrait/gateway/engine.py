@@ -75,6 +75,8 @@ class Engine:
         self._channel, self._reader, self._writer, self._latent_shape = channel, reader, writer, latent_shape
         self._triton = service_pb2_grpc.GRPCInferenceServiceStub(channel)
         self._leases: dict[str, asyncio.Future[str]] = {}
+        self._rows: dict[str, int] = {}
+        """The most rows of each request that has a lease, or asks for one."""
         self._pings: dict[int, asyncio.Future[Pong]] = {}
         self._ping_ids = itertools.count()
         self._listeners: dict[str, Listener] = {}
@@ -120,6 +122,11 @@ class Engine:
         await asyncio.gather(*self._calls, self._receiving, return_exceptions=True)
         await self._channel.close()
 
+    @property
+    def rows(self) -> int:
+        """Return the rows that are asked for by requests with a lease, running or waiting."""
+        return sum(self._rows.values())
+
     # The control line.
 
     async def lease(self, key: str, demand: Demand, replayed: bool = False) -> None:
@@ -135,6 +142,7 @@ class Engine:
             EngineLostError: the loop has ended.
         """
         reply = self._leases[key] = self._reply()
+        self._rows[key] = demand.rows
         try:
             self._send({"op": "lease", "key": key, **vars(demand), "replayed": replayed})
             try:
@@ -149,6 +157,7 @@ class Engine:
         finally:
             del self._leases[key]
         if refusal:
+            del self._rows[key]
             raise from_wire(refusal) or Unavailable(refusal)
 
     def cancel(self, key: str) -> None:
@@ -166,6 +175,7 @@ class Engine:
             key: the request's.
             stage_ms: milliseconds by stage where there are portraits.
         """
+        self._rows.pop(key, None)
         self._send({"op": "release", "key": key, "stage_ms": stage_ms})
 
     def listen(self, key: str, listener: Listener | None) -> None:

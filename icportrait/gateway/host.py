@@ -31,6 +31,7 @@ AT_LEAST_S = 10.0
 """if it has run for this long, because the first one after a pause may take a while."""
 FIRST_START_S = 10.0
 """Assumed time of a start before one was measured."""
+RUN_OUT = "the engine has ended, and isn't started again; the server's output has the cause"
 
 
 class PrivateTriton(Protocol):
@@ -56,7 +57,7 @@ class _StopRequested(Exception):
 
 
 class EngineHost:
-    """Keeps one engine running; see ``service.Engines``."""
+    """Keeps one engine running."""
 
     def __init__(
         self,
@@ -107,16 +108,26 @@ class EngineHost:
         await asyncio.to_thread(self._thread.join)
 
     @property
+    def up(self) -> Engine | None:
+        """Return the engine that is up, None where there is none now."""
+        engine = self._up.result() if self._up.done() and not self._up.exception() else None
+        return engine if engine and not engine.lost.done() else None
+
+    @property
     def refusal(self) -> Unavailable | None:
-        """Return the error that says why there is no engine now, None where there is one; see ``service.Engines``."""
-        if self._up.done() and not self._up.exception() and not self._up.result().lost.done():
+        """Return the error that says why there is no engine now, None where there is one."""
+        if self.up:
             return None
         left_s = self._start_began_s + self._start_takes_s - time.monotonic()
         hint = f"retry_after_ms: {max(500, round(1000 * left_s))}"
         return Unavailable(f"the engine is being {'re' if self.starts else ''}started; try again later; {hint}")
 
     async def engine(self) -> Engine:
-        """Return the engine that is up, or wait for the next; see ``service.Engines``."""
+        """Return the engine that is up, or wait for the next.
+
+        Raises:
+            Unavailable: none will come.
+        """
         while (engine := await asyncio.shield(self._up)).lost.done():
             await asyncio.sleep(0)
         return engine
@@ -195,13 +206,13 @@ class EngineHost:
         self._up = self._loop.create_future()
 
     def _end(self, error: BaseException | None) -> None:
-        refused = Unavailable("the engine has ended, and isn't started again; the server's output has the cause")
         if self._up.done():
             self._up = self._loop.create_future()
-        self._up.set_exception(refused)
+        self._up.set_exception(Unavailable(RUN_OUT))
         self._up.exception()  # where nobody waits for it, nobody asks
         if error:
             self.ended.set_exception(error)
+            self.ended.exception()  # nor for a second one that ends with the first
         else:
             self.ended.set_result(None)
 

@@ -6,26 +6,27 @@ import asyncio
 import os
 import resource
 import signal
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from icportrait.deploy import heap
-from icportrait.deploy.preflight import fit_memory, repository_policy, simulation_note
+from icportrait.deploy.preflight import check_shared_memory, fit_memory, repository_policy, simulation_note
 from icportrait.deploy.triton_server import GPU_DEVICE, TritonServer
 from icportrait.errors import IcPortraitError
 from icportrait.gateway.access import Access
 from icportrait.gateway.api import Unread
 from icportrait.gateway.c2pa_signing import describe, read_credentials
 from icportrait.gateway.certificates import ends_of_certificates
+from icportrait.gateway.devices import Devices
 from icportrait.gateway.engine import Engine
 from icportrait.gateway.grpc_door import GrpcDoor, serve_grpc
 from icportrait.gateway.host import EngineHost
 from icportrait.gateway.http_door import HttpDoor, serve_http
 from icportrait.gateway.kserve import KserveModels
 from icportrait.gateway.logs import ON_STANDARD_ERROR, AccessLog, begin_logs
-from icportrait.gateway.metrics import MetricsDoor, Sample, to_text, triton_text
+from icportrait.gateway.metrics import MetricsDoor, Sample, by_device, to_text, triton_text
 from icportrait.gateway.records import Records
 from icportrait.gateway.sandbox import become, filter_wanted
 from icportrait.gateway.service import Service
@@ -33,6 +34,7 @@ from icportrait.gateway.settings import Settings
 from icportrait.gateway.traces import Traces
 from icportrait.gateway.workers import Workers
 from icportrait.manifest import Manifest
+from icportrait.policy import ServingPolicy
 
 Door = TypeVar("Door")
 DESCRIPTORS = 2**16
@@ -77,25 +79,23 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
             "icportrait.deploy.repository"
         )
     manifest = Manifest.read(settings.repository / "denoise" / "1")
-    policy, _ = fit_memory(settings.repository, repository_policy(settings.repository, settings.policy))
-    triton = TritonServer(
-        settings.repository, ready_timeout_s=settings.ready_timeout_s, say=say, overrides=settings.policy
-    )
+    policy = repository_policy(settings.repository, settings.policy)
+    policy, _ = fit_memory(settings.repository, policy, len(settings.engines))
+    check_shared_memory(settings.repository, policy, len(settings.engines))
+    tritons = {device: _triton(settings, policy, device, say) for device in settings.engines}
     preset = manifest.preset
     latent = preset.latent_channels, preset.latent_size, preset.latent_size
 
-    async def connect() -> Engine:
-        # So that the server isn't ready before its pictures' processes are.
-        await asyncio.shield(starting)
-        return await Engine.connect(triton.grpc_address, triton.loop_path, latent)
+    def host_of(device: str | None, triton: TritonServer) -> EngineHost:
+        async def connect() -> Engine:
+            # So that the server isn't ready before its pictures' processes are.
+            await asyncio.shield(starting)
+            return await Engine.connect(triton.grpc_address, triton.loop_path, latent)
 
-    host = EngineHost(
-        triton,
-        connect=connect,
-        say=say,
-        ready=_ready_line(settings),
-        probe_every_s=settings.probe_every_s,
-    )
+        ready = _ready_line(settings, device)
+        return EngineHost(triton, connect, _say_of(device, say), ready, settings.probe_every_s)
+
+    engines = Devices({device: host_of(device, triton) for device, triton in tritons.items()})
     credentials = await asyncio.to_thread(read_credentials, settings)
     workers = Workers(
         settings.picture_workers,
@@ -105,7 +105,7 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         credentials,
         filter_wanted(settings.picture_sandbox),
     )
-    service = Service(manifest, policy, settings, host, workers)
+    service = Service(manifest, policy, settings, engines, workers)
     access, models, unread = Access(settings.api_keys), KserveModels(policy), Unread(settings.limits)
     certificate_ends = ends_of_certificates(settings)
     access_log = AccessLog(settings.access_log) if settings.access_log else None
@@ -114,7 +114,7 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
     records = Records(*(listener.add for listener in (traces, access_log) if listener))
 
     def samples() -> Iterable[Sample]:
-        yield from _samples(service, host, workers, unread)
+        yield from _samples(service, engines, workers, unread)
         yield from records.samples()
         for name, end in certificate_ends.items():
             help_text = "Moment from which a certificate isn't valid any more, in seconds since 1970"
@@ -122,7 +122,7 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         lost = access_log.lost if access_log else 0
         yield "access_lines_lost_total", "counter", "Lines of the access log that couldn't be written", {}, lost
 
-    metrics = MetricsDoor(partial(_metrics_text, triton, host, samples))
+    metrics = MetricsDoor(partial(_metrics_text, tritons, engines, samples))
     doors: list[GrpcDoor | HttpDoor] = []
     try:
         grpc = serve_grpc(service, settings, access, models, unread, records)
@@ -143,23 +143,43 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
         if not GPU_DEVICE.exists():
             say("without a GPU, what tritonserver says of CUDA and of pinned memory is no fault")
         starting = asyncio.create_task(workers.start())
-        host.start()
+        engines.start()
         await starting
         heap.keep_present_objects()
-        stop = asyncio.create_task(stopped.wait())
-        ends: set[asyncio.Future[Any]] = {stop, host.ended}
+        stop, run_out = asyncio.create_task(stopped.wait()), asyncio.create_task(engines.run_out(say))
+        ends: set[asyncio.Future[Any]] = {stop, run_out}
         await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
     finally:
         await service.drain(settings.stop_timeout_s if stopped.is_set() else 0.0)
         await asyncio.gather(*(door.close(CLOSE_GRACE_S) for door in doors), metrics.close())
-        await asyncio.gather(host.stop(), workers.stop())
+        await asyncio.gather(engines.stop(), workers.stop())
         for listener in (traces, access_log):
             if listener:
                 await asyncio.to_thread(listener.close)
     if not stopped.is_set():
-        host.ended.result()
+        run_out.result()
     say("stopped")
+
+
+def _triton(settings: Settings, policy: ServingPolicy, device: str | None, say: Callable[[str], None]) -> TritonServer:
+    """Return the Triton of a device, not started yet; ``policy`` has what each may take where there are several."""
+    assert settings.repository
+    overrides = settings.policy
+    if device is not None:
+        overrides |= {"slots": str(policy.slots), "rows_at_once": str(policy.rows_at_once)}
+    return TritonServer(
+        settings.repository,
+        ready_timeout_s=settings.ready_timeout_s,
+        say=_say_of(device, say),
+        overrides=overrides,
+        device=device,
+    )
+
+
+def _say_of(device: str | None, say: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a function that says a line of a device's engine. A line that begins with ready names the device itself."""
+    return say if device is None else lambda line: say(line if line.startswith("ready") else f"device {device}: {line}")
 
 
 def raise_descriptors() -> None:
@@ -170,14 +190,14 @@ def raise_descriptors() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def _ready_line(settings: Settings) -> str:
+def _ready_line(settings: Settings, device: str | None = None) -> str:
     assert settings.repository
     note = simulation_note(settings.repository)
     ports = ", ".join(
         f"{name} {_address(settings, port)}"
         for name, port in (("gRPC", "grpc_port"), ("HTTP", "http_port"), ("metrics", "metrics_port"))
     )
-    return f"ready: {ports}; {note}" if note else f"ready: {ports}"
+    return "; ".join([f"ready: {ports}", *([note] if note else []), *([f"device {device}"] if device else [])])
 
 
 async def _listen(name: str, settings: Settings, opening: Awaitable[Door]) -> Door:
@@ -213,12 +233,15 @@ def _openness(settings: Settings) -> str | None:
     return f"warning: it listens on {settings.host}, and {' and '.join(missing)}" if missing else None
 
 
-async def _metrics_text(triton: TritonServer, host: EngineHost, samples: Callable[[], Iterable[Sample]]) -> str:
-    theirs = await triton_text(triton.metrics_path) if host.refusal is None else ""
-    return theirs + to_text(samples())
+async def _metrics_text(
+    tritons: Mapping[str | None, TritonServer], engines: Devices, samples: Callable[[], Iterable[Sample]]
+) -> str:
+    up = [device for device, host in engines.hosts.items() if host.up]
+    texts = await asyncio.gather(*(triton_text(tritons[device].metrics_path) for device in up))
+    return by_device(dict(zip(up, texts, strict=True))) + to_text(samples())
 
 
-def _samples(service: Service, host: EngineHost, workers: Workers, unread: Unread) -> Iterable[Sample]:
+def _samples(service: Service, engines: Devices, workers: Workers, unread: Unread) -> Iterable[Sample]:
     for model, statistics in service.statistics.items():
         for outcome in ("succeeded", "failed"):
             labels = {"model": model, "outcome": outcome}
@@ -226,6 +249,10 @@ def _samples(service: Service, host: EngineHost, workers: Workers, unread: Unrea
     yield "ready", "gauge", "Whether requests are taken", {}, service.is_ready
     yield "pending_requests", "gauge", "Requests on their way", {}, service.pending
     yield "unread_bytes", "gauge", "Answers that callers haven't read", {}, unread.nbytes
-    yield "engine_starts_total", "counter", "How often the engine was started", {}, host.starts
+    by_device = [({"device": device} if device else {}, host) for device, host in engines.hosts.items()]
+    for labels, host in by_device:
+        yield "engine_ready", "gauge", "Whether the engine takes requests", labels, host.up is not None
+    for labels, host in by_device:
+        yield "engine_starts_total", "counter", "How often the engine was started", labels, host.starts
     yield "replays_total", "counter", "Requests that were asked of another engine anew", {}, service.replays
     yield "picture_workers_lost_total", "counter", "Pictures' processes that had to be replaced", {}, workers.lost

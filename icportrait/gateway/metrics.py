@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
@@ -39,6 +39,28 @@ def _number(value: float) -> str:
 def _escaped(text: str) -> str:
     """Write a label's value as Prometheus reads it, because the name of a key may have any character."""
     return text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+
+
+def by_device(texts: Mapping[str | None, str]) -> str:
+    """Join the texts of several devices' Tritons: each sample gets the label ``device``. That of None stays as it is.
+
+    Samples of one metric stand together, as Prometheus asks for.
+    """
+    if None in texts:
+        return texts[None]
+    metrics: dict[str, dict[str, None]] = {}
+    for device, text in texts.items():
+        lines: dict[str, None] = {}
+        for line in text.splitlines():
+            if line.startswith("# HELP "):
+                lines = metrics.setdefault(line, {})
+            elif line.startswith("#"):
+                lines[line] = None
+            else:
+                name, brace, rest = line.partition("{")
+                name, _, value = (name, "", rest) if brace else line.partition(" ")
+                lines[f'{name}{{device="{device}"' + (f",{value}" if brace else f"}} {value}")] = None
+    return "".join(f"{line}\n" for head, lines in metrics.items() for line in (head, *lines))
 
 
 async def triton_text(path: Path) -> str:

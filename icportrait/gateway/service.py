@@ -20,7 +20,7 @@ import logging
 import secrets
 import time
 from collections import deque
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Hashable, Iterable, Mapping
 from typing import Any, Protocol, TypeVar
 
 from icportrait.contract import Array
@@ -59,17 +59,30 @@ RETRY = "retry_after_ms: 1000"
 
 
 class Engines(Protocol):
-    """Gives the engine that requests run on; several may come later."""
+    """Gives the engines that requests run on, one or several."""
+
+    @property
+    def count(self) -> int:
+        """Return the number of engines, up or not."""
 
     @property
     def refusal(self) -> Unavailable | None:
         """Return the error that says why there is no engine now, None where there is one."""
 
-    async def engine(self) -> Engine:
-        """Return the engine that is up, or wait for the next.
+    async def lease(
+        self, key: str, demand: Demand, profile: Hashable = None, failed: Engine | None = None
+    ) -> Engine:
+        """Take a lease on an engine, and return the engine.
+
+        Args:
+            key: the request's.
+            demand: what it will take.
+            profile: equal for requests with the same profile; None for a request that may go anywhere.
+            failed: the engine that the request was let in by, and that has ended or has failed it. An engine that is not
+                up yet is then waited for.
 
         Raises:
-            Unavailable: none will.
+            Unavailable: no engine lets it in, or none is up.
         """
 
 
@@ -96,7 +109,7 @@ class Service:
         self.signs = settings.c2pa_certificate is not None
         self.replays = 0
         self._checks = {model: FrontStage(manifest, policy, model == STREAM) for model in self.statistics}
-        self._limit = policy.max_pending_requests
+        self._limit = engines.count * policy.max_pending_requests
         self._lives: set[_Life] = set()
         self._stopping = False
 
@@ -175,6 +188,7 @@ class _Life:
             request = dataclasses.replace(request, is_streamed=True)
         self._service, self._request, self._caller, self._on_event = service, request, caller, on_event
         self._files = dict(zip(("profile", "reference"), files, strict=True))
+        self._digests: dict[str, bytes] = {}
         self._ingredients: tuple[Ingredient, ...] = ()
         self._demand = Demand(
             phases=request.phases,
@@ -231,33 +245,21 @@ class _Life:
 
     # Leases.
 
-    async def _lease(self) -> None:
-        engine = await self._service.engines.engine()
-        try:
-            await engine.lease(self._request.key, self._demand)
-        except EngineLostError as error:
-            raise self._service.refusal() or Unavailable(f"the engine has ended; try again later; {RETRY}") from error
-        self._hold(engine)
-
-    async def _replay(self) -> None:
-        """Ask anew for what was let in: the next engine, once it is up, or the same one after it has failed."""
-        self._service.replays += 1
-        logger.debug("a request is asked of the engine anew")
-        while True:
-            engine = await self._service.engines.engine()
-            try:
-                await engine.lease(self._request.key, self._demand, replayed=True)
-            except EngineLostError:
-                continue
-            self._hold(engine)
-            return
-
-    def _hold(self, engine: Engine) -> None:
-        self._engine = engine
+    async def _lease(self, failed: Engine | None = None) -> None:
+        engines, profile = self._service.engines, None
+        if engines.count > 1:
+            profile = await self._picture_key("profile", self._request.profile_box)
+        self._engine = engine = await engines.lease(self._request.key, self._demand, profile, failed)
         # What the last engine has said and nobody was told, this one says again.
         self._events.clear()
         self._queued_step = self._told_step
         engine.listen(self._request.key, self)
+
+    async def _replay(self, failed: Engine) -> None:
+        """Ask anew for what was let in: another engine, once it is up, or the same one where there is no other."""
+        self._service.replays += 1
+        logger.debug("a request is asked of an engine anew")
+        await self._lease(failed)
 
     def _let_go(self, stage_ms: Mapping[str, float] | None, is_cancelled: bool = False) -> None:
         """Give the lease back; ``is_cancelled`` also ends what the engine still does."""
@@ -305,11 +307,7 @@ class _Life:
     async def _prepare(self, name: str, box: Box | None, waits_ns: list[int]) -> tuple[Crop, Array]:
         """Prepare a picture's crop and pixels, [S, S, 3]; note in ``waits_ns`` how long it waited for a process."""
         service, data, is_base64 = self._service, self._files[name], self._request.encoding == "base64"
-        if len(data) > HASHED_ASIDE_BYTES:
-            digest = await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
-        else:
-            digest = hashlib.sha256(data).digest()
-        key = self._caller.name, digest, box, is_base64
+        key = await self._picture_key(name, box)
         if kept := service.kept.get(key):
             return kept
         size = service.preset.image_size
@@ -327,6 +325,15 @@ class _Life:
         )
         service.kept.put(key, prepared)
         return prepared
+
+    async def _picture_key(self, name: str, box: Box | None) -> Hashable:
+        """Return a key that is equal for pictures of a caller's with the same content and crop."""
+        data = self._files[name]
+        if name not in self._digests and len(data) > HASHED_ASIDE_BYTES:
+            self._digests[name] = await asyncio.to_thread(lambda: hashlib.sha256(data).digest())
+        elif name not in self._digests:
+            self._digests[name] = hashlib.sha256(data).digest()
+        return self._caller.name, self._digests[name], box, self._request.encoding
 
     async def _denoise(self, crops: tuple[Array, Array, Array]) -> tuple[Array, dict[str, Any]]:
         """Denoise to pixels and a report, on the first engine that doesn't end meanwhile.
@@ -351,8 +358,9 @@ class _Life:
                 if has_failed or error.code != IcPortraitError.code:
                     raise
                 has_failed = True
+                engine.listen(self._request.key, None)
                 engine.release(self._request.key)
-            await self._replay()
+            await self._replay(engine)
         raise Unavailable(f"the engine has failed under this request; try again later; {RETRY}")
 
     async def _read_ingredient(self, name: str) -> Ingredient:

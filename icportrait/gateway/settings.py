@@ -14,6 +14,7 @@ import dataclasses
 import difflib
 import functools
 import os
+import re
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -32,6 +33,8 @@ PREFIX = "ICPORTRAIT_"
 CONFIG_VARIABLE = "ICPORTRAIT_CONFIG"
 LIMITS = ServerLimits()
 C2PA_ALGORITHMS = ("es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519")
+DEVICE = re.compile(r"\d{1,3}|(GPU|MIG)-[\w/-]{1,100}", re.ASCII)
+"""Names of devices by which CUDA may be told to show no other."""
 POLICY = (
     "slots",
     "max_queued_slots",
@@ -94,6 +97,7 @@ class Settings:
     pictures_kept: int = _setting(128, "prepared pictures that are kept; 0 keeps none", 0)
     pictures_kept_s: float = _setting(600.0, "for how long a prepared picture is kept", 0)
 
+    devices: str | None = _setting(None, "GPUs, an engine on each: numbers as of nvidia-smi, or UUIDs, as 0,1,2,3")
     slots: int | None = _setting(None, "rows of the largest UNet batch", 1)
     max_queued_slots: int | None = _setting(None, "slots that admitted requests may wait for", 0)
     max_queued_bytes: int | None = _setting(None, "of the pictures of all admitted requests", 0)
@@ -113,6 +117,11 @@ class Settings:
         limits = {name.name: getattr(self, name.name) for name in dataclasses.fields(ServerLimits)}
         limits["connections"] = min(self.connections, descriptors_of_door(bool(self.tls_certificate)))
         return ServerLimits(**limits)
+
+    @property
+    def engines(self) -> tuple[str | None, ...]:
+        """Return the device of each engine; None is the device that CUDA finds first, or the CPU."""
+        return (None,) if self.devices is None else tuple(name.strip() for name in self.devices.split(","))
 
     @property
     def policy(self) -> dict[str, str]:
@@ -243,6 +252,10 @@ def _check(settings: Settings) -> None:
         raise IcPortraitError("tls_client_ca: given without tls_certificate, expected both")
     if bool(settings.c2pa_certificate) != bool(settings.c2pa_key):
         raise IcPortraitError("c2pa_certificate, c2pa_key: only one is given, expected both or neither")
+    if settings.devices is not None:
+        names = settings.engines
+        if len(set(names)) < len(names) or not all(name and DEVICE.fullmatch(name) for name in names):
+            raise IcPortraitError(f"devices: {_short(settings.devices)}, expected each once, as in 0,1,2,3")
     if settings.c2pa_algorithm not in C2PA_ALGORITHMS:
         raise IcPortraitError(
             f"c2pa_algorithm: {_short(settings.c2pa_algorithm)}, expected {', '.join(C2PA_ALGORITHMS)}"

@@ -68,6 +68,11 @@ def find_gpu() -> Gpu:
     return Gpu(properties.name.decode(), capability, total, free, newest, mode, has_mps)
 
 
+def only_visible(device: str | None) -> dict[str, str]:
+    """Return the environment of a process that shall see one GPU, by nvidia-smi's number or by UUID; None changes none."""
+    return {"CUDA_VISIBLE_DEVICES": device, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if device is not None else {}
+
+
 def attribute(name: str) -> int:
     """Return one of the GPU's numbers.
 

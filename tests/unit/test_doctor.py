@@ -136,7 +136,19 @@ def test_a_library_that_is_missing_and_a_runtime_without_its_gpu_are_faults(monk
     assert outcome is Outcome.GOOD
 
 
-def no_gpu() -> None:
+def test_each_device_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gpu(device: str | None) -> Gpu:
+        if device == "1":
+            no_gpu(device)
+        return Gpu("NVIDIA Test", "8.9", 8 * 10**9, 8 * 10**9, "13.0")
+
+    monkeypatch.setattr(doctor, "find_gpu", gpu)
+    good, fault = doctor._gpu(Settings(devices="0,1"), ServingPolicy(runtime="tensorrt-rtx"))
+    assert good[0] is Outcome.GOOD and good[1].startswith("device 0: NVIDIA Test")
+    assert fault[0] is Outcome.FAULT and fault[1].startswith("device 1: no NVIDIA GPU")
+
+
+def no_gpu(device: str | None) -> None:
     from icportrait.errors import RuntimeNotAvailable
 
     raise RuntimeNotAvailable("no NVIDIA GPU was found")
@@ -165,7 +177,7 @@ def test_a_gpu_that_one_process_may_have_is_a_fault(
     mode: str, has_mps: bool, runtime: str, fits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = Gpu("NVIDIA Test", "8.9", 8 * 10**9, 8 * 10**9, "13.0", mode, has_mps)
-    monkeypatch.setattr(doctor, "find_gpu", lambda: gpu)
+    monkeypatch.setattr(doctor, "find_gpu", lambda _: gpu)
     findings = list(doctor.CHECKS["gpu"](free(), ServingPolicy(runtime=runtime)))
     assert all(outcome is Outcome.GOOD for outcome, _ in findings) == fits
     assert f"compute mode {mode}, MPS {'on' if has_mps else 'off'}" in findings[0][1]

@@ -98,6 +98,29 @@ def test_leases_are_given_refused_and_granted_again(run: Callable[..., None]) ->
     run(test)
 
 
+def test_rows_are_those_of_requests_that_have_a_lease_or_ask_for_one(run: Callable[..., None]) -> None:
+    async def test(engine: Engine, loop: Loop) -> None:
+        asking = [asyncio.create_task(engine.lease(key, DEMAND)) for key in ("a", "b")]
+        await asyncio.sleep(0)
+        assert engine.rows == 4, "before any answer"
+        await asyncio.gather(*asking)
+        with pytest.raises(Unavailable):
+            await engine.lease("c", Demand(((20, 8),), 1, 100, 5.0, 7))
+        assert engine.rows == 4
+        engine.release("a")
+        engine.release("a")
+        assert engine.rows == 2
+        loop.answers = False
+        asking = [asyncio.create_task(engine.lease("d", DEMAND))]
+        await asyncio.sleep(0)
+        assert engine.rows == 4
+        asking[0].cancel()
+        await asyncio.wait(asking)
+        assert engine.rows == 2
+
+    run(test)
+
+
 def test_a_loop_that_does_not_answer_is_not_waited_for_and_its_lease_is_given_back(
     run: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from icportrait.gateway import metrics
-from icportrait.gateway.metrics import MetricsDoor, to_text, triton_text
+from icportrait.gateway.metrics import MetricsDoor, by_device, to_text, triton_text
 
 
 def test_samples_are_written_as_prometheus_reads_them() -> None:
@@ -28,6 +28,21 @@ def test_samples_are_written_as_prometheus_reads_them() -> None:
         "# TYPE icportrait_gateway_ready gauge",
         "icportrait_gateway_ready 1",
     ]
+
+
+def test_samples_of_several_tritons_have_their_device_and_stand_together() -> None:
+    text = "# HELP a An a\n# TYPE a counter\na {}\n# HELP b A b\n# TYPE b gauge\nb{{model=\"m {{\",version=\"1\"}} {}\n"
+    assert by_device({"0": text.format(1, 2), "GPU-1": text.format(3, 4)}).splitlines() == [
+        "# HELP a An a",
+        "# TYPE a counter",
+        'a{device="0"} 1',
+        'a{device="GPU-1"} 3',
+        "# HELP b A b",
+        "# TYPE b gauge",
+        'b{device="0",model="m {",version="1"} 2',
+        'b{device="GPU-1",model="m {",version="1"} 4',
+    ]
+    assert by_device({None: "as it is"}) == "as it is" and by_device({}) == ""
 
 
 def ask(*requests: bytes, text: Callable[[], Awaitable[str]] | None = None) -> list[bytes]:

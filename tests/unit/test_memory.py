@@ -16,7 +16,7 @@ from icportrait.contract import ENGINES
 from icportrait.deploy.graph_memory import GraphMemory, graph_memory
 from icportrait.deploy.machine_memory import Room
 from icportrait.deploy.memory import fit, needs, shared_memory, summary
-from icportrait.deploy.preflight import check_shared_memory, repository_policy
+from icportrait.deploy.preflight import check_shared_memory, fit_memory, repository_policy
 from icportrait.deploy.repository import assemble, main
 from icportrait.errors import NotEnoughMemory
 from icportrait.manifest import EngineMemory, Manifest
@@ -268,6 +268,10 @@ def test_too_little_shared_memory_is_refused_with_both_numbers(
     assert f"{needed / 2**20 - 1:.0f} MB left" in text and f"up to {needed / 2**20:.0f} MB" in text
     assert "--shm-size" in text and "\n" not in text
     check_shared_memory(tmp_path / "repository", ServingPolicy())
+    half = ServingPolicy(max_queued_slots=5_000)
+    check_shared_memory(tmp_path / "repository", half)
+    with pytest.raises(NotEnoughMemory):
+        check_shared_memory(tmp_path / "repository", half, engines=3)
     check_shared_memory(tmp_path, policy)  # no repository of ours
 
 
@@ -283,6 +287,20 @@ def test_a_server_that_does_not_fit_is_refused_in_one_line(
     assert serve(["--repository", str(tmp_path / "repository"), *arguments]) == 1
     (error,) = capsys.readouterr().err.splitlines()
     assert error.startswith("error: demo-128 on onnxruntime needs ") and "this machine has 0.1 GB left" in error
+
+
+def test_engines_that_share_a_machine_share_its_memory(
+    export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assemble(export, tmp_path / "repository", ServingPolicy())
+    policy = repository_policy(tmp_path / "repository")
+    needed = sum(need.memory for need in needs(Manifest.read(tmp_path / "repository" / "denoise" / "1"), policy))
+    monkeypatch.setattr(icportrait.deploy.preflight, "room", lambda: Room(2 * needed, "this machine"))
+    fitted, said = fit_memory(tmp_path / "repository", policy, engines=2)
+    assert fitted == policy and said.endswith("each of 2 engines on this machine has left")
+    monkeypatch.setattr(icportrait.deploy.preflight, "room", lambda: Room(2 * needed - 2, "this machine"))
+    fitted, _ = fit_memory(tmp_path / "repository", policy, engines=2)
+    assert fitted.rows_at_once < policy.rows_at_once
 
 
 def test_what_start_up_chose_goes_before_what_the_repository_says(

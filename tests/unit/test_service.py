@@ -19,6 +19,7 @@ from icportrait.contract import Array
 from icportrait.errors import DeadlineMissed, IcPortraitError, InvalidRequest, PermissionDenied, Unavailable
 from icportrait.gateway import c2pa_signing, service
 from icportrait.gateway.api import Caller, Event, Portraits
+from icportrait.gateway.devices import Devices
 from icportrait.gateway.engine import EngineLostError
 from icportrait.gateway.service import ENCODED_ASIDE_BYTES, TOLD_APART, Service
 from icportrait.gateway.settings import Settings
@@ -59,7 +60,9 @@ class Engine:
         self.preview = asyncio.get_running_loop().create_future()
         self.preview.set_result(np.zeros((1, SIDE, SIDE, 3), np.uint8))
         self.listener: Any = None
+        self.listens: dict[str, Any] = {}
         self.lease_refusal: IcPortraitError | EngineLostError | None = None
+        self.rows = 0
 
     async def lease(self, key: str, demand: Demand, replayed: bool = False) -> None:
         self.said.append(("lease", replayed))
@@ -77,6 +80,9 @@ class Engine:
 
     def listen(self, key: str, listener: Any) -> None:
         self.listener = listener or self.listener
+        self.listens.pop(key, None)
+        if listener:
+            self.listens[key] = listener
 
     async def portraits(
         self, profile: Array, reference: Array, visibility: Array, request: bytes, partition: str
@@ -99,23 +105,27 @@ class Engine:
         self.lost.set_result(None)
 
 
-class Engines:
-    """One engine after another; none while ``up`` is empty."""
+class Host:
+    """One engine after another; none while ``engines`` is empty."""
 
     def __init__(self) -> None:
-        self.up: list[Engine] = [Engine()]
-        self.is_ended = False
+        self.engines: list[Engine] = [Engine()]
+        self.ended = asyncio.get_running_loop().create_future()
+
+    @property
+    def up(self) -> Engine | None:
+        return self.engines[0] if self.engines and not self.engines[0].lost.done() else None
 
     @property
     def refusal(self) -> Unavailable | None:
-        return None if self.up and not self.up[0].lost.done() else Unavailable("being restarted; retry_after_ms: 700")
+        return None if self.up else Unavailable("being restarted; retry_after_ms: 700")
 
     async def engine(self) -> Engine:
-        while self.refusal:
-            if self.is_ended:
+        while not self.up:
+            if self.ended.done():
                 raise Unavailable("has ended")
             await asyncio.sleep(0)
-        return self.up[0]
+        return self.up
 
 
 class Workers:
@@ -141,10 +151,11 @@ class Workers:
 class World:
     """A service, and what is behind it."""
 
-    def __init__(self, folder: Path, **settings: Any) -> None:
-        self.engines, self.workers = Engines(), Workers()
+    def __init__(self, folder: Path, engines: int = 1, **settings: Any) -> None:
+        self.hosts, self.workers = [Host() for _ in range(engines)], Workers()
         policy = ServingPolicy(max_pending_requests=2)
-        parts: Any = self.engines, self.workers
+        hosts: Any = {str(number): host for number, host in enumerate(self.hosts)}
+        parts: Any = Devices(hosts), self.workers
         self.service = Service(Manifest.read(folder), policy, Settings(**settings), *parts)
         self.events: list[Event] = []
         self.files: dict[str, bytes] = {}
@@ -152,7 +163,11 @@ class World:
 
     @property
     def engine(self) -> Engine:
-        return self.engines.up[0]
+        return self.host.engines[0]
+
+    @property
+    def host(self) -> Host:
+        return self.hosts[0]
 
     async def tell(self, event: Event) -> None:
         self.events.append(event)
@@ -418,7 +433,7 @@ def test_an_engine_that_ends_costs_a_request_time_and_nothing_else(run: Callable
         assert not world.service.is_ready
         assert "retry_after_ms: 700" in str(world.service.refusal())
         world.workers.gate.set()
-        world.engines.up.insert(0, Engine())
+        world.host.engines.insert(0, Engine())
         await world.denoising()
         for step in (1, 2, 3):
             world.engine.listener.on_step(step, 9)
@@ -439,7 +454,7 @@ def test_a_request_under_which_engines_end_again_and_again_is_refused(run: Calla
         for _ in range(4):
             await world.denoising()
             world.engine.lose()
-            world.engines.up.insert(0, Engine())
+            world.host.engines.insert(0, Engine())
         with pytest.raises(Unavailable, match="the engine has failed under this request"):
             await call
 
@@ -472,12 +487,40 @@ def test_a_request_whose_engine_fails_is_tried_once_more(run: Callable[..., None
     run(test)
 
 
+def test_what_one_of_two_engines_fails_is_asked_of_the_other(run: Callable[..., None]) -> None:
+    async def test(world: World) -> None:
+        failing, other = (host.engines[0] for host in world.hosts)
+        failing.pixels.set_exception(IcPortraitError("denoising failed on this server; its log has the cause"))
+        other.answer()
+        other.rows = 7
+        assert len((await world.call()).images) == 1
+        assert failing.said == [("lease", False), ("release", False)] and failing.listens == {}
+        assert other.said == [("lease", True), ("release", True)]
+
+    run(test, engines=2)
+
+
+def test_a_profile_that_returns_goes_where_it_was_encoded(run: Callable[..., None]) -> None:
+    async def test(world: World) -> None:
+        first, second = (host.engines[0] for host in world.hosts)
+        for engine in (first, second):
+            engine.answer()
+        for profile, caller in (("a", "x"), ("b", "x"), ("b", "x"), ("a", "x"), ("b", "y")):
+            world.files["profile"] = picture() + profile.encode()
+            await world.call(Caller(caller))
+        asked = [len(engine.asked) for engine in (first, second)]
+        # a, b and b, a, and b of another caller, whose latents are the caller's own.
+        assert asked == [2, 3] and second.said.count(("lease", False)) == 3
+
+    run(test, engines=2)
+
+
 def test_a_request_whose_engine_is_not_started_again_is_told_so(run: Callable[..., None]) -> None:
     async def test(world: World) -> None:
         call = world.call()
         await world.denoising()
         world.engine.lose()
-        world.engines.is_ended = True
+        world.host.ended.set_result(None)
         with pytest.raises(Unavailable, match="has ended"):
             await call
 
@@ -525,6 +568,19 @@ def test_more_than_the_limit_are_refused_and_places_come_back(run: Callable[...,
         assert world.service.refusal() is None
 
     run(test)
+
+
+def test_the_limit_is_of_each_engine(run: Callable[..., None]) -> None:
+    async def test(world: World) -> None:
+        calls = [world.call() for _ in range(4)]
+        await until(lambda: sum(len(host.engines[0].asked) for host in world.hosts) == 4)
+        with pytest.raises(Unavailable, match="4 requests are pending"):
+            await world.call()
+        for host in world.hosts:
+            host.engines[0].answer()
+        await asyncio.gather(*calls)
+
+    run(test, engines=2)
 
 
 def test_a_server_that_is_to_stop_answers_what_it_has_let_in_and_no_more(run: Callable[..., None]) -> None:

@@ -56,6 +56,9 @@ def test_variables_that_name_no_setting_are_let_pass() -> None:
         (["--api-keys", "/none"], {}, "api_keys: /none isn't a file"),
         (["--c2pa-key", __file__], {}, "c2pa_certificate, c2pa_key: only one is given"),
         (["--c2pa-certificate", "/none", "--c2pa-key", __file__], {}, "c2pa_certificate: /none isn't a file"),
+        (["--devices", "0,1,0"], {}, "devices: '0,1,0', expected each once"),
+        (["--devices", "0,,1"], {}, "devices: '0,,1', expected each once, as in 0,1,2,3"),
+        (["--devices", "cuda:0"], {}, "devices: 'cuda:0', expected each once"),
         (["--c2pa-algorithm", "rsa"], {}, "c2pa_algorithm: 'rsa', expected es256, es384"),
         (["--c2pa-timestamp-url", "tsa.org"], {}, "c2pa_timestamp_url: 'tsa.org', expected http://"),
         (["--c2pa-timestamp-url", "http://tsa.org"], {}, "c2pa_timestamp_url: given without c2pa_certificate"),
@@ -91,6 +94,12 @@ def test_what_is_printed_gives_the_same_settings_back(tmp_path: Path) -> None:
 def test_only_what_is_given_goes_before_the_repositorys_policy() -> None:
     assert settings().policy == {}
     assert settings("--slots", "3", "--cache-bytes", "0").policy == {"slots": "3", "cache_bytes": "0"}
+
+
+def test_devices_are_numbers_or_uuids_and_without_them_there_is_one_engine() -> None:
+    assert settings().engines == (None,)
+    assert settings("--devices", "2, 0").engines == ("2", "0")
+    assert settings("--devices", "GPU-8932f937-d72c,MIG-GPU-1/7/0").engines == ("GPU-8932f937-d72c", "MIG-GPU-1/7/0")
 
 
 def test_the_doors_limits_are_settings() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
+import os
 import re
 import socket
 import tomllib
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +54,7 @@ def trivial(tmp_path: Path) -> Path:
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Gpu("NVIDIA Test", "8.9", 8 * 10**9, 8 * 10**9, "13.0")
-    monkeypatch.setattr(icportrait.deploy.preflight, "find_gpu", lambda: found)
+    monkeypatch.setattr(icportrait.deploy.preflight, "find_gpu", lambda _: found)
     monkeypatch.setattr(Flavour, "version", lambda self: VERSIONS[self.name])
 
 
@@ -111,7 +114,7 @@ def test_what_is_no_repository_of_ours_is_tritons_to_refuse(tmp_path: Path) -> N
 def test_plans_without_a_gpu_are_refused_by_the_server_and_its_command(
     repository: Path, runtime: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def no_gpu() -> Gpu:
+    def no_gpu(_: str | None) -> Gpu:
         raise RuntimeNotAvailable("no NVIDIA GPU was found (a test)")
 
     monkeypatch.setattr(icportrait.deploy.preflight, "find_gpu", no_gpu)
@@ -276,6 +279,29 @@ def test_the_gpu_is_asked_for_in_a_process_that_ends() -> None:
     else:
         with pytest.raises(RuntimeNotAvailable, match="no NVIDIA GPU was found"):
             icportrait.deploy.preflight.find_gpu()
+
+
+def test_a_device_is_looked_for_in_a_process_that_sees_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(icportrait.runtime.cuda, "find_gpu", partial(os.getenv, "CUDA_VISIBLE_DEVICES"))
+    assert str(icportrait.deploy.preflight.find_gpu("GPU-1")) == "GPU-1"
+
+
+def test_plans_are_compared_with_the_device_that_is_to_run_them(
+    trivial: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str | None] = []
+
+    def found(device: str | None) -> Gpu:
+        asked.append(device)
+        raise RuntimeNotAvailable("no NVIDIA GPU was found (a test)")
+
+    monkeypatch.setattr(icportrait.deploy.preflight, "find_gpu", found)
+    manifest = Manifest.read(trivial / "denoise" / "1")
+    dataclasses.replace(manifest, precision="fp16").write(trivial / "denoise" / "1")
+    for runtime in ("torch", "tensorrt-rtx"):
+        with pytest.raises(RuntimeNotAvailable, match="no NVIDIA GPU was found"):
+            check_plans(trivial, runtime, Installation(tmp_path), "3")
+    assert asked == ["3", "3"]
 
 
 def gpu_here() -> bool:
