@@ -1,8 +1,8 @@
 """One GPU and several behind one gateway: the highest rates with the same p99, and what the gateway takes of a core.
 
 GPUs are simulated: engines take a profile's times on this machine, and all else is real. The rates are those of small
-pictures, because the host of four fast GPUs needs more cores for large ones than an ordinary machine has. The CPU time of
-a portrait is measured apart, at a low rate, for small pictures and for large ones.
+pictures, because the host of four fast GPUs needs more cores for large ones than an ordinary machine has. The CPU time
+of a portrait is measured apart, at a low rate, for small pictures and for large ones.
 """
 
 from __future__ import annotations
@@ -131,14 +131,16 @@ def table(report: dict[str, Any]) -> str:
     lines = []
     for count, search in report["devices"].items():
         low, high = ("-" if value is None else f"{value:.2f}" for value in search["interval_per_s"])
-        rate = "not found" if search["rate_per_s"] is None else f"{search['rate_per_s']:.2f}/s, surely {low} to {high}/s"
+        rate = (
+            "not found" if search["rate_per_s"] is None else f"{search['rate_per_s']:.2f}/s, surely {low} to {high}/s"
+        )
         lines.append(f"{count} simulated {report['device']}: {rate}")
     if report["times_as_many"] is not None:
         lines.append(f"{report['times_as_many']:.2f} times as many, with a p99 of {_goal(report):g} ms")
     for preset, cost in report["a_portrait"].items():
         lines.append(
-            f"{preset}: {cost['gateway_cpu_ms']:.1f} ms of the gateway a portrait, {cost['all_processes_cpu_ms']:.1f} of "
-            f"all processes; the gateway fills a core at {cost['per_s_of_a_gateways_core']:.0f}/s"
+            f"{preset}: {cost['gateway_cpu_ms']:.1f} ms of the gateway a portrait, {cost['all_processes_cpu_ms']:.1f} "
+            f"of all processes; the gateway fills a core at {cost['per_s_of_a_gateways_core']:.0f}/s"
         )
     return "\n".join(lines)
 

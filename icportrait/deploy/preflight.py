@@ -212,8 +212,12 @@ def find_gpu(device: str | None = None) -> Gpu:
         device: the only GPU that the process sees; None shows it all.
     """
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, spawn, os.environ.update, (cuda.only_visible(device),)) as process:
+    with ProcessPoolExecutor(1, spawn, _show_only, (device,)) as process:
         return process.submit(cuda.find_gpu).result()
+
+
+def _show_only(device: str | None) -> None:
+    os.environ.update(cuda.only_visible(device))
 
 
 def backend_version(installation: Installation, wanted: str) -> str:

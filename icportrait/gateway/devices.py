@@ -1,8 +1,8 @@
-"""All engines of a host, one a GPU: a lease goes to the engine with the least to do.
+"""The engines of a host, one a GPU: a lease goes to the engine with the least to do.
 
-The measure is the rows that an engine has been asked for, because each row makes a step of all others longer. Among equals
-the engine is chosen that has encoded the request's profile before, else the one whose last turn was longest ago. Each
-engine has a host of its own (``host``), which starts it again alone.
+The measure is the rows that an engine has been asked for, because each row makes a step of all others longer. Among
+equals the engine is chosen that has encoded the request's profile before, else the one whose last turn was longest ago.
+Each engine has a host of its own (``host``), which starts it again alone.
 """
 
 from __future__ import annotations
@@ -46,9 +46,7 @@ class Devices:
             return None
         return next((host for host in self._by_turn if not host.ended.done()), self._by_turn[0]).refusal
 
-    async def lease(
-        self, key: str, demand: Demand, profile: Hashable = None, failed: Engine | None = None
-    ) -> Engine:
+    async def lease(self, key: str, demand: Demand, profile: Hashable = None, failed: Engine | None = None) -> Engine:
         """Take a lease on an engine; see ``service.Engines``. Each engine that is up is asked before a refusal."""
         refusal: Unavailable | None = None
         asked: set[Engine] = set()

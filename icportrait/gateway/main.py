@@ -178,7 +178,7 @@ def _triton(settings: Settings, policy: ServingPolicy, device: str | None, say: 
 
 
 def _say_of(device: str | None, say: Callable[[str], None]) -> Callable[[str], None]:
-    """Return a function that says a line of a device's engine. A line that begins with ready names the device itself."""
+    """Return a function that says a line of a device's engine; a line that begins with ready names its device."""
     return say if device is None else lambda line: say(line if line.startswith("ready") else f"device {device}: {line}")
 
 

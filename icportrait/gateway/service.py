@@ -69,17 +69,15 @@ class Engines(Protocol):
     def refusal(self) -> Unavailable | None:
         """Return the error that says why there is no engine now, None where there is one."""
 
-    async def lease(
-        self, key: str, demand: Demand, profile: Hashable = None, failed: Engine | None = None
-    ) -> Engine:
+    async def lease(self, key: str, demand: Demand, profile: Hashable = None, failed: Engine | None = None) -> Engine:
         """Take a lease on an engine, and return the engine.
 
         Args:
             key: the request's.
             demand: what it will take.
             profile: equal for requests with the same profile; None for a request that may go anywhere.
-            failed: the engine that the request was let in by, and that has ended or has failed it. An engine that is not
-                up yet is then waited for.
+            failed: the engine that has let it in before, and that has ended or has failed it. An engine that is not up
+                yet is then waited for.
 
         Raises:
             Unavailable: no engine lets it in, or none is up.

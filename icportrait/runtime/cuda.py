@@ -69,7 +69,7 @@ def find_gpu() -> Gpu:
 
 
 def only_visible(device: str | None) -> dict[str, str]:
-    """Return the environment of a process that shall see one GPU, by nvidia-smi's number or by UUID; None changes none."""
+    """Return the environment of a process that sees one GPU alone, by nvidia-smi's number or by UUID; {} for None."""
     return {"CUDA_VISIBLE_DEVICES": device, "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if device is not None else {}
 
 

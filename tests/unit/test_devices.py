@@ -156,7 +156,7 @@ def test_a_request_is_refused_only_where_every_engine_refuses_it_in_the_words_of
 
 
 def test_what_an_engine_has_failed_goes_to_another_before_it_goes_there_again() -> None:
-    """Fail a request at an engine that has nothing to do because it fails all of them."""
+    """Ask with an engine that has nothing to do, because it fails all requests."""
 
     async def test(world: World) -> None:
         world.engines[1].rows, world.engines[2].rows = 5, 6
@@ -198,7 +198,7 @@ def test_an_engine_that_ends_too_often_is_told_of_and_the_last_one_ends_the_serv
             await asyncio.sleep(0)
         assert said == ["device 1: too often; it isn't started again, and 1 of 2 go on"] and not over.done()
         world.hosts[0].ended.set_exception(IcPortraitError("too often again"))
-        with pytest.raises(IcPortraitError, match="^device 0: too often again$"):
+        with pytest.raises(IcPortraitError, match=r"^device 0: too often again$"):
             await over
 
     run(test, 2)
@@ -208,7 +208,7 @@ def test_an_engine_that_does_not_start_once_ends_the_server() -> None:
     async def test(world: World) -> None:
         world.hosts[1].starts = 0
         world.hosts[1].ended.set_exception(IcPortraitError("no GPU"))
-        with pytest.raises(IcPortraitError, match="^device 1: no GPU$"):
+        with pytest.raises(IcPortraitError, match=r"^device 1: no GPU$"):
             await world.devices.run_out(lambda line: pytest.fail(line))
 
     run(test)
@@ -217,7 +217,7 @@ def test_an_engine_that_does_not_start_once_ends_the_server() -> None:
 def test_the_error_of_a_host_with_one_engine_is_its_own() -> None:
     async def test(world: World) -> None:
         world.hosts[0].ended.set_exception(OSError("no room"))
-        with pytest.raises(OSError, match="^no room$"):
+        with pytest.raises(OSError, match=r"^no room$"):
             await world.devices.run_out(lambda line: pytest.fail(line))
 
     run(test, 1)

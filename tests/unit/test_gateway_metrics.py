@@ -31,7 +31,7 @@ def test_samples_are_written_as_prometheus_reads_them() -> None:
 
 
 def test_samples_of_several_tritons_have_their_device_and_stand_together() -> None:
-    text = "# HELP a An a\n# TYPE a counter\na {}\n# HELP b A b\n# TYPE b gauge\nb{{model=\"m {{\",version=\"1\"}} {}\n"
+    text = '# HELP a An a\n# TYPE a counter\na {}\n# HELP b A b\n# TYPE b gauge\nb{{model="m {{",version="1"}} {}\n'
     assert by_device({"0": text.format(1, 2), "GPU-1": text.format(3, 4)}).splitlines() == [
         "# HELP a An a",
         "# TYPE a counter",

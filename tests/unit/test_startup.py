@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import os
 import re
@@ -287,7 +286,7 @@ def test_a_device_is_looked_for_in_a_process_that_sees_no_other(monkeypatch: pyt
 
 
 def test_plans_are_compared_with_the_device_that_is_to_run_them(
-    trivial: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     asked: list[str | None] = []
 
@@ -296,11 +295,11 @@ def test_plans_are_compared_with_the_device_that_is_to_run_them(
         raise RuntimeNotAvailable("no NVIDIA GPU was found (a test)")
 
     monkeypatch.setattr(icportrait.deploy.preflight, "find_gpu", found)
-    manifest = Manifest.read(trivial / "denoise" / "1")
-    dataclasses.replace(manifest, precision="fp16").write(trivial / "denoise" / "1")
+    write_trivial_export(tmp_path / "export", DEMO_128, "fp16")
+    assemble(tmp_path / "export", tmp_path / "repository", ServingPolicy(runtime="torch"))
     for runtime in ("torch", "tensorrt-rtx"):
         with pytest.raises(RuntimeNotAvailable, match="no NVIDIA GPU was found"):
-            check_plans(trivial, runtime, Installation(tmp_path), "3")
+            check_plans(tmp_path / "repository", runtime, Installation(tmp_path), "3")
     assert asked == ["3", "3"]
 
 
