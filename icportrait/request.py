@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache, cached_property
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -179,12 +179,12 @@ class PortraitRequest:
     profile_box: tuple[float, float, float, float] | None = None
     reference_box: tuple[float, float, float, float] | None = None
 
-    @cached_property
+    @property
     def guided_steps(self) -> range:
         """Return the steps with guidance, which costs every portrait an unconditional row."""
         return guided_steps(self.guidance_scale, self.guidance_interval, self.num_inference_steps)
 
-    @cached_property
+    @property
     def phases(self) -> Phases:
         """Return the rows of a UNet batch that this request takes over its steps."""
         return phases_of(self.num_portraits, self.guided_steps, self.num_inference_steps)

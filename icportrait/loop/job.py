@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cached_property
 
 from icportrait.contract import Array
 from icportrait.diffusion.sampling import Trajectory
@@ -109,16 +110,24 @@ class Job:
     """Rows in use, summed over the steps that the job was in the batch for."""
     steps_in_batch: int = field(default=0, init=False)
 
+    @cached_property
+    def _guided_steps(self) -> range:
+        return self.request.guided_steps
+
+    @cached_property
+    def _all_phases(self) -> Phases:
+        return self.request.phases
+
     @property
     def rows(self) -> int:
         """Return the slots that the job needs at its next step. A job that has ended needs those of its last step."""
-        is_guided = min(self.steps_begun, self.request.num_inference_steps - 1) in self.request.guided_steps
+        is_guided = min(self.steps_begun, self.request.num_inference_steps - 1) in self._guided_steps
         return self.request.num_portraits * (2 if is_guided else 1)
 
     @property
     def phases(self) -> Phases:
         """Return the slots that the job needs at the steps that it still has."""
-        return remaining(self.request.phases, self.steps_begun)
+        return remaining(self._all_phases, self.steps_begun)
 
     @property
     def steps(self) -> int:
