@@ -47,10 +47,9 @@ def trim() -> None:
 
 
 def keep_present_objects() -> None:
-    """Take all Python objects that there are now for lasting, so that garbage that comes later is collected soon.
+    """Take all Python objects that there are now for lasting: Python's full collections don't look at them any more.
 
-    A full collection looks at all objects, and waits until new ones are a quarter of the old ones. The old ones of a
-    process that has imported much are so many that errors of 10,000 requests wait with all that they refer to.
+    Of a process that has imported much, these are nearly all objects, and a look at them stops all threads.
     """
     gc.collect()
     gc.freeze()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import gc
 import logging
 import math
 import multiprocessing
@@ -352,7 +353,8 @@ class Workers:
         worker.turn.done.cancel()  # because nobody waits for it
         await self._serve(worker, worker.turn)
         worker.rests_at_s = math.inf
-        # This process has had the pictures too.
+        # This process has had the pictures too. Errors keep what they refer to until they are collected.
+        gc.collect()
         await asyncio.to_thread(heap.trim)
 
     async def _bring_back(self, worker: _Worker) -> None:

@@ -27,6 +27,14 @@ if sys.argv[1] == "trim":
     heap.trim()
 print(resident() - before)
 """
+COLLECTED = """
+import gc
+from icportrait.deploy import heap
+
+imported = [[] for _ in range(10_000)]
+heap.keep_present_objects()
+print(len(gc.get_objects()))
+"""
 
 
 def grown_bytes(how: str, variables: dict[str, str]) -> int:
@@ -46,3 +54,8 @@ def test_what_is_freed_goes_back_to_the_machine(how: str, variables: dict[str, s
 
 def test_a_process_of_torch_keeps_what_it_will_need_again() -> None:
     assert grown_bytes("environment", environment("torch")) > 16 << 20
+
+
+def test_collections_dont_look_at_what_was_there_before() -> None:
+    found = subprocess.run([sys.executable, "-c", COLLECTED], check=True, capture_output=True, text=True).stdout
+    assert int(found) < 1000
