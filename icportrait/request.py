@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic_core import CoreConfig, SchemaValidator
 
 from icportrait.contract import Array, DType
 from icportrait.errors import InvalidRequest
@@ -210,7 +211,7 @@ class PortraitRequest:
             InvalidRequest: it isn't a request.
         """
         try:
-            request = _adapter().validate_json(data, strict=True)
+            request: PortraitRequest = _validator().validate_json(data, strict=True)
         except ValidationError as error:
             first = error.errors(include_url=False, include_input=False)[0]
             where = ".".join(map(str, first["loc"])) or "request"
@@ -223,8 +224,9 @@ class PortraitRequest:
 
 
 @cache
-def _adapter() -> TypeAdapter[PortraitRequest]:
-    return TypeAdapter(PortraitRequest)
+def _validator() -> SchemaValidator:
+    # Without this, pydantic keeps the keys of 16,384 requests. A TypeAdapter of a dataclass takes no settings.
+    return SchemaValidator(TypeAdapter(PortraitRequest).core_schema, CoreConfig(cache_strings="keys"))
 
 
 def parse_request(

@@ -141,7 +141,10 @@ class Ping(_Message):
 
 Asked = LeaseAsked | Cancel | Seen | Release | Ping
 _to_json = json.JSONEncoder(allow_nan=False).encode
-_ASKED: TypeAdapter[Hello | Asked] = TypeAdapter(Annotated[Hello | Asked, Field(discriminator="op")])
+_ASKED: TypeAdapter[Hello | Asked] = TypeAdapter(
+    Annotated[Hello | Asked, Field(discriminator="op")],
+    config=ConfigDict(cache_strings="keys"),  # else pydantic keeps the keys of 16,384 requests, which never come again
+)
 
 
 def parse(data: bytes) -> Hello | Asked:

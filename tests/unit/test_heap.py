@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import os
+import secrets
 import subprocess
 import sys
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 
 from icportrait.deploy.heap import environment
+from icportrait.request import PortraitRequest
+from icportrait.serving.control import parse
+from tests.label_slots import BASE
 
 GROWN = """
 import os, pathlib, sys
@@ -59,3 +68,23 @@ def test_a_process_of_torch_keeps_what_it_will_need_again() -> None:
 def test_collections_dont_look_at_what_was_there_before() -> None:
     found = subprocess.run([sys.executable, "-c", COLLECTED], check=True, capture_output=True, text=True).stdout
     assert int(found) < 1000
+
+
+@pytest.mark.parametrize(
+    ("read", "write"),
+    [
+        (parse, lambda key: json.dumps({"op": "cancel", "key": key}).encode()),
+        (PortraitRequest.from_json, lambda key: replace(BASE, key=key).to_json()),
+    ],
+    ids=["control line", "request"],
+)
+def test_no_key_is_kept_once_its_message_is_read(read: Callable[[bytes], Any], write: Callable[[str], bytes]) -> None:
+    messages = [write(secrets.token_hex(16)) for _ in range(2000)]
+    read(messages[0])
+    tracemalloc.start()
+    try:
+        for message in messages:
+            read(message)
+        assert tracemalloc.get_traced_memory()[0] < 20_000
+    finally:
+        tracemalloc.stop()
