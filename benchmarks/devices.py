@@ -1,33 +1,38 @@
-"""One GPU and several behind one gateway: the highest rates with the same p99, and what the gateway takes of a core.
+"""One GPU and several behind one gateway, at the same rate for each: latencies, and what the gateway takes of a core.
 
-GPUs are simulated: engines take a profile's times on this machine, and all else is real. The rates are those of small
-pictures, because the host of four fast GPUs needs more cores for large ones than an ordinary machine has. The CPU time
-of a portrait is measured apart, at a low rate, for small pictures and for large ones.
+GPUs are simulated: engines take a profile's times on this machine, and all else is real. Where the p99 of N devices at N
+times the rate isn't above the p99 of one, N devices serve at least N times as much with the same p99. One and several are
+measured in turn, so that a machine that gets slower meanwhile is no difference between them.
+
+The rates are those of small pictures and of engines that take a multiple of their time, because a host of fast GPUs needs
+more cores than an ordinary machine has. The CPU time of a portrait is measured apart, for small pictures and large ones.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from icportrait_client.errors import InvalidRequest
 
+from benchmarks.calls import OK
 from benchmarks.compare import server_counters
 from benchmarks.gateway_limits import cpu_s
-from benchmarks.load import run_load
+from benchmarks.load import LoadRun, run_load
 from benchmarks.planning.measured import simulated_server
 from benchmarks.planning.profile import ServiceProfile
 from benchmarks.planning.question import PROFILES, find_profile
-from benchmarks.report import conditions_here
-from benchmarks.search import run_search
-from benchmarks.settings import DevicesSettings, LoadSettings, SearchSettings
+from benchmarks.report import conditions_here, run_fell_behind
+from benchmarks.settings import DevicesSettings, LoadSettings
+from benchmarks.statistics import quantile
 from icportrait.deploy.stub_processes import descendants
 from icportrait.errors import IcPortraitError
 from icportrait.presets import DEMO_128, SD15_512, Preset
@@ -37,37 +42,64 @@ STARTS_WITHIN_S = 120.0
 ANSWERED = 'gateway_requests_total{model="ic_portrait",outcome="succeeded"}'
 
 
+@dataclass
+class _Runs:
+    """All runs of one number of devices."""
+
+    runs: list[LoadRun] = field(default_factory=list)
+
+    def figures(self) -> dict[str, Any]:
+        """Return the figures of all rounds together; a request that failed takes for ever."""
+        sent = [each for run in self.runs for each in run.outcomes if each.request.send_s >= run.settings.warm_up_s]
+        latencies_ms = [1000 * each.latency_s if each.answer.code == OK else math.inf for each in sent]
+        counted_s = sum(run.settings.duration_s - run.settings.warm_up_s for run in self.runs)
+        p99 = quantile(latencies_ms, 0.99)
+        return {
+            "rate_per_s": round(len(sent) / counted_s, 3),
+            "requests": len(sent),
+            "failed": sum(each.answer.code != OK for each in sent),
+            "p50_ms": _rounded(quantile(latencies_ms, 0.5).value),
+            "p99_ms": {name: _rounded(getattr(p99, name)) for name in ("value", "low", "high")},
+            "fell_behind": run_fell_behind(self.runs),
+        }
+
+
 def measure(settings: DevicesSettings, say: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
-    """Search the highest rate of one device and of several, and measure the CPU time of a portrait.
+    """Measure one device and several, and the CPU time of a portrait.
 
     Args:
         settings: of the run.
-        say: is told of each probe.
+        say: is told what goes on, a line at a time.
 
     Returns:
         Figures and conditions, ready for JSON.
+
+    Raises:
+        IcPortraitError: a server doesn't start, or nothing is answered.
+        KeyboardInterrupt: as a load's run swallows it, it is raised again.
     """
     profile = find_profile(settings.profile, PROFILES)
     small = replace(profile.scaled(settings.slower), preset=DEMO_128)
-    searches: dict[int, dict[str, Any]] = {}
-    first_per_s = settings.rate_per_s
-    for count in (1, settings.devices):
-        say(f"{count} simulated {profile.device}")
-        with serve(small, count) as server:
-            searches[count] = run_search(_search(settings, server, count * first_per_s), say)
-        first_per_s = searches[count]["rate_per_s"] or first_per_s
+    runs = {1: _Runs(), settings.devices: _Runs()}
+    for number in range(settings.rounds):
+        for count, made in runs.items():
+            with serve(small, count) as server:
+                # One device gets fewer requests in a second, and is measured for longer.
+                seconds = settings.duration_s * (settings.devices / 2 if count == 1 else 1)
+                load = _load(settings, server, count * settings.rate_per_s, seconds, settings.seed + number)
+                made.runs.append(_run(load))
+            say(f"round {number + 1}, {count}: {_Runs(made.runs[-1:]).figures()}")
     costs = {}
     for preset in (DEMO_128, SD15_512):
         with serve(replace(profile, preset=preset), settings.devices) as server:
             costs[preset.name] = _cost(settings, server, preset)
-            say(f"{preset.name}: {costs[preset.name]}")
-    one, several = (searches[count]["rate_per_s"] for count in (1, settings.devices))
+        say(f"{preset.name}: {costs[preset.name]}")
     return {
         "simulated": True,
         "device": profile.device,
-        "preset_of_rates": DEMO_128.name,
-        "devices": {str(count): search for count, search in searches.items()},
-        "times_as_many": round(several / one, 3) if one and several else None,
+        "preset": DEMO_128.name,
+        "steps": list(LoadSettings.steps),
+        "devices": {str(count): made.figures() for count, made in runs.items()},
         "a_portrait": costs,
         "conditions": conditions_here(settings),
     }
@@ -87,29 +119,25 @@ def serve(profile: ServiceProfile, count: int) -> Iterator[ServerProcess]:
         yield server
 
 
-def _search(settings: DevicesSettings, server: ServerProcess, first_per_s: float) -> SearchSettings:
-    load = LoadSettings(
-        url=server.grpc_url,
-        rate_per_s=first_per_s,
-        duration_s=settings.duration_s,
-        returning=settings.returning,
-        seed=settings.seed,
+def _load(
+    settings: DevicesSettings, server: ServerProcess, rate_per_s: float, seconds: float, seed: int
+) -> LoadSettings:
+    return LoadSettings(
+        url=server.grpc_url, rate_per_s=rate_per_s, duration_s=seconds, returning=settings.returning, seed=seed
     )
-    return SearchSettings(load, settings.p99_ms, longest_s=settings.longest_s, probes=settings.probes)
+
+
+def _run(load: LoadSettings) -> LoadRun:
+    run = run_load(load)
+    if run.interrupted_s is not None:
+        raise KeyboardInterrupt
+    return run
 
 
 def _cost(settings: DevicesSettings, server: ServerProcess, preset: Preset) -> dict[str, Any]:
     """Measure the CPU time of a portrait at a low rate."""
-    load = LoadSettings(
-        url=server.grpc_url,
-        rate_per_s=settings.cost_rate_per_s,
-        duration_s=settings.duration_s,
-        returning=settings.returning,
-        seed=settings.seed,
-    )
     before, began = _cpu_s(server), server_counters(server.metrics_url)[ANSWERED]
-    if run_load(load).interrupted_s is not None:
-        raise KeyboardInterrupt
+    _run(_load(settings, server, settings.cost_rate_per_s, settings.cost_s, settings.seed))
     count = int(server_counters(server.metrics_url)[ANSWERED] - began)
     if not count:
         raise IcPortraitError(f"{preset.name}: no portrait was answered")
@@ -129,19 +157,20 @@ def _cpu_s(server: ServerProcess) -> dict[str, float]:
     return {"gateway": cpu_s(gateway), "all": sum(map(cpu_s, (gateway, *descendants(gateway))))}
 
 
+def _rounded(value: float | None) -> float | None:
+    return round(value, 1) if value is not None and math.isfinite(value) else None
+
+
 def table(report: dict[str, Any]) -> str:
     """Write the figures as lines for a reader."""
-    lines = []
-    for count, search in report["devices"].items():
-        low, high = ("-" if value is None else f"{value:.2f}" for value in search["interval_per_s"])
-        rate = (
-            "not found" if search["rate_per_s"] is None else f"{search['rate_per_s']:.2f}/s, surely {low} to {high}/s"
+    lines = [f"{'devices':>8}{'requests/s':>12}{'requests':>10}{'failed':>8}{'p50, ms':>10}  p99, ms"]
+    for count, found in report["devices"].items():
+        value, low, high = ("-" if each is None else f"{each:.0f}" for each in found["p99_ms"].values())
+        lines.append(
+            f"{count:>8}{found['rate_per_s']:>12.2f}{found['requests']:>10}{found['failed']:>8}"
+            f"{found['p50_ms']:>10.0f}  {value} ({low} to {high})"
+            + ("  INVALID: the generator did NOT keep up" if found["fell_behind"] else "")
         )
-        lines.append(f"{count} simulated {report['device']}: {rate}")
-    if report["times_as_many"] is not None:
-        settings = report["conditions"]["arguments"]
-        goal = f"a p99 of {settings['p99_ms']:g} ms and engines {settings['slower']:g} times as slow"
-        lines.append(f"{report['times_as_many']:.2f} times as many, with {goal}")
     for preset, cost in report["a_portrait"].items():
         lines.append(
             f"{preset}: {cost['gateway_cpu_ms']:.1f} ms of the gateway a portrait, {cost['all_processes_cpu_ms']:.1f} "
@@ -154,18 +183,17 @@ def main(argv: list[str] | None = None) -> int:
     """Measure one device and several.
 
     Returns:
-        0, or 1 after an error. A wrong command line ends the process with 2.
+        0, or 1 after an error or where the generator fell behind. A wrong command line ends the process with 2.
     """
     default = DevicesSettings()
     parser = argparse.ArgumentParser(prog="python -m benchmarks.devices", description=__doc__)
     for flag, name, meaning in (
         ("--devices", "devices", "devices beside one alone"),
         ("--slower", "slower", "factor on the engines' times, so that this machine's cores are not the limit"),
-        ("--p99-ms", "p99_ms", "the goal of both"),
-        ("--start", "rate_per_s", "requests a second in the first probe of one device"),
-        ("--duration", "duration_s", "seconds of a probe that leaves no doubt, and of a measurement of CPU time"),
-        ("--longest", "longest_s", "seconds of a probe that leaves one"),
-        ("--probes", "probes", "rates that are tried"),
+        ("--rate", "rate_per_s", "requests a second for each device"),
+        ("--duration", "duration_s", "seconds of a round of several devices"),
+        ("--rounds", "rounds", "each has one device and several"),
+        ("--cost-s", "cost_s", "seconds of a measurement of CPU time"),
         ("--seed", "seed", "the same seed, the same requests"),
     ):
         value = getattr(default, name)
@@ -187,7 +215,7 @@ def main(argv: list[str] | None = None) -> int:
     print(table(report))
     if out is not None:
         out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return 0
+    return int(any(found["fell_behind"] for found in report["devices"].values()))
 
 
 if __name__ == "__main__":

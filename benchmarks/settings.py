@@ -185,18 +185,19 @@ class DevicesSettings:
     devices: int = 4
     profile: str = "h200-sd15-512-fp16"
     """Name of a profile, or its file: the engines' times."""
-    slower: float = 2.0
+    slower: float = 4.0
     """Factor on the engines' times, so that this machine's cores are not the limit."""
-    p99_ms: float = 5000.0
-    rate_per_s: float = 2.1
-    """Rate of the first probe of one device; that of several is so many times the rate that one has served."""
-    duration_s: float = 60.0
-    longest_s: float = 180.0
-    probes: int = 5
+    rate_per_s: float = 1.0
+    """Requests a second for each device."""
+    duration_s: float = 150.0
+    """Seconds of a round of several devices."""
+    rounds: int = 2
     returning: float = 0.5
     """Share of requests whose profile an earlier request had."""
-    cost_rate_per_s: float = 3.0
+    cost_rate_per_s: float = 4.0
     """Rate at which the CPU time of a portrait is measured."""
+    cost_s: float = 45.0
+    """Seconds for which it is."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -205,11 +206,12 @@ class DevicesSettings:
         Raises:
             InvalidRequest: names the value, what came and what was expected.
         """
-        if self.devices < 2:
-            raise InvalidRequest(f"devices: {self.devices}, expected 2 or more")
+        for name, value, least in (("devices", self.devices, 2), ("rounds", self.rounds, 1)):
+            if value < least:
+                raise InvalidRequest(f"{name}: {value}, expected {least} or more")
         _check_above_0("slower", self.slower)
-        load = LoadSettings(rate_per_s=self.rate_per_s, duration_s=self.duration_s, seed=self.seed)
-        SearchSettings(load, self.p99_ms, longest_s=self.longest_s, probes=self.probes)
+        for seconds in (self.duration_s, self.cost_s):
+            LoadSettings(rate_per_s=self.rate_per_s, duration_s=seconds, seed=self.seed)
 
 
 @dataclass(frozen=True)
