@@ -1,11 +1,12 @@
 """One GPU and several behind one gateway, at the same rate for each: latencies, and what the gateway takes of a core.
 
-GPUs are simulated: engines take a profile's times on this machine, and all else is real. Where the p99 of N devices at N
-times the rate isn't above the p99 of one, N devices serve at least N times as much with the same p99. One and several are
-measured in turn, so that a machine that gets slower meanwhile is no difference between them.
+GPUs are simulated: engines take a profile's times on this machine, and all else is real. Where the p99 of N devices at
+N times the rate isn't above the p99 of one, N devices serve at least N times as much with the same p99. One and several
+are measured in turn, so that a machine that gets slower meanwhile is no difference between them.
 
-The rates are those of small pictures and of engines that take a multiple of their time, because a host of fast GPUs needs
-more cores than an ordinary machine has. The CPU time of a portrait is measured apart, for small pictures and large ones.
+The rates are those of small pictures and of engines that take a multiple of their time, because a host of fast GPUs
+needs more cores than an ordinary machine has. The CPU time of a portrait is measured apart, for small pictures and
+large ones.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ ANSWERED = 'gateway_requests_total{model="ic_portrait",outcome="succeeded"}'
 
 @dataclass
 class _Runs:
-    """All runs of one number of devices."""
+    """Runs of one number of devices."""
 
     runs: list[LoadRun] = field(default_factory=list)
 
@@ -99,7 +100,7 @@ def measure(settings: DevicesSettings, say: Callable[[str], None] = lambda _: No
         "device": profile.device,
         "preset": DEMO_128.name,
         "steps": list(LoadSettings.steps),
-        "devices": {str(count): made.figures() for count, made in runs.items()},
+        "devices": {str(count): made.figures() for count, made in runs.items() if made.runs},
         "a_portrait": costs,
         "conditions": conditions_here(settings),
     }
@@ -135,19 +136,31 @@ def _run(load: LoadSettings) -> LoadRun:
 
 
 def _cost(settings: DevicesSettings, server: ServerProcess, preset: Preset) -> dict[str, Any]:
-    """Measure the CPU time of a portrait at a low rate."""
-    before, began = _cpu_s(server), server_counters(server.metrics_url)[ANSWERED]
-    _run(_load(settings, server, settings.cost_rate_per_s, settings.cost_s, settings.seed))
+    """Measure the CPU time of a portrait at a low rate, beyond the time that an idle server takes."""
+    idle = _spent(server, lambda: time.sleep(settings.idle_s))
+    began = server_counters(server.metrics_url)[ANSWERED]
+    load = _load(settings, server, settings.cost_rate_per_s, settings.cost_s, settings.seed)
+    busy = _spent(server, lambda: _run(load))
     count = int(server_counters(server.metrics_url)[ANSWERED] - began)
     if not count:
         raise IcPortraitError(f"{preset.name}: no portrait was answered")
-    spent_ms = {part: 1000 * (after - before[part]) / count for part, after in _cpu_s(server).items()}
+    each_s = {part: (busy[part] - busy["passed"] * idle[part] / idle["passed"]) / count for part in ("gateway", "all")}
+    idle_share = idle["gateway"] / idle["passed"]
     return {
         "portraits": count,
-        "gateway_cpu_ms": round(spent_ms["gateway"], 2),
-        "all_processes_cpu_ms": round(spent_ms["all"], 2),
-        "per_s_of_a_gateways_core": round(1000 / spent_ms["gateway"], 1),
+        "gateway_idle_share": round(idle_share, 4),
+        "gateway_cpu_ms": round(1000 * each_s["gateway"], 2),
+        "all_processes_cpu_ms": round(1000 * each_s["all"], 2),
+        "per_s_of_a_gateways_core": round((1 - idle_share) / each_s["gateway"], 1),
     }
+
+
+def _spent(server: ServerProcess, work: Callable[[], object]) -> dict[str, float]:
+    """Return the seconds that have passed during some work, and the CPU time that the server took meanwhile."""
+    before, began_s = _cpu_s(server), time.monotonic()
+    work()
+    spent = {part: after - before[part] for part, after in _cpu_s(server).items()}
+    return {**spent, "passed": time.monotonic() - began_s}
 
 
 def _cpu_s(server: ServerProcess) -> dict[str, float]:
@@ -174,7 +187,8 @@ def table(report: dict[str, Any]) -> str:
     for preset, cost in report["a_portrait"].items():
         lines.append(
             f"{preset}: {cost['gateway_cpu_ms']:.1f} ms of the gateway a portrait, {cost['all_processes_cpu_ms']:.1f} "
-            f"of all processes; the gateway fills a core at {cost['per_s_of_a_gateways_core']:.0f}/s"
+            f"of all processes; idle, it takes {cost['gateway_idle_share']:.1%} of a core; "
+            f"a core is full at {cost['per_s_of_a_gateways_core']:.0f}/s"
         )
     return "\n".join(lines)
 
@@ -192,7 +206,7 @@ def main(argv: list[str] | None = None) -> int:
         ("--slower", "slower", "factor on the engines' times, so that this machine's cores are not the limit"),
         ("--rate", "rate_per_s", "requests a second for each device"),
         ("--duration", "duration_s", "seconds of a round of several devices"),
-        ("--rounds", "rounds", "each has one device and several"),
+        ("--rounds", "rounds", "each has one device and several; 0 measures CPU time alone"),
         ("--cost-s", "cost_s", "seconds of a measurement of CPU time"),
         ("--seed", "seed", "the same seed, the same requests"),
     ):

@@ -198,6 +198,8 @@ class DevicesSettings:
     """Rate at which the CPU time of a portrait is measured."""
     cost_s: float = 45.0
     """Seconds for which it is."""
+    idle_s: float = 15.0
+    """Seconds for which the CPU time of a server without requests is."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -206,10 +208,11 @@ class DevicesSettings:
         Raises:
             InvalidRequest: names the value, what came and what was expected.
         """
-        for name, value, least in (("devices", self.devices, 2), ("rounds", self.rounds, 1)):
+        for name, value, least in (("devices", self.devices, 2), ("rounds", self.rounds, 0)):
             if value < least:
                 raise InvalidRequest(f"{name}: {value}, expected {least} or more")
         _check_above_0("slower", self.slower)
+        _check_above_0("idle_s", self.idle_s, LONGEST_S)
         for seconds in (self.duration_s, self.cost_s):
             LoadSettings(rate_per_s=self.rate_per_s, duration_s=seconds, seed=self.seed)
 
