@@ -178,10 +178,11 @@ def table(report: dict[str, Any]) -> str:
     """Write the figures as lines for a reader."""
     lines = [f"{'devices':>8}{'requests/s':>12}{'requests':>10}{'failed':>8}{'p50, ms':>10}  p99, ms"]
     for count, found in report["devices"].items():
-        value, low, high = ("-" if each is None else f"{each:.0f}" for each in found["p99_ms"].values())
+        times_ms = found["p50_ms"], *found["p99_ms"].values()
+        p50, value, low, high = ("-" if each is None else f"{each:.0f}" for each in times_ms)
         lines.append(
             f"{count:>8}{found['rate_per_s']:>12.2f}{found['requests']:>10}{found['failed']:>8}"
-            f"{found['p50_ms']:>10.0f}  {value} ({low} to {high})"
+            f"{p50:>10}  {value} ({low} to {high})"
             + ("  INVALID: the generator did NOT keep up" if found["fell_behind"] else "")
         )
     for preset, cost in report["a_portrait"].items():

@@ -30,6 +30,11 @@ def test_four_devices_serve_four_times_as_much_with_the_same_p99(report: dict[st
         assert not found["failed"] and not found["fell_behind"]
 
 
+def test_a_run_of_few_requests_has_no_quantiles(report: dict[str, Any]) -> None:
+    found = {**report["devices"]["1"], "p50_ms": None, "p99_ms": {"value": None, "low": None, "high": None}}
+    assert "         -  - (- to -)" in table({**report, "devices": {"1": found}})
+
+
 def test_a_p99_without_an_interval_and_a_generator_that_fell_behind_are_told_as_that(report: dict[str, Any]) -> None:
     found = {**report["devices"]["1"], "p99_ms": {"value": 1.0, "low": None, "high": None}, "fell_behind": True}
     text = table({**report, "devices": {"1": found}})
