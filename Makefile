@@ -55,7 +55,7 @@ endif
 WORKERS := --dist loadgroup --numprocesses
 
 .DEFAULT_GOAL := help
-.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants fuzz lint sbom audit format clean chaos soak serve-on locks image-check
+.PHONY: FORCE help setup quantizer quality demo serve compare bench bench-check export engines plans gpu-acceptance accept repository configs heads test unit test-full mutants fuzz lint sbom audit format clean chaos soak serve-on locks image-check scale-test
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -159,6 +159,9 @@ test-full: $(QUANTIZER_STAMP) ## the slow tests: thousands of calls, all of sd15
 	@$(PYTHON) -m tests.full
 	@$(PYTHON) -m pytest -m full -s tests/full/test_leavers.py
 	@$(PYTHON) -m pytest -m full -s --numprocesses 2 --dist loadfile --ignore tests/full/test_leavers.py
+
+scale-test: $(STAMP) ## servers behind HAProxy and nginx under load: killed, added, rolled, scaled; about 9 minutes
+	@$(PYTHON) -m pytest -m scale -q -s tests/scale
 
 mutants: $(STAMP) ## change 150 lines of the loop, admission, sampling and pictures: do the unit tests notice?
 	@$(PYTHON) -m tests.mutants $(if $(SEED),--seed $(SEED))

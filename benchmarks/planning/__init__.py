@@ -10,5 +10,8 @@ bound         the batch-service bound of arXiv 1912.06322, beside the simulation
 question      a plan's question, from a TOML file and flags
 planner       the replicas that answer it
 answer        the answer as text and as JSON
+scaling_rule  Kubernetes' rule by which replicas follow a metric, read from the manifest
+fleet         simulated servers with a clock in common, which come and go by that rule
+autoscale     a day or a burst on such a fleet, against a fixed number of servers
 command       the command line
 """

@@ -1,4 +1,4 @@
-"""The command lines of ``python -m benchmarks plan``, ``profile``, ``replay`` and ``validate``."""
+"""The command lines of ``python -m benchmarks plan``, ``autoscale``, ``profile``, ``replay`` and ``validate``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any, cast
 from icportrait_client.errors import InvalidRequest
 
 from benchmarks.output import Output, add_output_arguments
+from benchmarks.planning import autoscale
 from benchmarks.settings import LoadSettings
 from icportrait.policy import CPU_RUNTIMES
 
@@ -139,6 +140,7 @@ def add_commands(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     plan = commands.add_parser("plan", help="how many GPUs a load needs, by simulation in virtual time")
     plan.set_defaults(settings=PlanSettings, run=run)
     _add_plan_arguments(plan)
+    autoscale.add_command(commands)
     profile = commands.add_parser("profile", help="a server's times outside of its engines, for plan: a minute")
     profile.set_defaults(settings=ProfileSettings, run=run_profile)
     _add_profile_arguments(profile)

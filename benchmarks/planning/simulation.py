@@ -279,16 +279,19 @@ class _Life:
 class SimulatedServer:
     """One server in virtual time; ``run`` sends it requests."""
 
-    def __init__(self, profile: ServiceProfile, settings: ServerSettings | None = None) -> None:
+    def __init__(
+        self, profile: ServiceProfile, settings: ServerSettings | None = None, time: VirtualTime | None = None
+    ) -> None:
         """Make a server that has had no request.
 
         Args:
             profile: the times of its parts.
             settings: its own.
+            time: of its own; None begins at 0 s.
         """
         self.profile, self.settings = profile, settings or ServerSettings()
         policy, host = self.settings.policy, profile.host
-        self.time = VirtualTime()
+        self.time = time or VirtualTime()
         self.device = Device(self.time)
         self._workers = Servers(self.time, host.workers)
         self._gateway = Servers(self.time, 1)
@@ -322,17 +325,17 @@ class SimulatedServer:
         self._preparing: dict[int, list[Callable[[], None]]] = {}
         self._encoder = _Batched(self, "vae_encoder", self._encode)
         self._decoder = _Batched(self, "vae_decoder")
-        self._pending = self._references = 0
+        self.pending = self.answers = 0
+        """Requests under way, and requests answered with portraits."""
+        self._references = 0
         self._latest_s = 0.0
         self._busy: dict[str, float] = {}
 
     def run(self, calls: Sequence[Call]) -> Run:
         """Send requests at their moments, and run until all are answered. A server runs once."""
-        passages = [Passage(call) for call in calls]
-        for passage in passages:
-            self.time.at(passage.call.send_s, lambda passage=passage: self._send(passage))  # type: ignore[misc]
+        passages = [self.send(call) for call in calls]
         self.time.at(calls[-1].send_s, self._note_busy)
-        self._runs.pop()()
+        self.serve()
         slots = self._slots
         batches = {
             "unet": slots.step_rows / max(1, slots.steps),
@@ -340,6 +343,26 @@ class SimulatedServer:
             "vae_decoder": self._decoder.rows / max(1, self._decoder.runs),
         }
         return Run(passages, self._latest_s, self._busy, batches["unet"], batches)
+
+    def send(self, call: Call) -> Passage:
+        """Send a request at its moment, which is to come, and return its way, which is noted as it goes."""
+        passage = Passage(call)
+        self.time.at(call.send_s, lambda: self._send(passage))
+        return passage
+
+    def serve(self) -> None:
+        """Run until no event is left. A server runs once."""
+        self._runs.pop()()
+
+    @property
+    def queued_requests(self) -> int:
+        """Return the metric of that name."""
+        return self._admission.queued_requests
+
+    @property
+    def active_slots(self) -> int:
+        """Return the metric of that name."""
+        return self._loop.used_rows
 
     def _start(self, run: Callable[[], None]) -> Callable[[], None]:
         self._runs.append(run)
@@ -361,14 +384,14 @@ class SimulatedServer:
 
     def _send(self, passage: Passage) -> None:
         call, policy = passage.call, self.settings.policy
-        self._pending += 1
+        self.pending += 1
         life = _Life(
             self,
             passage,
             Demand(call.phases, call.priority, call.deadline_ms, self.time.now_s, self.settings.picture_bytes),
             str(id(passage)),
         )
-        if self._pending > policy.max_pending_requests:
+        if self.pending > policy.max_pending_requests:
             self._answer(life, "pending")
             return
         self._gateway.serve(self.profile.host.front_ms / 1000, lambda: self._lease(life))
@@ -501,6 +524,7 @@ class SimulatedServer:
 
     def _answer(self, life: _Life, code: str) -> None:
         life.is_over = True
-        self._pending -= 1
+        self.pending -= 1
+        self.answers += code == OK
         life.passage.code, life.passage.answered_s = code, self.time.now_s
         self._latest_s = max(self._latest_s, self.time.now_s)

@@ -47,9 +47,10 @@ def stub_processes(server_pid: int) -> list[StubProcess]:
     """List the stub processes of a tritonserver that run now."""
     found = []
     for pid in descendants(server_pid):
-        fields = _stat(pid)
-        if fields and (arguments := _stub_arguments(pid)):
-            found.append(StubProcess(Path(arguments[0]).parents[1].name, pid, fields[STARTED]))
+        fields, model = _stat(pid), Path(next(iter(_stub_arguments(pid)), ""))
+        # A process that is just being started may have a name, and no arguments yet.
+        if fields and len(model.parents) > 1:
+            found.append(StubProcess(model.parents[1].name, pid, fields[STARTED]))
     return found
 
 

@@ -87,6 +87,8 @@ class ServerLimits:
     """Answers that a call's connection hasn't taken."""
     unread_bytes: int = 256 * 2**20
     """Unread answers of all calls together."""
+    connection_age_s: float | None = None
+    """Age at which gRPC's callers are asked to make a connection anew; None is never."""
 
 
 class PortraitService(Protocol):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import random
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -42,6 +43,10 @@ SMALL_DATA_BYTES = 256
 """A frame with less of a call's data counts as one of HTTP/2 itself; each time as many of answers allow one more."""
 CONTROL_BYTES = 2**20
 """Answers to pings and the like that a connection may leave unread."""
+EVERY_STREAM = 2**31 - 1
+"""The last stream of a GOAWAY that leaves calls be which are on their way; clients begin the next ones elsewhere."""
+AGE_SPREAD = 0.1
+"""Share by which connections' ages differ, because those that were made at once shouldn't be made anew at once."""
 LOST_AFTER_S = 60
 """A peer that is silent for so long, to the kernel's own questions too, is gone."""
 
@@ -139,6 +144,7 @@ class Connection(H2Protocol):
         self.idle_since_s = time.monotonic()
         self._transport: asyncio.Transport | None = None
         self._timer: asyncio.TimerHandle | None = None
+        self._age_timer: asyncio.TimerHandle | None = None
         self._unparsed_bytes = 0
         self._unparsed_since_s = time.monotonic()
         self._own_frames_left: float = OWN_FRAMES_AT_ONCE
@@ -171,6 +177,9 @@ class Connection(H2Protocol):
         self._h2.max_inbound_frame_size = FRAME_BYTES
         self.connection.flush()
         self.processor.processors[UnknownFrameReceived] = lambda event: None
+        if age_s := self.owner.limits.connection_age_s:
+            age_s *= random.uniform(1 - AGE_SPREAD, 1 + AGE_SPREAD)
+            self._age_timer = asyncio.get_running_loop().call_later(age_s, self.retire)
         self._look_again()
 
     def data_received(self, data: bytes) -> None:
@@ -192,8 +201,9 @@ class Connection(H2Protocol):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self.owner.connections.discard(self)
-        if self._timer:
-            self._timer.cancel()
+        for timer in (self._timer, self._age_timer):
+            if timer:
+                timer.cancel()
         super().connection_lost(exc)
 
     def abort(self) -> None:
@@ -202,11 +212,23 @@ class Connection(H2Protocol):
         if self._transport:
             self._transport.abort()
 
-    def go_away(self, code: ErrorCodes = ErrorCodes.NO_ERROR) -> None:
-        """Tell the peer to begin no calls here; running calls go on."""
+    def retire(self) -> None:
+        """Ask the peer to make another connection for its next calls; it closes this one after the last answer.
+
+        A balancer of connections then chooses a server anew.
+        """
+        self.go_away(last=EVERY_STREAM)
+
+    def go_away(self, code: ErrorCodes = ErrorCodes.NO_ERROR, last: int | None = None) -> None:
+        """Tell the peer to begin no calls here; running calls go on.
+
+        Args:
+            code: the reason.
+            last: stream up to which calls are served; None is the last one that has come.
+        """
         if self._transport and not self._transport.is_closing():
             # h2 takes its own GOAWAY for the connection's end.
-            last = self._h2.highest_inbound_stream_id
+            last = self._h2.highest_inbound_stream_id if last is None else last
             self._transport.write(GoAwayFrame(stream_id=0, last_stream_id=last, error_code=code).serialize())
 
     def _receive_frame(self, frame: Frame) -> list[Event]:

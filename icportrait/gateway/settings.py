@@ -90,6 +90,8 @@ class Settings:
     unread_bytes_call: int = _setting(LIMITS.unread_bytes_call, "of answers that a call hasn't read", 1)
     unread_bytes: int = _setting(LIMITS.unread_bytes, "of answers that all calls together haven't read", 1)
 
+    connection_age_s: float | None = _setting(None, "gRPC's callers are then asked to connect anew; open: never", 0.01)
+
     picture_workers: int | None = _setting(None, "processes that decode and encode pictures; one a core", 1)
     picture_cpu_s: float = _setting(2.0, "seconds of a core that one picture may take", 0)
     picture_memory_bytes: int = _setting(3 * 2**29, "memory that one picture may take", 2**28, 2**40)

@@ -48,7 +48,7 @@ from tritonclient.utils import InferenceServerException
 from icportrait.errors import Unavailable
 from icportrait.gateway.access import Access, new_key
 from icportrait.gateway.api import OWN_DESCRIPTORS, ServerLimits
-from icportrait.gateway.grpc_connections import OWN_FRAMES_AT_ONCE, READ_BYTES, Connection
+from icportrait.gateway.grpc_connections import EVERY_STREAM, OWN_FRAMES_AT_ONCE, READ_BYTES, Connection
 from icportrait.gateway.wire import MAX_HEAD_BYTES
 from tests.conftest import EXAMPLES, ROOT
 from tests.e2e.caller import StreamCall, infer, tensors
@@ -804,6 +804,23 @@ class TestLimits:
             assert running.call(lambda: len(running.door.calls.connections)) <= 1024
             running.call(running.service.release)
             assert busy.status(stream) == (0, "")
+
+    def test_an_old_connection_answers_and_asks_for_another_one(self) -> None:
+        with limited(connection_age_s=0.05) as running, BareCaller(running.url) as caller:
+            while not any(isinstance(event, h2.events.ConnectionTerminated) for event in caller.events):
+                caller.receive()
+            (asked,) = [event for event in caller.events if isinstance(event, h2.events.ConnectionTerminated)]
+            assert (asked.error_code, asked.last_stream_id) == (h2.errors.ErrorCodes.NO_ERROR, EVERY_STREAM)
+            # A client of gRPC asks on a new connection, and the old one's call is answered.
+            with raw_stub(running) as stub:
+                held = stub.ModelInfer.future(request(seed=HELD))
+                running.service.until(begun=1)
+                connections = set[Connection]()
+                while len(connections) < 4:
+                    assert stub.ModelInfer(request()).outputs
+                    connections |= running.call(lambda: set(running.door.calls.connections))
+                running.call(running.service.release)
+                assert held.result(30).outputs
 
     def test_where_descriptors_are_few_connections_are_fewer(self) -> None:
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)

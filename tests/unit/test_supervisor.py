@@ -174,6 +174,13 @@ def stub(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         process.kill()
 
 
+def test_a_process_that_is_just_being_started_is_no_models_yet(tmp_path: Path) -> None:
+    (tmp_path / STUB).symlink_to("/bin/sh")
+    with subprocess.Popen([tmp_path / STUB, "-s", "region"], stdin=subprocess.PIPE) as process:
+        assert process.pid not in [stub.pid for stub in stub_processes(os.getpid())]
+        process.kill()
+
+
 @pytest.mark.parametrize(
     ("end", "ending"),
     [
