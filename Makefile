@@ -160,7 +160,7 @@ test-full: $(QUANTIZER_STAMP) ## the slow tests: thousands of calls, all of sd15
 	@$(PYTHON) -m pytest -m full -s tests/full/test_leavers.py
 	@$(PYTHON) -m pytest -m full -s --numprocesses 2 --dist loadfile --ignore tests/full/test_leavers.py
 
-scale-test: $(STAMP) ## servers behind HAProxy and nginx under load: killed, added, rolled, scaled; about 9 minutes
+scale-test: $(STAMP) ## servers behind HAProxy and nginx under load: killed, added, rolled, scaled; about 8 minutes
 	@$(PYTHON) -m pytest -m scale -q -s tests/scale
 
 mutants: $(STAMP) ## change 150 lines of the loop, admission, sampling and pictures: do the unit tests notice?

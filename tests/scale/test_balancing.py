@@ -18,7 +18,7 @@ from tests.scale.replicas import Replica
 from tests.scale.tables import TABLES
 
 RATE_PER_S = 70.0
-QUIET_S, SETTLE_S = 15.0, 2.0
+QUIET_S, SETTLE_S = 45.0, 2.0
 CALLERS = 4
 STEPS = 4
 MOST = 1.5
