@@ -66,7 +66,7 @@ def load_plans(
     if scratch > (free := find_gpu().free_bytes):
         raise RuntimeNotAvailable(
             f"{', '.join(executors)}: need {scratch / 1e9:.1f} GB of scratch memory, and {gpu.name} has "
-            f"{free / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB left; build smaller --buckets"
+            f"{free / 1e9:.1f} of {gpu.total_bytes / 1e9:.1f} GB left; free some, or build with a smaller --workspace"
         )
     share_scratch(executors.values())
     engines = {name: DeviceEngine(specs[name], executor, stream) for name, executor in executors.items()}
