@@ -48,6 +48,12 @@ LOOK_EVERY_S = 1.0
 """So often a start looks for processes that a signal has stopped."""
 
 
+def clear_leftovers(say: Callable[[str], object]) -> None:
+    """Remove what servers that were killed have left, and say what it was."""
+    for leftover in remove_leftovers():
+        say(f"removed what a server that was killed has left: {leftover}")
+
+
 @dataclass
 class TritonServer:
     """One tritonserver process with its Python backend, from start to a clean end; it can be started again.
@@ -132,8 +138,7 @@ class TritonServer:
         fitted, summary = fit_memory(self.repository, policy)
         if summary:
             self.say(summary)
-        for leftover in remove_leftovers():
-            self.say(f"removed what a server that was killed has left: {leftover}")
+        clear_leftovers(self.say)
         check_shared_memory(self.repository, fitted)
         chosen = {**self.overrides, "slots": str(fitted.slots), "rows_at_once": str(fitted.rows_at_once)}
         self._oom_kills, self._oom_killed_at = oom_kills(), -math.inf

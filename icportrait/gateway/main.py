@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 from icportrait.deploy import heap
 from icportrait.deploy.preflight import check_shared_memory, fit_memory, repository_policy, simulation_note
-from icportrait.deploy.triton_server import GPU_DEVICE, TritonServer
+from icportrait.deploy.triton_server import GPU_DEVICE, TritonServer, clear_leftovers
 from icportrait.errors import IcPortraitError
 from icportrait.gateway.access import Access
 from icportrait.gateway.api import Unread
@@ -81,7 +81,10 @@ async def serve(settings: Settings, say: Callable[[str], None]) -> None:
     manifest = Manifest.read(settings.repository / "denoise" / "1")
     policy = repository_policy(settings.repository, settings.policy)
     policy, _ = fit_memory(settings.repository, policy, len(settings.engines))
-    check_shared_memory(settings.repository, policy, len(settings.engines))
+    if len(settings.engines) > 1:
+        # An engine's own check doesn't know of those that start beside it.
+        clear_leftovers(say)
+        check_shared_memory(settings.repository, policy, len(settings.engines))
     tritons = {device: _triton(settings, policy, device, say) for device in settings.engines}
     preset = manifest.preset
     latent = preset.latent_channels, preset.latent_size, preset.latent_size

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
-import subprocess
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -19,6 +17,7 @@ from benchmarks.dashboard import ask, main, read_panels, resolved
 from tests.e2e.caller import infer
 from tests.e2e.conftest import simulated_repository
 from tests.e2e.supervised import supervised
+from tests.prometheus import run_prometheus
 from tests.unit.test_monitoring import ALERTS, MONITORING, RECORDINGS
 
 pytestmark = [pytest.mark.full, pytest.mark.xdist_group("monitoring")]
@@ -27,39 +26,14 @@ pytestmark = [pytest.mark.full, pytest.mark.xdist_group("monitoring")]
 @contextmanager
 def prometheus(target: str, folder: Path) -> Iterator[str]:
     """Run Prometheus with the committed rules and configuration, but for the target and the times."""
-    if shutil.which("prometheus") is None:
-        pytest.skip("needs Debian's package prometheus")
     for rules in ("alerts.yml", "recordings.yml"):
         shutil.copy(MONITORING / rules, folder)
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["scrape_configs"][0]["static_configs"][0]["targets"] = [target]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    command = ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data"]
-    command += [f"--web.listen-address=127.0.0.1:{port}"]
-    with (folder / "prometheus.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
-    try:
-        url = f"http://127.0.0.1:{port}"
-        until_ready(url, process)
+    with run_prometheus(folder) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(30)
-
-
-def until_ready(url: str, process: subprocess.Popen[bytes]) -> None:
-    """Wait until Prometheus has read its storage: before, it answers 503."""
-    end_s = time.monotonic() + 60
-    while True:
-        try:
-            with urllib.request.urlopen(f"{url}/-/ready", timeout=10):
-                return
-        except OSError as error:
-            assert process.poll() is None and time.monotonic() < end_s, error
-        time.sleep(0.2)
 
 
 def until_asked(url: str, query: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
 import threading
 import time
 import urllib.request
@@ -23,6 +21,7 @@ from tests.e2e.caller import tensors, until_metric
 from tests.e2e.conftest import simulated_repository
 from tests.e2e.supervised import Supervised, supervised
 from tests.e2e.test_gateway import PENDING, form
+from tests.nginx import nginx_in, run_nginx, skip_without_nginx
 
 pytestmark = [pytest.mark.full, pytest.mark.xdist_group("rollout")]
 
@@ -57,29 +56,20 @@ class Nginx:
         own = {0: "* old;", 100: "* new;"}.get(percent, f"{percent}% new; * old;")
         (self.folder / "share.conf").write_text(text.replace(lines, own))
 
-    def run(self, *arguments: str) -> None:
-        command = ["nginx", "-p", str(self.folder), "-c", str(self.folder / "nginx.conf"), *arguments]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        assert ended.returncode == 0, ended.stderr
-
     def give(self, percent: int) -> None:
         """Give the new version a share of the requests."""
         self.set_share(percent)
-        self.run("-t")
-        self.run("-s", "reload")
+        run_nginx(self.folder, "-t")
+        run_nginx(self.folder, "-s", "reload")
 
 
 @contextmanager
 def nginx(folder: Path, old: Ports, new: Ports) -> Iterator[Nginx]:
-    if shutil.which("nginx") is None:
-        pytest.skip("needs nginx, of Debian's package nginx-light")
+    skip_without_nginx()
     folder.mkdir()
     running = Nginx(folder, old, new)
-    running.run()
-    try:
+    with nginx_in(folder, "quit"):
         yield running
-    finally:
-        running.run("-s", "quit")
 
 
 class Callers:

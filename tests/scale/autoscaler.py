@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import socket
-import subprocess
 import threading
 import time
 import urllib.error
@@ -17,13 +14,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import pytest
 import yaml
 
 from benchmarks.planning.fleet import FleetSettings
 from benchmarks.planning.scaling_rule import Autoscaler
-from icportrait.server import HOST
 from tests.manifests import MONITORING
+from tests.prometheus import run_prometheus
 from tests.scale.proxies import Haproxy
 from tests.scale.replicas import Replica
 
@@ -43,8 +39,6 @@ class Seen:
 @contextmanager
 def prometheus(folder: Path, settings: FleetSettings) -> Iterator[str]:
     """Run Prometheus with the committed rule, but for the times; its targets are in ``targets.json``."""
-    if shutil.which("prometheus") is None:
-        pytest.skip("needs Prometheus, of Debian's package prometheus")
     rules = yaml.safe_load((MONITORING / "recordings.yml").read_text())
     (rule,) = [each for group in rules["groups"] for each in group["rules"] if each["record"] == RECORD]
     assert RATE_WINDOW in rule["expr"]
@@ -58,21 +52,8 @@ def prometheus(folder: Path, settings: FleetSettings) -> Iterator[str]:
     }
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     write_targets(folder, [])
-    with socket.create_server((HOST, 0)) as free:
-        port = free.getsockname()[1]
-    command = ["prometheus", "--config.file=prometheus.yml", "--storage.tsdb.path=data"]
-    command += [f"--web.listen-address={HOST}:{port}"]
-    with (folder / "prometheus.log").open("w") as log:
-        process = subprocess.Popen(command, cwd=folder, stdout=log, stderr=log)
-    try:
-        url, end_s = f"http://{HOST}:{port}", time.monotonic() + 60
-        while ask(url, "vector(1)") != 1:
-            assert process.poll() is None and time.monotonic() < end_s, (folder / "prometheus.log").read_text()
-            time.sleep(0.2)
+    with run_prometheus(folder) as url:
         yield url
-    finally:
-        process.terminate()
-        process.wait(30)
 
 
 def write_targets(folder: Path, replicas: Sequence[Replica]) -> None:

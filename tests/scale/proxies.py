@@ -17,6 +17,7 @@ import pytest
 from icportrait.server import HOST, Ports
 from tests.conftest import ROOT
 from tests.e2e.supervised import children
+from tests.nginx import nginx_in, run_nginx, skip_without_nginx
 from tests.scale.replicas import Replica
 
 HAPROXY, NGINX = ROOT / "deploy" / "haproxy", ROOT / "deploy" / "nginx"
@@ -138,17 +139,12 @@ class Nginx:
         self._replicas.remove(replica)
         self._reload()
 
-    def run(self, *arguments: str) -> None:
-        command = ["nginx", "-p", str(self.folder), "-c", str(self.folder / "nginx.conf"), *arguments]
-        ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        assert ended.returncode == 0, ended.stderr
-
     def _reload(self) -> None:
         """Take the servers as they are now. Workers of before answer what they have, and are waited for."""
         before = set(children(int((self.folder / "nginx.pid").read_text())))
         self._write()
-        self.run("-t")
-        self.run("-s", "reload")
+        run_nginx(self.folder, "-t")
+        run_nginx(self.folder, "-s", "reload")
         end_s = time.monotonic() + OLD_WORKERS_S
         while before & set(children(int((self.folder / "nginx.pid").read_text()))) and time.monotonic() < end_s:
             time.sleep(0.05)
@@ -194,15 +190,11 @@ def run_haproxy(folder: Path) -> Iterator[None]:
 @contextmanager
 def nginx(folder: Path, replicas: Sequence[Replica]) -> Iterator[Nginx]:
     """Run nginx before replicas."""
-    if shutil.which("nginx") is None:
-        pytest.skip("needs nginx, of Debian's package nginx-light")
+    skip_without_nginx()
     proxy = Nginx(folder, replicas)
-    proxy.run()
-    try:
+    with nginx_in(folder, "stop"):
         until_listening(proxy.ports.grpc)
         yield proxy
-    finally:
-        proxy.run("-s", "stop")
 
 
 @contextmanager

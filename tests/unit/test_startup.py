@@ -15,11 +15,13 @@ import pytest
 
 import icportrait.deploy.installation
 import icportrait.deploy.preflight
+import icportrait.deploy.triton_server
+import icportrait.gateway.main
 from icportrait.deploy.installation import Installation, find_installation
 from icportrait.deploy.preflight import backend_version, check_graphs, check_plans, repository_policy
 from icportrait.deploy.repository import assemble
 from icportrait.deploy.triton_server import TritonServer
-from icportrait.errors import CheckpointError, IcPortraitError, RuntimeNotAvailable
+from icportrait.errors import CheckpointError, IcPortraitError, NotEnoughMemory, RuntimeNotAvailable
 from icportrait.gateway.access import Access
 from icportrait.manifest import Manifest
 from icportrait.policy import ServingPolicy
@@ -324,6 +326,26 @@ def test_a_taken_port_is_named(door: str, trivial: Path, capsys: pytest.CaptureF
         assert main([f"--repository={trivial}", *flags]) == 1
     expected = f"error: {door}_port: {HOST}:{getattr(ports, door)}: Address already in use"
     assert expected in capsys.readouterr().err.splitlines()
+
+
+def test_what_dead_servers_left_goes_before_all_engines_shared_memory_is_looked_at(
+    trivial: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = ["a region"]
+
+    def check(repository: Path, policy: ServingPolicy, engines: int) -> None:
+        raise NotEnoughMemory(f"{engines} engines and {len(left)} left")
+
+    def remove() -> list[str]:
+        return [left.pop()]
+
+    monkeypatch.setattr(icportrait.gateway.main, "check_shared_memory", check)
+    monkeypatch.setattr(icportrait.deploy.triton_server, "remove_leftovers", remove)
+    flags = [f"--{name}-port={port}" for name, port in vars(Ports.free()).items()]
+    assert main([f"--repository={trivial}", "--devices=0,1", *flags]) == 1
+    out, err = capsys.readouterr()
+    assert err.splitlines()[-1] == "error: 2 engines and 0 left"
+    assert "removed what a server that was killed has left: a region" in out + err
 
 
 @pytest.mark.parametrize(("grpc", "http"), [(99999, 8000), (0, 8000), (8000, 8000)])
