@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from benchmarks.planning.evaluation import quantile
 from benchmarks.planning.profile import ServiceProfile
 from benchmarks.planning.scaling_rule import Autoscaler, Rule, rate
 from benchmarks.planning.simulation import OK, Passage, ServerSettings, SimulatedServer
@@ -77,7 +78,7 @@ class FleetRun:
     def quantile_ms(self, share: float) -> float:
         """Return a quantile of the latency; a request without portraits takes for ever."""
         found = [1000 * each.latency_s if each.code == OK else math.inf for each in self.passages]
-        return float(np.quantile(found, share, method="higher"))
+        return quantile(np.array(found), share)
 
     @property
     def refused(self) -> int:
