@@ -56,9 +56,9 @@ VERBS = frozenset(
     Group Grow Guide Hand Hang Hash Have Hold Illuminate Implement Infer Inflate Install Join Judge Keep Kill Launch
     Leave Let Lift Link List Load Lock Look Make Mark Measure Mix Move Name Note Notice Open Order Paint Parse Place
     Predict Prepare Print Publish Put Queue Raise Read Receive Record Refuse Remember Remove Render Replace Report
-    Rescale Reshape Retrieve Return Round Run Say Scale Search Send Separate Serve Set Show Sign Simulate Skip Smooth Specify
-    Split Stand Start Step Stop Submit Sum Summarise Take Tell Test Train Try Turn Undo Use Wait Wake Warp Watch Work
-    Write Yield
+    Rescale Reshape Retrieve Return Round Run Say Scale Search Send Separate Serve Set Show Sign Simulate Skip Smooth
+    Specify Split Stand Start Step Stop Submit Sum Summarise Take Tell Test Train Try Turn Undo Use Wait Wake Warp Watch
+    Work Write Yield
     """,
     )
 )

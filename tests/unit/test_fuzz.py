@@ -301,6 +301,9 @@ def test_no_message_breaks_the_control_line_for_others(
                 stream.connect(str(path))
                 for data in control("", rng, corpus(), ()).messages:
                     stream.sendall(data)
+                stream.shutdown(socket.SHUT_WR)
+                while stream.recv(1000):  # until the loop has read all, and closed
+                    pass
             assert other.ping(3) == {"op": "pong", "id": 3}
     finally:
         other.close()
