@@ -154,11 +154,9 @@ test: $(STAMP) ## lint, types, and the unit, contract, training and e2e tests
 unit: $(STAMP)
 	@$(PYTHON) -m pytest $(WORKERS) auto tests/unit
 
-# The calls run alone, because other work moves the gateway's memory, which is compared before and after.
 test-full: $(QUANTIZER_STAMP) ## the slow tests: thousands of calls, all of sd15-512, int8 and fp8; about 15 minutes, 16 GB of memory, 12 GB of disk
 	@$(PYTHON) -m tests.full
-	@$(PYTHON) -m pytest -m full -s tests/full/test_leavers.py
-	@$(PYTHON) -m pytest -m full -s --numprocesses 2 --dist loadfile --ignore tests/full/test_leavers.py
+	@$(PYTHON) -m pytest -m full -s --numprocesses 2 --dist loadfile
 
 scale-test: $(STAMP) ## servers behind HAProxy and nginx under load: killed, added, rolled, scaled; about 8 minutes
 	@$(PYTHON) -m pytest -m scale -q -s tests/scale
