@@ -41,7 +41,7 @@ MADE_ONCE = ("server", "slow", "whole", "failing", "quick", "bare", "private", "
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Give the tests that share what is made once to one worker."""
     for item in items:
-        for name in MADE_ONCE:
+        for name in MADE_ONCE if item.get_closest_marker("xdist_group") is None else ():
             if isinstance(item, pytest.Function) and name in item.fixturenames:
                 item.add_marker(pytest.mark.xdist_group(name))
                 break

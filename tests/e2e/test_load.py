@@ -15,6 +15,9 @@ from benchmarks.settings import LoadSettings
 from icportrait.server import Ports, ServerProcess
 from tests.conftest import ROOT
 
+# With a server of their own, because all tests on one server would take the longest.
+pytestmark = pytest.mark.xdist_group("load")
+
 
 def load(url: str, options: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks", "load", "--url", url, *options.split()]
