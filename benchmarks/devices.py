@@ -45,7 +45,7 @@ class _Runs:
 
     runs: list[LoadRun] = field(default_factory=list)
     gateway_shares: list[float] = field(default_factory=list)
-    """Of a core, by run."""
+    """Shares of a core, by run."""
 
     def add(self, load: LoadSettings) -> None:
         """Put a load on a server."""
