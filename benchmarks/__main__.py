@@ -20,6 +20,7 @@ from benchmarks.settings import (
     LEAST_ROUNDS,
     CompareSettings,
     CoverageSettings,
+    DevicesSettings,
     FacesSettings,
     LatencySettings,
     LoadSettings,
@@ -71,6 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     latency = commands.add_parser("latency", help="engines alone, a request alone, and peers: how fast, and why")
     latency.set_defaults(settings=LatencySettings, run=_latency)
     _add_latency_arguments(latency)
+    devices = commands.add_parser("devices", help="one simulated GPU and several at the same rate for each")
+    devices.set_defaults(settings=DevicesSettings, run=_devices)
+    _add_devices_arguments(devices)
     faces = commands.add_parser("faces", help="what the face finder finds, beside OpenCV's cascade: some minutes")
     faces.set_defaults(settings=FacesSettings, run=_faces)
     _add_faces_arguments(faces)
@@ -363,6 +367,22 @@ def _add_latency_arguments(command: argparse.ArgumentParser) -> None:
     add_output_arguments(command, has_page=True)
 
 
+def _add_devices_arguments(command: argparse.ArgumentParser) -> None:
+    _add_numbers(
+        command,
+        DevicesSettings,
+        ("--devices", "devices", int, "devices beside one alone"),
+        ("--slower", "slower", float, "factor on the engines' times, so that this machine's cores are not the limit"),
+        ("--rate", "rate_per_s", float, "requests a second for each device"),
+        ("--duration", "duration_s", float, "seconds of a round of several devices"),
+        ("--rounds", "rounds", int, "each has one device and several; 0 measures CPU time alone"),
+        ("--cost-s", "cost_s", float, "seconds of a measurement of CPU time"),
+        ("--seed", "seed", int, "the same seed, the same requests"),
+    )
+    command.add_argument("--profile", default=DevicesSettings.profile, metavar="NAME", help="default: %(default)s")
+    add_output_arguments(command)
+
+
 def _add_faces_arguments(command: argparse.ArgumentParser) -> None:
     _add_numbers(
         command,
@@ -494,6 +514,14 @@ def _latency(settings: LatencySettings, output: Output) -> int:
     if lost := [each.name for each in ratios if each.is_lost]:
         raise IcPortraitError(f"slower by more than {regressions.MOST_LOSS:.0%}: {', '.join(lost)}")
     return 0
+
+
+def _devices(settings: DevicesSettings, output: Output) -> int:
+    from benchmarks.devices import measure, table
+
+    report = measure(settings, lambda line: print(line, file=sys.stderr, flush=True))
+    output.show(report, table)
+    return _validity(any(found["fell_behind"] for found in report["devices"].values()))
 
 
 def _faces(settings: FacesSettings, output: Output) -> int:

@@ -11,18 +11,14 @@ large ones.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from functools import partial
+from statistics import fmean
 from typing import Any
-
-from icportrait_client.errors import InvalidRequest
 
 from benchmarks.calls import OK
 from benchmarks.compare import server_counters
@@ -48,6 +44,12 @@ class _Runs:
     """Runs of one number of devices."""
 
     runs: list[LoadRun] = field(default_factory=list)
+    gateway_shares: list[float] = field(default_factory=list)
+    """Shares of a core, by run."""
+
+    def add(self, load: LoadSettings) -> None:
+        """Put a load on a server."""
+        self.runs.append(_run(load))
 
     def figures(self) -> dict[str, Any]:
         """Return the figures of all rounds together; a request that failed takes for ever."""
@@ -61,6 +63,9 @@ class _Runs:
             "failed": sum(each.answer.code != OK for each in sent),
             "p50_ms": _rounded(quantile(latencies_ms, 0.5).value),
             "p99_ms": {name: _rounded(getattr(p99, name)) for name in ("value", "low", "high")},
+            # Of few requests it has no interval.
+            "sample_p99_ms": _rounded(sorted(latencies_ms)[math.ceil(0.99 * len(sent)) - 1]),
+            "gateway_share": round(fmean(self.gateway_shares), 4),
             "fell_behind": run_fell_behind(self.runs),
         }
 
@@ -80,16 +85,7 @@ def measure(settings: DevicesSettings, say: Callable[[str], None] = lambda _: No
         KeyboardInterrupt: as a load's run swallows it, it is raised again.
     """
     profile = find_profile(settings.profile, PROFILES)
-    small = replace(profile.scaled(settings.slower), preset=DEMO_128)
-    runs = {1: _Runs(), settings.devices: _Runs()}
-    for number in range(settings.rounds):
-        for count, made in runs.items():
-            with serve(small, count) as server:
-                # One device gets fewer requests in a second, and is measured for longer.
-                seconds = settings.duration_s * (settings.devices / 2 if count == 1 else 1)
-                load = _load(settings, server, count * settings.rate_per_s, seconds, settings.seed + number)
-                made.runs.append(_run(load))
-            say(f"round {number + 1}, {count}: {_Runs(made.runs[-1:]).figures()}")
+    runs = measure_rates(settings, say)
     costs = {}
     for preset in (DEMO_128, SD15_512):
         with serve(replace(profile, preset=preset), settings.devices) as server:
@@ -100,10 +96,26 @@ def measure(settings: DevicesSettings, say: Callable[[str], None] = lambda _: No
         "device": profile.device,
         "preset": DEMO_128.name,
         "steps": list(LoadSettings.steps),
-        "devices": {str(count): made.figures() for count, made in runs.items() if made.runs},
+        "devices": runs,
         "a_portrait": costs,
         "conditions": conditions_here(settings),
     }
+
+
+def measure_rates(settings: DevicesSettings, say: Callable[[str], None] = lambda _: None) -> dict[str, dict[str, Any]]:
+    """Measure one device and several at the same rate for each; return the figures by the number of devices."""
+    small = replace(find_profile(settings.profile, PROFILES).scaled(settings.slower), preset=DEMO_128)
+    runs = {1: _Runs(), settings.devices: _Runs()}
+    for number in range(settings.rounds):
+        for count, made in runs.items():
+            with serve(small, count) as server:
+                # One device gets fewer requests in a second, and is measured for longer.
+                seconds = settings.duration_s * (settings.devices / 2 if count == 1 else 1)
+                load = _load(settings, server, count * settings.rate_per_s, seconds, settings.seed + number)
+                spent = _spent(server, partial(made.add, load))
+                made.gateway_shares.append(spent["gateway"] / spent["passed"])
+            say(f"round {number + 1}, {count}: {_Runs(made.runs[-1:], made.gateway_shares[-1:]).figures()}")
+    return {str(count): made.figures() for count, made in runs.items() if made.runs}
 
 
 @contextmanager
@@ -192,46 +204,3 @@ def table(report: dict[str, Any]) -> str:
             f"a core is full at {cost['per_s_of_a_gateways_core']:.0f}/s"
         )
     return "\n".join(lines)
-
-
-def main(argv: list[str] | None = None) -> int:
-    """Measure one device and several.
-
-    Returns:
-        0, or 1 after an error or where the generator fell behind. A wrong command line ends the process with 2.
-    """
-    default = DevicesSettings()
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.devices", description=__doc__)
-    for flag, name, meaning in (
-        ("--devices", "devices", "devices beside one alone"),
-        ("--slower", "slower", "factor on the engines' times, so that this machine's cores are not the limit"),
-        ("--rate", "rate_per_s", "requests a second for each device"),
-        ("--duration", "duration_s", "seconds of a round of several devices"),
-        ("--rounds", "rounds", "each has one device and several; 0 measures CPU time alone"),
-        ("--cost-s", "cost_s", "seconds of a measurement of CPU time"),
-        ("--seed", "seed", "the same seed, the same requests"),
-    ):
-        value = getattr(default, name)
-        help_text = f"{meaning} (default: %(default)g)"
-        parser.add_argument(flag, dest=name, type=type(value), default=value, metavar="N", help=help_text)
-    parser.add_argument("--profile", default=default.profile, metavar="NAME", help="default: %(default)s")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
-    fields = vars(parser.parse_args(argv))
-    out = fields.pop("out")
-    try:
-        settings = DevicesSettings(**fields)
-    except InvalidRequest as error:
-        parser.error(str(error))
-    try:
-        report = measure(settings, lambda line: print(line, file=sys.stderr, flush=True))
-    except IcPortraitError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(table(report))
-    if out is not None:
-        out.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    return int(any(found["fell_behind"] for found in report["devices"].values()))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -44,8 +44,19 @@ KILLED_S = 5
 """Time that killed processes may take to let go of a GPU's memory."""
 KILL_TAKES_S = 30.0
 """Time for which a process that the kernel has killed for want of memory may still be seen to run."""
+STARTS = 3
+"""Starts that may be aborted.
+
+While a model loads, Triton's Python backend takes the model's process for dead if it shows no sign of life for a
+second. On a machine that is much too busy this can happen to processes that live. Tritonserver then aborts now and then
+(``boost::interprocess::lock_exception``), most of all where several start at the same time.
+"""
 LOOK_EVERY_S = 1.0
 """So often a start looks for processes that a signal has stopped."""
+
+
+class _AbortedError(IcPortraitError):
+    """A tritonserver that has ended by SIGABRT before it was ready."""
 
 
 def clear_leftovers(say: Callable[[str], object]) -> None:
@@ -120,7 +131,7 @@ class TritonServer:
         return list(self._stubs)
 
     def start(self) -> None:
-        """Start the process and wait until every model is ready.
+        """Start the process and wait until every model is ready; start it again where it is aborted before.
 
         Raises:
             RuntimeNotAvailable: no server is installed, this Python has no shared library, or the repository's runtime
@@ -131,6 +142,15 @@ class TritonServer:
             IcPortraitError: there is no room for its files, or the server or a part of it ended, was stopped by a
                 signal, or didn't get ready in time.
         """
+        for left in reversed(range(STARTS)):
+            try:
+                return self._start()
+            except _AbortedError as error:
+                if not left:
+                    raise
+                self.say(f"{error}; it is started again, because that is what it does on a machine that is too busy")
+
+    def _start(self) -> None:
         policy = repository_policy(self.repository, self.overrides)
         installation = find_installation(policy.runtime)
         check_plans(self.repository, policy.runtime, installation, self.device)
@@ -258,7 +278,9 @@ class TritonServer:
         deadline = look_at + self.ready_timeout_s
         while time.monotonic() < deadline:
             if (status := self.poll()) is not None:
-                raise self._failed(f"tritonserver ended with status {status} before it was ready")
+                error = self._failed(f"tritonserver ended with status {status} before it was ready")
+                is_abort = status == -signal.SIGABRT and not isinstance(error, NotEnoughMemory)
+                raise _AbortedError(str(error)) if is_abort else error
             if self._is_ready():
                 return
             if time.monotonic() >= look_at:

@@ -257,7 +257,8 @@ def _check(settings: Settings) -> None:
     if settings.devices is not None:
         names = settings.engines
         if len(set(names)) < len(names) or not all(name and DEVICE.fullmatch(name) for name in names):
-            raise IcPortraitError(f"devices: {_short(settings.devices)}, expected each once, as in 0,1,2,3")
+            expected = "numbers or UUIDs, each once, as in 0,1,2,3"
+            raise IcPortraitError(f"devices: {_short(settings.devices)}, expected {expected}")
     if settings.c2pa_algorithm not in C2PA_ALGORITHMS:
         raise IcPortraitError(
             f"c2pa_algorithm: {_short(settings.c2pa_algorithm)}, expected {', '.join(C2PA_ALGORITHMS)}"

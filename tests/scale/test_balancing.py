@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from icportrait_client import PortraitClient, ServerUnavailable
 
 from tests.scale.load import OpenLoad, moments, until
 from tests.scale.proxies import Balancer, by_client, haproxy, nginx
@@ -136,3 +137,34 @@ def test_servers_come_and_go_and_no_request_is_lost(
     assert len(load.outcomes) == sum(1 for each in load.outcomes if not each.error)
     assert figures["all rolled"].p99_ms <= MOST * figures["quiet"].p99_ms
     assert figures["quiet"].attempts < 1.01
+
+
+def test_nginx_goes_on_choosing_a_server_that_drains(fleet: list[Replica], small: dict[str, bytes]) -> None:
+    quick: dict[str, Any] = {**small, "num_inference_steps": 1, "seed": 1}
+    draining = fleet[0]
+    assert draining.process
+    with (
+        tempfile.TemporaryDirectory(prefix="ic-") as folder,
+        nginx(Path(folder), fleet[:3]) as balancer,
+        PortraitClient(draining.url) as holder,
+        PortraitClient(balancer.addresses, attempts=1) as impatient,
+        PortraitClient(balancer.addresses) as patient,
+    ):
+        # It answers this one before it ends.
+        held = holder.submit(**{**quick, "num_inference_steps": 150})
+        time.sleep(1.0)
+        draining.process.terminate()
+        time.sleep(0.5)
+        refused = 0
+        for _ in range(9):
+            try:
+                impatient.generate(**quick)
+            except ServerUnavailable:
+                refused += 1
+        assert not held.done and 0 < refused < 9
+        for _ in range(6):
+            patient.generate(**quick)
+        held.result()
+    assert draining.process.wait(60) == 0
+    draining.stop()
+    draining.start()

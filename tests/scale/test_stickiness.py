@@ -11,16 +11,17 @@ from typing import Any
 
 import numpy as np
 import pytest
+from icportrait_client import PortraitClient
 from PIL import Image
 
 from benchmarks.pictures import new_pictures
 from tests.e2e.caller import series
 from tests.scale.load import OpenLoad, moments
-from tests.scale.proxies import haproxy
+from tests.scale.proxies import haproxy, nginx
 from tests.scale.replicas import Replica
 from tests.scale.tables import TABLES
 
-PROFILES, REQUESTS, RATE_PER_S = 100, 600, 30.0
+PROFILES, REQUESTS, RATE_PER_S, CALLERS = 100, 600, 30.0, 8
 COUNTERS = "icportrait_encoder_cache_"
 
 
@@ -36,13 +37,10 @@ def test_profiles_that_return(balance: Any, is_sticky: bool, fleet: list[Replica
     profiles = new_pictures(small["profile"], PROFILES, drawn.randrange(2**31))
     fixed: dict[str, Any] = {"reference": reference(), "num_inference_steps": 4, "guidance_scale": 1.0, "seed": 7}
     chosen = [drawn.randrange(PROFILES) for _ in range(REQUESTS)]
-    requests = [(number, {**fixed, "profile": profiles[number]}) for number in chosen]
+    requests = [(turn % CALLERS, {**fixed, "profile": profiles[number]}) for turn, number in enumerate(chosen)]
     servers = fleet[:3]
     with tempfile.TemporaryDirectory(prefix="ic-") as folder, balance(Path(folder), servers) as balancer:
-        callers = [
-            (balancer.addresses, {"headers": {"x-profile": str(number)} if is_sticky else {}})
-            for number in range(PROFILES)
-        ]
+        callers = [(balancer.addresses, {"sticky": is_sticky})] * CALLERS
         times = moments(RATE_PER_S, seed=3)
         before = encoded(servers)
         with OpenLoad(callers, requests, [next(times) for _ in requests]) as load:
@@ -73,6 +71,23 @@ def test_profiles_that_return(balance: Any, is_sticky: bool, fleet: list[Replica
         note=f"{PROFILES} profiles, {REQUESTS} requests at {RATE_PER_S:g} a second, three servers",
     )
     assert met > 0.8 if is_sticky else met < 0.8
+
+
+@pytest.mark.parametrize("balance", [haproxy, nginx])
+def test_requests_of_one_profile_reach_one_server(balance: Any, fleet: list[Replica], small: dict[str, bytes]) -> None:
+    servers, reached = fleet[:3], set()
+    with tempfile.TemporaryDirectory(prefix="ic-") as folder, balance(Path(folder), servers) as balancer:
+        for profile in new_pictures(small["profile"], 6, seed=5):
+            before = [replica.answered() for replica in servers]
+            # Each has a connection of its own.
+            for seed in range(4):
+                with PortraitClient(balancer.addresses, sticky=True) as client:
+                    client.generate(profile=profile, reference=small["reference"], num_inference_steps=1, seed=seed)
+            time.sleep(0.5)  # counters are published four times a second
+            counts = [replica.answered() - count for replica, count in zip(servers, before, strict=True)]
+            assert sorted(counts) == [0, 0, 4]
+            reached.add(counts.index(4))
+    assert len(reached) > 1
 
 
 def reference() -> bytes:

@@ -83,9 +83,9 @@ def test_replicas_stay_between_the_least_and_the_most() -> None:
 def test_the_rule_is_the_manifests_and_can_be_made_faster() -> None:
     read = read_rule()
     assert [trigger.name for trigger in read.triggers] == ["queue", "slots"]
-    assert (read.least, read.sync_s, read.down.window_s) == (2, 15, 600)
+    assert (read.least, read.sync_s, read.down.window_s) == (2, 15, 300)
     fast = read.faster(20)
-    assert (fast.sync_s, fast.down.window_s, fast.up.policies[0].period_s) == (0.75, 30, 3)
+    assert (fast.sync_s, fast.down.window_s, fast.up.policies[0].period_s) == (0.75, 15, 15)
     assert (fast.least, fast.most, fast.triggers, fast.tolerance) == (read.least, read.most, read.triggers, 0.1)
 
 
@@ -122,7 +122,7 @@ def test_a_fleet_deals_to_the_least_busy_and_pays_for_all() -> None:
 
 def test_a_fleet_follows_a_burst_and_goes_back_and_loses_nothing() -> None:
     slow = profile_of(unet=100.0)
-    rates = [*[2] * 20, *[100] * 20, *[1] * 80]
+    rates = [*[2] * 20, *[60] * 20, *[1] * 80]
     calls = [
         call(second + number / per_s, picture=second) for second, per_s in enumerate(rates) for number in range(per_s)
     ]
@@ -154,7 +154,7 @@ def test_a_curves_requests_follow_it() -> None:
 def test_the_command_compares_a_scaled_fleet_with_a_fixed_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(CURVES, "burst", ((0.0, 0.2), (40.0, 0.2), (41.0, 1.0), (80.0, 1.0)))
+    monkeypatch.setitem(CURVES, "burst", ((0.0, 0.2), (40.0, 0.2), (41.0, 1.0), (130.0, 1.0)))
     monkeypatch.setattr("benchmarks.planning.autoscale.PEAK_S", 30.0)
     words = ["autoscale", "--curve", "burst", "--rate", "24", "--p99-ms", "4000"]
     assert main([*words, "--profiles", "h200-sd15-512-fp16", "--cold-start", "10", "--json"]) == 0

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.devices import main, table
+from benchmarks.__main__ import main
+from benchmarks.devices import table
 from tests.conftest import ROOT
 
 RESULTS = ROOT / "benchmarks" / "results" / "devices-simulated-h200.json"
@@ -44,5 +45,5 @@ def test_a_p99_without_an_interval_and_a_generator_that_fell_behind_are_told_as_
 @pytest.mark.parametrize("flags", [["--devices", "1"], ["--slower", "0"], ["--rate", "-1"], ["--duration", "2"]])
 def test_wrong_settings_are_told_before_anything_runs(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(flags)
+        main(["devices", *flags])
     assert ended.value.code == 2 and "expected" in capsys.readouterr().err

@@ -479,9 +479,23 @@ def test_headers_and_key_are_sent_and_no_proxy_is_asked(
         client.generate(**PICTURES)
 
 
+def test_requests_of_one_profile_have_one_header_that_no_other_has(fake: FakePortraitServer) -> None:
+    other = {**PICTURES, "profile": PICTURES["reference"]}
+    with PortraitClient(fake.address, sticky=True) as client:
+        for pictures in (PICTURES, other):
+            client.generate(**pictures, seed=1)
+            list(client.stream(**pictures, seed=2))
+    mine, again, theirs, again_theirs = (call.headers["x-profile"] for call in fake.calls)
+    assert mine == again != theirs == again_theirs
+    with PortraitClient(fake.address) as client:
+        client.generate(**PICTURES)
+    assert "x-profile" not in fake.calls[-1].headers
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"sticky": True, "headers": {"x-profile": "a"}}, "sticky: headers has an x-profile already"),
         ({"api_key": "open sesame"}, "api_key: has a character that no key has"),
         ({"api_key": "a", "headers": {"authorization": "b"}}, "api_key: headers has an authorization already"),
         ({"headers": {"X-Team": "a"}}, "headers: 'X-Team', expected a name of lower-case letters"),

@@ -17,6 +17,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from benchmarks.planning.autoscale import AutoscaleSettings
 from benchmarks.planning.question import find_profile
 from icportrait.deploy.memory import SERVER_BYTES, shared_memory
 from icportrait.gateway.doctor import LEAST_SHM_BYTES
@@ -317,6 +318,9 @@ def test_replicas_are_scaled_by_what_the_server_counts() -> None:
     assert asked(queries["slots"]["query"]) == {"icportrait_active_slots"} <= metrics()
     assert float(queries["slots"]["threshold"]) < ServingPolicy().slots
     behavior = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    # Else replicas are added as if those that start were of no use.
+    (policy,) = behavior["scaleUp"]["policies"]
+    assert policy["periodSeconds"] >= max(AutoscaleSettings.cold_start_s)
     predictor = only(render("kserve"), "InferenceService")["spec"]["predictor"]
     assert predictor["autoScaling"]["behavior"] == behavior
     own = [each["external"] for each in predictor["autoScaling"]["metrics"]]

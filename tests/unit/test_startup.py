@@ -328,6 +328,22 @@ def test_a_taken_port_is_named(door: str, trivial: Path, capsys: pytest.CaptureF
     assert expected in capsys.readouterr().err.splitlines()
 
 
+@pytest.mark.parametrize(("aborts", "starts", "status"), [(1, 2, 7), (9, 3, -6)])
+def test_a_server_that_is_aborted_is_started_again(
+    aborts: int, starts: int, status: int, trivial: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, installation = tmp_path / "count", Installation(tmp_path / "triton")
+    (binary := installation.binary).parent.mkdir(parents=True)
+    binary.write_text(f"#!/bin/sh\necho >> {count}\n[ $(wc -l < {count}) -gt {aborts} ] && exit 7\nkill -ABRT $$\n")
+    binary.chmod(0o755)
+    monkeypatch.setattr(icportrait.deploy.triton_server, "find_installation", lambda _: installation)
+    said = list[str]()
+    with pytest.raises(IcPortraitError, match=f"ended with status {status} before"):
+        TritonServer(trivial, log_file=tmp_path / "log", say=said.append).start()
+    assert len(count.read_text().splitlines()) == starts
+    assert sum("status -6 before" in line and "started again" in line for line in said) == starts - 1
+
+
 def test_what_dead_servers_left_goes_before_all_engines_shared_memory_is_looked_at(
     trivial: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from icportrait_client import DEFAULT_TIMEOUT_S
 from icportrait_client.attempts import Attempts, Policy
 from icportrait_client.errors import InvalidRequest
 from icportrait_client.servers import Addresses, Balance, Servers, read_addresses
-from icportrait_client.transport import KEEPALIVE_S, GrpcTransport, Tls, Transport
+from icportrait_client.transport import KEEPALIVE_S, PROFILE_HEADER, GrpcTransport, Tls, Transport
 
 _HEADER = re.compile(r"[0-9a-z_.-]+")
 _HEADER_VALUE = re.compile(r"[ -~]*")
@@ -38,6 +38,8 @@ class ClientOptions(TypedDict, total=False):
     """Sent as ``authorization: Bearer KEY``."""
     headers: Mapping[str, str] | None
     """Metadata of every call."""
+    sticky: bool
+    """Send a hash of the profile's picture as ``x-profile``, by which a proxy sends it to the server that knows it."""
     tls: bool | str | os.PathLike[str] | Tls
     """True speaks TLS; a PEM file does so where the server's certificate is signed by an authority of your own; ``Tls``
     for a certificate of the client's own. An address of ``https://`` is TLS by itself."""
@@ -104,8 +106,12 @@ def grpc_transport(addresses: Addresses, options: ClientOptions) -> GrpcTranspor
     tls = options.get("tls", False)
     if addresses.is_tls:
         tls = tls or True
+    headers, sticky = options.get("headers") or {}, options.get("sticky", False)
+    if sticky and PROFILE_HEADER in headers:
+        raise InvalidRequest(f"sticky: headers has an {PROFILE_HEADER} already, expected one of the two")
     return GrpcTransport(
-        metadata=_headers(options.get("headers") or {}, options.get("api_key")),
+        metadata=_headers(headers, options.get("api_key")),
+        sticky=sticky,
         tls=_tls(tls),
         server_name=addresses.host if addresses.is_resolved else None,
         use_proxy=options.get("use_proxy", False),

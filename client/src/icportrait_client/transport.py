@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from icportrait_client import wire
 from icportrait_client.errors import InvalidRequest, RequestCancelled, from_status
 from icportrait_client.wire import SERVICE
 
@@ -25,6 +27,8 @@ KEEPALIVE_S = 30.0
 """Seconds of silence after which a connection with calls under way is tested. The gateway never punishes a ping; gRPC's
 own servers end a connection at the third within five minutes, unless they are told to permit them."""
 KEEPALIVE_TIMEOUT_S = 10.0
+PROFILE_HEADER = "x-profile"
+"""Header by which a proxy knows requests of the same profile."""
 LONGEST_S = 1e6
 """The longest time that gRPC is told: its clock overflows, and takes a very long one for one that has passed."""
 _UNLIMITED = -1
@@ -119,6 +123,8 @@ class GrpcTransport:
 
     metadata: Sequence[tuple[str, str]] = ()
     """Headers of every call."""
+    sticky: bool = False
+    """Send a hash of the profile in ``PROFILE_HEADER``."""
     tls: Tls | None = None
     server_name: str | None = None
     """Host of the address, where a server is reached by a resolved one."""
@@ -134,7 +140,9 @@ class GrpcTransport:
     async def unary(self, address: str, method: str, message: bytes, timeout_s: float) -> bytes:
         with self._calling(address, timeout_s) as channel:
             call = channel.unary_unary(f"/{SERVICE}/{method}")
-            answer: bytes = await call(message, timeout=min(timeout_s, LONGEST_S), metadata=self.metadata)
+            answer: bytes = await call(
+                message, timeout=min(timeout_s, LONGEST_S), metadata=self._headers(method, message)
+            )
         return answer
 
     async def stream(self, address: str, method: str, message: bytes, timeout_s: float) -> AsyncGenerator[bytes, None]:
@@ -143,7 +151,9 @@ class GrpcTransport:
             # then ends a stream that fails with a code.
             start = channel.unary_stream(f"/{SERVICE}/{method}")
             call = start(
-                message, timeout=min(timeout_s, LONGEST_S), metadata=[*self.metadata, ("triton_grpc_error", "true")]
+                message,
+                timeout=min(timeout_s, LONGEST_S),
+                metadata=[*self._headers(method, message), ("triton_grpc_error", "true")],
             )
             try:
                 answers: AsyncIterator[bytes] = call.__aiter__()
@@ -151,6 +161,12 @@ class GrpcTransport:
                     yield answer
             finally:
                 call.cancel()
+
+    def _headers(self, method: str, message: bytes) -> Sequence[tuple[str, str]]:
+        if not self.sticky or method not in (INFER, STREAM_INFER):
+            return self.metadata
+        _, inputs = wire.read_infer_request(message)
+        return [*self.metadata, (PROFILE_HEADER, hashlib.sha256(inputs["profile"].data).hexdigest())]
 
     @contextmanager
     def _calling(self, address: str, timeout_s: float) -> Iterator[Any]:
