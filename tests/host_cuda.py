@@ -1,16 +1,19 @@
 """CUDA's runtime calls done in the host's memory, so that what only moves arrays runs without a GPU.
 
-Work is put off until its stream is synchronised, as on a GPU: an array that is given back or changed too early shows.
-What is put on a stream while it is captured is recorded and not done, and every launch of the graph does it again, with
-the addresses that it was recorded with.
+Each stream has a queue of its own. Work is put off until its stream is synchronised, as late as a GPU may do it: an array
+that is given back, changed or read too early shows, and work on another stream than the one that is waited for. What is
+put on a stream while it is captured is recorded and not done, and every launch of the graph does it again, with the
+addresses that it was recorded with.
 """
 
 from __future__ import annotations
 
 import ctypes
+import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
@@ -21,7 +24,11 @@ from cuda.bindings import runtime as cuda
 SUCCESS = cuda.cudaError_t.cudaSuccess
 UNSUPPORTED = cuda.cudaError_t.cudaErrorStreamCaptureUnsupported
 INVALIDATED = cuda.cudaError_t.cudaErrorStreamCaptureInvalidated
+NOT_READY = cuda.cudaError_t.cudaErrorNotReady
+INVALID_VALUE = cuda.cudaError_t.cudaErrorInvalidValue
+ORDER = cuda.cudaMemcpySrcAccessOrder
 ALIGNMENT = 512
+DEFAULT_STREAM = 0
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,20 @@ class Work:
     do: Callable[[], object]
 
 
+@dataclass
+class Queue:
+    """A stream's work that is still to be done, and what is recorded while the stream is captured."""
+
+    work: list[Callable[[], object]] = field(default_factory=list)
+    recorded: list[Work] | None = None
+    is_invalid: bool = False
+
+
 class Moment(cuda.cudaEvent_t):
     """An event; as a handle it is null, which CUDA itself refuses, because it may outlive its test."""
 
-    at_s = 0.0
+    at_s: float | None = None
+    """None until the stream is there."""
 
     def note(self) -> None:
         self.at_s = time.perf_counter()
@@ -73,22 +90,21 @@ class HostCuda:
         """The device's answer once its context has ended."""
         self.graphs: list[RecordedGraph | ExecutableGraph] = []
         """Graphs that weren't destroyed."""
-        self._work: list[Callable[[], object]] = []
-        self._recorded: list[Work] | None = None
-        self._is_invalid = False
+        self._streams = {DEFAULT_STREAM: Queue()}
+        self._handles = itertools.count(7)
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         answers: dict[str, Callable[..., tuple[Any, ...]]] = {
             "cudaMalloc": self._allocate,
-            "cudaMallocAsync": lambda nbytes, stream: self._allocate(nbytes),
+            "cudaMallocAsync": self._allocate,
             "cudaFree": self._give_back,
-            "cudaFreeAsync": lambda pointer, stream: self._give_back(pointer),
+            "cudaFreeAsync": self._give_back_in_order,
             "cudaHostAlloc": self._allocate_pinned,
             "cudaFreeHost": self._give_back_pinned,
             "cudaMemcpyAsync": self._copy,
             "cudaMemcpyBatchAsync": self._copy_all,
             "cudaMemsetAsync": self._fill,
-            "cudaStreamCreateWithFlags": lambda flags: (SUCCESS, 7),
+            "cudaStreamCreateWithFlags": self._create_stream,
             "cudaStreamSynchronize": self._synchronize,
             "cudaStreamBeginCapture": self._begin_capture,
             "cudaStreamEndCapture": self._end_capture,
@@ -98,7 +114,7 @@ class HostCuda:
             "cudaGraphExecDestroy": self._destroy,
             "cudaEventCreate": lambda: (SUCCESS, Moment()),
             "cudaEventRecord": self._note_time,
-            "cudaEventElapsedTime": lambda begin, end: (SUCCESS, 1000 * (end.at_s - begin.at_s)),
+            "cudaEventElapsedTime": self._elapsed_ms,
             "cudaEventDestroy": lambda event: (SUCCESS,),
             "cudaDriverGetVersion": lambda: (SUCCESS, 13000),
             "cudaGetDeviceCount": lambda: (SUCCESS, 1),
@@ -107,7 +123,7 @@ class HostCuda:
             "cudaDeviceGetAttribute": lambda name, device: (SUCCESS, self.attributes.get(name.name, 0)),
             "cudaSetDevice": lambda device: (SUCCESS,),
             "cudaGetLastError": lambda: (SUCCESS,),
-            "cudaDeviceSynchronize": lambda: (self.sticky_error,),
+            "cudaDeviceSynchronize": self._synchronize_all,
         }
         for name, answer in answers.items():
             monkeypatch.setattr(cuda, name, self._counted(name, answer))
@@ -119,30 +135,57 @@ class HostCuda:
 
         return call
 
-    def put(self, name: str, work: Callable[[], object], nbytes: int = 0) -> None:
-        """Put work on the stream, such as an engine's."""
-        if self._recorded is None:
+    @property
+    def is_capturing(self) -> bool:
+        return any(queue.recorded is not None for queue in self._streams.values())
+
+    def queue(self, stream: int) -> Queue:
+        assert stream in self._streams, f"{stream} is no stream"
+        return self._streams[stream]
+
+    def put(self, stream: int, name: str, work: Callable[[], object], nbytes: int = 0) -> None:
+        """Put work on a stream, such as an engine's."""
+        queue = self.queue(stream)
+        if queue.recorded is None:
             self.log.append((name, nbytes))
-            self._work.append(work)
+            queue.work.append(work)
         else:
-            self._recorded.append(Work(name, nbytes, work))
+            queue.recorded.append(Work(name, nbytes, work))
 
     def is_on_device(self, pointer: int) -> bool:
         return any(start <= pointer < start + block.nbytes - ALIGNMENT for start, block in self._blocks.items())
 
-    def _allocate(self, nbytes: int) -> tuple[Any, ...]:
-        if self._recorded is not None:
-            return self._break_capture(), None
+    def _create_stream(self, flags: int) -> tuple[Any, ...]:
+        assert flags == cuda.cudaStreamNonBlocking, "the default stream would wait for it"
+        handle = next(self._handles)
+        self._streams[handle] = Queue()
+        return SUCCESS, handle
+
+    def _allocate(self, nbytes: int, stream: int = DEFAULT_STREAM) -> tuple[Any, ...]:
+        if self.is_capturing:
+            return self._break_captures(), None
+        self.queue(stream)
         block = np.full(nbytes + ALIGNMENT, 0xFF, np.uint8)  # as floats NaN: nothing may rely on fresh memory
         pointer = -(-block.ctypes.data // ALIGNMENT) * ALIGNMENT
         self._blocks[pointer] = block
         return SUCCESS, pointer
 
     def _give_back(self, pointer: int) -> tuple[Any, ...]:
-        if self._recorded is not None:
-            self._break_capture()
+        """Give a block back once all streams have done what they have to do."""
+        if self.is_capturing:
+            self._break_captures()
         block = self._blocks.pop(pointer)
-        self._work.append(lambda: block)
+        for queue in self._streams.values():
+            queue.work.append(lambda: block)
+        return (SUCCESS,)
+
+    def _give_back_in_order(self, pointer: int, stream: int) -> tuple[Any, ...]:
+        """Give a block back once its stream has done what it has to do; another may use it from then on."""
+        if self.is_capturing:
+            self._break_captures()
+        block = self._blocks.pop(pointer)
+        # A stream of another test is gone.
+        self._streams.get(stream, Queue()).work.append(lambda: block.fill(0xFF))
         return (SUCCESS,)
 
     def _copy(self, target: int, source: int, nbytes: int, kind: object, stream: int) -> tuple[Any, ...]:
@@ -150,7 +193,7 @@ class HostCuda:
         name = way[self.is_on_device(source), self.is_on_device(target)]
         if name != "copy":
             self.pageable_bytes += 0 if self.is_pinned(source if name == "upload" else target) else nbytes
-        self.put(name, lambda: ctypes.memmove(target, source, nbytes), nbytes)
+        self.put(stream, name, lambda: ctypes.memmove(target, source, nbytes), nbytes)
         return (SUCCESS,)
 
     def _copy_all(
@@ -167,8 +210,14 @@ class HostCuda:
         if not self.has_batches:
             return (cuda.cudaError_t.cudaErrorCallRequiresNewerDriver,)
         assert count == len(targets) == len(sources) == len(sizes) and (number, indices) == (1, [0])
+        order = attributes[0].srcAccessOrder
+        if stream == DEFAULT_STREAM or order == ORDER.cudaMemcpySrcAccessOrderInvalid:
+            return (INVALID_VALUE,)
         for target, source, nbytes in zip(targets, sources, sizes, strict=True):
-            self._copy(target, source, nbytes, None, stream)
+            if order == ORDER.cudaMemcpySrcAccessOrderStream:
+                self._copy(target, source, nbytes, None, stream)
+            else:  # the source is read when the call is made, or whenever the GPU likes
+                self.put(stream, "copy", partial(ctypes.memmove, target, ctypes.string_at(source, nbytes), nbytes), nbytes)
         return (SUCCESS,)
 
     def _allocate_pinned(self, nbytes: int, flags: int) -> tuple[Any, ...]:
@@ -184,36 +233,52 @@ class HostCuda:
         return any(start <= pointer < start + block.nbytes for start, block in self._pinned.items())
 
     def _note_time(self, event: Moment, stream: int) -> tuple[Any, ...]:
-        self._work.append(event.note)
+        event.at_s = None
+        self.queue(stream).work.append(event.note)
         return (SUCCESS,)
 
+    def _elapsed_ms(self, begin: Moment, end: Moment) -> tuple[Any, ...]:
+        if begin.at_s is None or end.at_s is None:
+            return NOT_READY, None
+        return SUCCESS, 1000 * (end.at_s - begin.at_s)
+
     def _fill(self, target: int, byte: int, nbytes: int, stream: int) -> tuple[Any, ...]:
-        self.put("fill", lambda: ctypes.memset(target, byte, nbytes), nbytes)
+        self.put(stream, "fill", lambda: ctypes.memset(target, byte, nbytes), nbytes)
         return (SUCCESS,)
 
     def _synchronize(self, stream: int) -> tuple[Any, ...]:
-        if self._recorded is not None:
-            return (self._break_capture(),)
-        for work in self._work:
-            work()
-        self._work.clear()
+        queue = self.queue(stream)
+        if queue.recorded is not None:
+            return (self._break_captures(),)
+        while queue.work:
+            queue.work.pop(0)()
         return (SUCCESS,)
+
+    def _synchronize_all(self) -> tuple[Any, ...]:
+        if self.is_capturing:
+            return (self._break_captures(),)
+        for stream in self._streams:
+            self._synchronize(stream)
+        return (self.sticky_error,)
 
     def _begin_capture(self, stream: int, mode: object) -> tuple[Any, ...]:
-        assert self._recorded is None, "the stream is captured already"
-        if not self.can_capture:
+        queue = self.queue(stream)
+        assert queue.recorded is None, "the stream is captured already"
+        if not self.can_capture or stream == DEFAULT_STREAM:
             return (UNSUPPORTED,)
-        self._recorded, self._is_invalid = [], False
+        queue.recorded, queue.is_invalid = [], False
         return (SUCCESS,)
 
-    def _break_capture(self) -> cuda.cudaError_t:
-        self._is_invalid = True
+    def _break_captures(self) -> cuda.cudaError_t:
+        for queue in self._streams.values():
+            queue.is_invalid = True
         return UNSUPPORTED
 
     def _end_capture(self, stream: int) -> tuple[Any, ...]:
-        assert self._recorded is not None, "the stream isn't captured"
-        work, self._recorded = tuple(self._recorded), None
-        if self._is_invalid:
+        queue = self.queue(stream)
+        assert queue.recorded is not None, "the stream isn't captured"
+        work, queue.recorded = tuple(queue.recorded), None
+        if queue.is_invalid:
             return INVALIDATED, None
         graph = RecordedGraph()
         graph.work = work
@@ -229,7 +294,7 @@ class HostCuda:
     def _launch(self, graph: ExecutableGraph, stream: int) -> tuple[Any, ...]:
         assert any(graph is alive for alive in self.graphs), "the graph was destroyed"
         for work in graph.work:
-            self.put(work.name, work.do, work.nbytes)
+            self.put(stream, work.name, work.do, work.nbytes)
         return (SUCCESS,)
 
     def _destroy(self, graph: RecordedGraph | ExecutableGraph) -> tuple[Any, ...]:

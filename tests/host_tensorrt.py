@@ -20,6 +20,8 @@ class Context:
 
     def __init__(self, engine: Engine, config: SimpleNamespace) -> None:
         self.engine, self.profile, self.asked = engine, -1, dict(vars(config))
+        self.is_switched = False
+        """True once the profile's stream is there."""
         self.scratch = (0, 0)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self.addresses: dict[str, int] = {}
@@ -29,6 +31,7 @@ class Context:
 
     def set_optimization_profile_async(self, profile: int, stream: int) -> bool:
         self.profile = profile
+        self.engine.cuda.put(stream, "profile", lambda: setattr(self, "is_switched", True))
         return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
@@ -40,9 +43,6 @@ class Context:
         self.addresses[name] = pointer
         return True
 
-    def is_stream_capturable(self, stream: int) -> bool:
-        return self.engine.is_capturable
-
     def set_device_memory(self, pointer: int, nbytes: int) -> None:
         self.scratch = (pointer, nbytes)
 
@@ -50,11 +50,12 @@ class Context:
         addresses, scratch = dict(self.addresses), self.scratch
         self.bound.append(addresses)
         if not self.fails:
-            self.engine.cuda.put("execute", lambda: self._compute(addresses, *scratch))
+            self.engine.cuda.put(stream, "execute", lambda: self._compute(addresses, *scratch))
         return not self.fails
 
     def _compute(self, addresses: dict[str, int], scratch: int, scratch_bytes: int) -> None:
         spec, cuda = self.engine.spec, self.engine.cuda
+        assert self.is_switched, "the profile is still being switched on another stream"
         assert all(map(cuda.is_on_device, (*addresses.values(), scratch)))
         view(scratch, (scratch_bytes,), np.dtype(np.uint8))[...] = 1
         batch = self.shapes[spec.inputs[0].name][0]
@@ -66,7 +67,16 @@ class Context:
             arrays[name][...] = array
 
 
+class RtxContext(Context):
+    """A context of TensorRT-RTX, which has a question more."""
+
+    def is_stream_capturable(self, stream: int) -> bool:
+        self.engine.cuda.queue(stream)
+        return self.engine.is_capturable
+
+
 class Engine:
+    context_type: type[Context] = Context
     device_memory_size_v2 = 1000
     is_capturable = True
 
@@ -83,10 +93,10 @@ class Engine:
         return SimpleNamespace(name=names[self._types[name]])
 
     def create_runtime_config(self) -> Any:
-        return RuntimeConfig()
+        return (RtxConfig if self.context_type is RtxContext else RuntimeConfig)()
 
     def create_execution_context(self, config: RuntimeConfig) -> Context:
-        return Context(self, config)
+        return self.context_type(self, config)
 
 
 class RuntimeCache:
@@ -108,31 +118,39 @@ CACHES: list[RuntimeCache] = []
 
 
 class RuntimeConfig(SimpleNamespace):
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.allocation = strategy
+
+
+class RtxConfig(RuntimeConfig):
     def create_runtime_cache(self) -> RuntimeCache:
         return RuntimeCache()
 
     def set_runtime_cache(self, cache: RuntimeCache) -> bool:
         return True
 
-    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
-        self.allocation = strategy
-
 
 def tensorrt_module(flavour: str, deserialize: Callable[[bytes], Engine]) -> Any:
-    """Make the Python module of a product.
+    """Make the Python module of a product, with the calls that the product's own bindings have.
 
     Args:
         flavour: its name.
         deserialize: gives the engine of a plan's bytes.
     """
     own: dict[str, Any] = {}
+
+    def deserialized(content: bytes) -> Engine:
+        engine = deserialize(content)
+        engine.context_type = RtxContext if flavour == "tensorrt-rtx" else Context
+        return engine
+
     if flavour == "tensorrt-rtx":
         own["DynamicShapesKernelSpecializationStrategy"] = SimpleNamespace(LAZY="lazy", EAGER="eager", NONE="none")
     return SimpleNamespace(
         __version__=VERSIONS[flavour],
         Logger=lambda severity: None,
         ILogger=SimpleNamespace(WARNING=1),
-        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialize),
+        Runtime=lambda logger: SimpleNamespace(deserialize_cuda_engine=deserialized),
         ExecutionContextAllocationStrategy=SimpleNamespace(USER_MANAGED="user managed"),
         **own,
     )

@@ -175,6 +175,7 @@ def test_copies_of_a_batch_are_one_call_and_a_driver_without_them_is_asked_once(
     block = DeviceMemory(8).array((8,), np.dtype(np.uint8))
     for byte in range(8):
         stream.fill(block.rows(byte, 1), byte)
+    stream.synchronize()  # the other stream doesn't wait for this one
     for batches in (False, True):
         emulated.calls.clear()
         stream = Stream() if batches else stream

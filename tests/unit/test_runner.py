@@ -323,11 +323,11 @@ def test_memory_that_the_collector_finds_is_given_back_before_a_recording_or_aft
     execute = Context.execute_async_v3
 
     def allocating(self: Context, stream: int) -> bool:
-        cycle: list[Any] = [DeviceMemory(8)] if cuda._recorded is None else []
+        cycle: list[Any] = [DeviceMemory(8)] if not cuda.is_capturing else []
         cycle.append(cycle)
         del cycle
         list(map(list, range(0)))
-        gc.collect(0) if gc.isenabled() else given_back.append(cuda._recorded is not None)
+        gc.collect(0) if gc.isenabled() else given_back.append(cuda.is_capturing)
         return execute(self, stream)
 
     monkeypatch.setattr(Context, "execute_async_v3", allocating)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping
+from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from engines.build_config import BuildConfig
-from icportrait.contract import Array, ModelSpec, TensorSpec, engine_specs
+from icportrait.contract import Array, ModelSpec, engine_specs
 from icportrait.errors import ContractError
-from icportrait.runtime.cuda import DeviceArray, Gpu, Graph, Stream
+from icportrait.runtime.cuda import DeviceArray, Gpu, Stream
 from icportrait.runtime.device_engine import DeviceEngine, buckets_up_to
 from icportrait.runtime.device_slots import DeviceSlots
 from icportrait.runtime.slots import HostSlots
@@ -28,6 +28,7 @@ from tests.fake_plans import write_fake_plan
 from tests.host_cuda import HostCuda, view
 from tests.host_tensorrt import Engine as HostTensorRt
 from tests.host_tensorrt import tensorrt_module
+from tests.host_torch import HostTorch
 from tests.rows import step
 from tests.rows import warp as run_warping
 from tests.tiny import TINY
@@ -69,34 +70,26 @@ class HostEngine:
         return self._function(inputs)
 
 
-class FunctionModule(torch.nn.Module):
-    """The same as a torch module."""
+class Warp(torch.nn.Module):
+    """``warp`` by torch."""
 
-    def __init__(self, spec: ModelSpec, function: Function) -> None:
-        super().__init__()
-        self.spec, self.function = spec, function
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        given = {spec.name: tensor for spec, tensor in zip(WARPING.inputs, inputs, strict=True)}
+        mark = given["profile_latent"][:, 0, 0, 0] + 10 * given["reference_latent"][:, 0, 0, 0]
+        outputs = []
+        for index, spec in enumerate(WARPING.outputs):
+            values = (mark + index).reshape(-1, *[1] * (len(spec.axes) - 1))
+            outputs.append(values.expand(spec.shape(batch=len(mark))).to(getattr(torch, spec.dtype.numpy)))
+        return tuple(outputs)
 
-    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        given = {spec.name: tensor.numpy() for spec, tensor in zip(self.spec.inputs, tensors, strict=True)}
-        found = self.function(given)
-        return tuple(torch.from_numpy(np.array(found[spec.name])) for spec in self.spec.outputs)
 
+class Denoise(torch.nn.Module):
+    """``denoise`` by torch."""
 
-class HostTorchExecutor(TorchExecutor):
-    """Torch on the stand-in for CUDA: its work waits on the stand-in's stream, and is recorded by it."""
-
-    cuda: HostCuda
-
-    def enqueue(self, bucket: int) -> None:
-        self.cuda.put("execute", partial(self.compute, bucket))
-
-    def record(self, bucket: int) -> Graph:
-        with self._stream.capture() as graph:
-            self.enqueue(bucket)
-        return graph
-
-    def _view(self, spec: TensorSpec, array: DeviceArray) -> torch.Tensor:
-        return torch.from_numpy(host(array))
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+        given = {spec.name: tensor for spec, tensor in zip(UNET.inputs, inputs, strict=True)}
+        f_ref = sum(given[name].mean(dim=(1, 2, 3)) * 3**index for index, name in enumerate(F_REF))
+        return given["canvas_latent"] + (given["timestep"] + f_ref)[:, None, None, None]
 
 
 def host(array: DeviceArray) -> np.ndarray:
@@ -108,6 +101,14 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
     emulated = HostCuda()
     emulated.install(monkeypatch)
     return emulated
+
+
+@pytest.fixture(autouse=True)
+def torch_gpu(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostTorch]:
+    gpu = HostTorch(cuda)
+    gpu.install(monkeypatch)
+    with gpu:
+        yield gpu
 
 
 class OnDevice:
@@ -125,20 +126,21 @@ class OnDevice:
         executor: Any = (self._tensorrt if self.executor == "tensorrt" else self._torch)(
             spec, function, spec.batch.max if pinned else None
         )
-        enqueue = executor.enqueue
+        name = "enqueue" if self.executor == "tensorrt" else "compute"
+        enqueue = getattr(executor, name)
 
         def counted(bucket: int) -> None:
             self.enqueued.append((spec.name, bucket))
             enqueue(bucket)
 
-        executor.enqueue = counted
+        setattr(executor, name, counted)
         engine = DeviceEngine(spec, executor, self.stream)
         engine.warm_up()
         return engine
 
-    def _torch(self, spec: ModelSpec, function: Function, pinned: int | None) -> HostTorchExecutor:
-        executor = HostTorchExecutor(FunctionModule(spec, function), spec, self.stream)
-        executor.cuda = self.cuda
+    def _torch(self, spec: ModelSpec, function: Function, pinned: int | None) -> TorchExecutor:
+        module = Warp() if function is warp else Denoise()
+        executor = TorchExecutor(module, spec, self.stream)
         executor.buckets = (pinned,) if pinned else executor.buckets
         return executor
 
@@ -192,6 +194,11 @@ def moved(cuda: HostCuda) -> dict[str, int]:
     return totals
 
 
+def in_turn(cuda: HostCuda) -> list[str]:
+    """List what was done, of which torch does one in many."""
+    return [name for name, _ in groupby(name for name, _ in cuda.log)]
+
+
 @pytest.mark.parametrize("pinned", [False, True], ids=["buckets", "one bucket"])
 def test_rows_on_the_device_hold_what_rows_on_the_host_hold(cuda: HostCuda, executor: str, pinned: bool) -> None:
     """Join, leave and compact at random, as an in-flight batcher does; a row in use is never another's."""
@@ -231,7 +238,7 @@ def test_a_joining_job_writes_no_row_but_its_own(device: OnDevice, rows: list[li
 
 def test_portraits_of_one_request_share_one_conditioning(device: OnDevice, cuda: HostCuda) -> None:
     run_warping(device.slots, [job(7.0, 2.0)], [[1, 4, 6]])
-    assert [name for name, _ in cuda.log].count("execute") == 1
+    assert in_turn(cuda).count("execute") == 1
     assert moved(cuda)["copy"] == 3 * sum(spec.nbytes(1) for spec in WARPING.outputs if spec.name in F_REF)
     assert all(device.f_ref(row) == f_ref_of(7.0, 2.0) for row in (1, 4, 6))
 
@@ -251,7 +258,7 @@ def test_engines_run_from_their_launch_on(device: OnDevice, cuda: HostCuda) -> N
     device.slots.launch(*canvas(1))
     cuda.log.append(("meanwhile", 0))
     device.slots.wait()
-    names = [name for name, _ in cuda.log if name in ("execute", "meanwhile", "download", "synchronize")]
+    names = [name for name in in_turn(cuda) if name in ("execute", "meanwhile", "download")]
     assert names == 2 * ["execute", "download", "meanwhile"]
 
 
@@ -361,7 +368,7 @@ def test_the_pace_begins_with_what_the_warm_up_measured(cuda: HostCuda, executor
 
 def test_copies_are_no_time_of_the_engine(device: OnDevice, cuda: HostCuda) -> None:
     launch, seen = device.stream.upload, []
-    device.stream.upload = lambda source, target: (cuda.put("upload", lambda: time.sleep(0.02)), seen.append(target))
+    device.stream.upload = lambda source, target: (cuda.put(device.stream.handle, "upload", lambda: time.sleep(0.02)), seen.append(target))
     step(device.slots, *canvas(1))
     device.stream.upload = launch
     assert len(seen) == 2 and device.slots.engine_s < 0.02
