@@ -5,6 +5,9 @@
     replay       a CUDA graph gives the bytes that direct execution gives
     neighbours   a row's bytes are the same whatever the other rows hold, and in a bucket that isn't full
 
+Bytes are compared between runs of one bucket alone: they have the same shapes, and so the same kernels, of which
+torch's are deterministic ones (``runtime.torch_device``). Two buckets may add up in another order.
+
 Every check takes fresh random inputs. Each run writes into buffers that were filled with ``POISON``, which is NaN as
 floats. The checks don't know TensorRT.
 """

@@ -1,9 +1,9 @@
 """CUDA's runtime calls done in the host's memory, so that what only moves arrays runs without a GPU.
 
-Each stream has a queue of its own. Work is put off until its stream is synchronised, as late as a GPU may do it: an array
-that is given back, changed or read too early shows, and work on another stream than the one that is waited for. What is
-put on a stream while it is captured is recorded and not done, and every launch of the graph does it again, with the
-addresses that it was recorded with.
+Each stream has a queue of its own. Work is put off until its stream is synchronised, as late as a GPU may do it: an
+array that is given back, changed or read too early shows, and work on another stream than the one that is waited for.
+What is put on a stream while it is captured is recorded and not done, and every launch of the graph does it again, with
+the addresses that it was recorded with.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ class HostCuda:
             queue.recorded.append(Work(name, nbytes, work))
 
     def is_on_device(self, pointer: int) -> bool:
-        return any(start <= pointer < start + block.nbytes - ALIGNMENT for start, block in self._blocks.items())
+        return any(start <= pointer < start + block.nbytes - ALIGNMENT for start, block in self._blocks.copy().items())
 
     def _create_stream(self, flags: int) -> tuple[Any, ...]:
         assert flags == cuda.cudaStreamNonBlocking, "the default stream would wait for it"
@@ -217,7 +217,9 @@ class HostCuda:
             if order == ORDER.cudaMemcpySrcAccessOrderStream:
                 self._copy(target, source, nbytes, None, stream)
             else:  # the source is read when the call is made, or whenever the GPU likes
-                self.put(stream, "copy", partial(ctypes.memmove, target, ctypes.string_at(source, nbytes), nbytes), nbytes)
+                self.put(
+                    stream, "copy", partial(ctypes.memmove, target, ctypes.string_at(source, nbytes), nbytes), nbytes
+                )
         return (SUCCESS,)
 
     def _allocate_pinned(self, nbytes: int, flags: int) -> tuple[Any, ...]:

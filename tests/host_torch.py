@@ -7,17 +7,15 @@ again. ``torch.cuda.graph`` is torch's own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from cuda.bindings import runtime
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from icportrait.runtime.cuda import DeviceArray
@@ -38,7 +36,8 @@ class HostTorch(TorchDispatchMode):
         """Names of all operators that ran on the GPU."""
         self.pools: list[object] = []
         """The memory of each graph."""
-        self._is_on_gpu = False
+        self.is_on_gpu = False
+        """Operators run on the GPU; else on the host."""
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         as_tensor, to = torch.as_tensor, torch.nn.Module.to
@@ -52,7 +51,7 @@ class HostTorch(TorchDispatchMode):
         def moved(module: torch.nn.Module, *where: Any, **options: Any) -> torch.nn.Module:
             if where != ("cuda",) and not hasattr(module, "is_on_gpu"):
                 return to(module, *where, **options)
-            with self.on_gpu(self.stream):
+            with OnStream(self, self.stream):
                 if where == ("cuda",):
                     module.is_on_gpu = True
                     return module._apply(torch.clone)
@@ -63,7 +62,7 @@ class HostTorch(TorchDispatchMode):
             "synchronize": lambda: _raise_failed(runtime.cudaDeviceSynchronize()),
             "graph_pool_handle": object,
             "ExternalStream": lambda handle: SimpleNamespace(handle=handle),
-            "stream": lambda stream: self.on_gpu(stream.handle),
+            "stream": lambda stream: OnStream(self, stream.handle),
             "CUDAGraph": partial(HostGraph, self),
         }
         for name, answer in answers.items():
@@ -72,19 +71,12 @@ class HostTorch(TorchDispatchMode):
         monkeypatch.setattr(torch.nn.Module, "to", moved)
         monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
 
-    @contextmanager
-    def on_gpu(self, stream: int) -> Iterator[None]:
-        """Let operators run on a stream of the GPU. Its end is skipped where ``torch.cuda.graph`` skips it."""
-        before, self.stream, self._is_on_gpu = (self.stream, self._is_on_gpu), stream, True
-        yield
-        self.stream, self._is_on_gpu = before
-
     def __torch_dispatch__(
         self, operator: Any, types: Any, arguments: tuple[Any, ...] = (), options: dict[str, Any] | None = None
     ) -> Any:
         options = options or {}
         work = partial(operator, *arguments, **options)
-        if not self._is_on_gpu:
+        if not self.is_on_gpu:
             return work()
         with self:  # an operator that is made of others, such as "contiguous"
             if (result := operator.decompose(*arguments, **options)) is not NotImplemented:
@@ -109,10 +101,24 @@ class HostTorch(TorchDispatchMode):
 
     def _put(self, work: Callable[[], object]) -> None:
         def do() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), _disable_current_modes():
                 work()
 
         self.cuda.put(self.stream, "execute", do)
+
+
+class OnStream:
+    """``torch.cuda.stream``."""
+
+    def __init__(self, torch_gpu: HostTorch, stream: int) -> None:
+        self._gpu, self._stream = torch_gpu, stream
+
+    def __enter__(self) -> None:
+        self._before = self._gpu.stream, self._gpu.is_on_gpu
+        self._gpu.stream, self._gpu.is_on_gpu = self._stream, True
+
+    def __exit__(self, *_: object) -> None:
+        self._gpu.stream, self._gpu.is_on_gpu = self._before
 
 
 class HostGraph:

@@ -109,7 +109,7 @@ class DeviceEngine:
             except Exception as error:
                 if is_lost():
                     raise
-                reasons[bucket] = " ".join(str(error).split())
+                reasons[bucket] = _reason(error)
         if reasons:
             rows, why = ", ".join(map(str, reasons)), "; ".join(dict.fromkeys(reasons.values()))
             logger.warning("%s: batches of %s rows run without a CUDA graph: %s", self.spec.name, rows, why)
@@ -205,6 +205,17 @@ def check_memory(needs: dict[str, int], gpu: Gpu, scratch: int | None = None) ->
         raise RuntimeNotAvailable(
             f"{', '.join(needs)}: need {need / 1e9:.1f} GB ({parts}), and {found}; free some, or use a larger GPU"
         )
+
+
+def _reason(error: BaseException) -> str:
+    """Say in a line what has ended a recording: the first error, then the last, as torch's at the end of a capture."""
+    first = error
+    seen = {id(first)}
+    while (earlier := first.__cause__ or first.__context__) and id(earlier) not in seen:
+        first = earlier
+        seen.add(id(first))
+    texts = (" ".join(str(each).split()) or type(each).__name__ for each in (first, error))
+    return ", then ".join(dict.fromkeys(texts))
 
 
 def _buffers(specs: tuple[TensorSpec, ...]) -> dict[str, DeviceArray]:

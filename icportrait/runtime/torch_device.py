@@ -1,7 +1,8 @@
 """Torch modules as the executor of a ``DeviceEngine``: any GPU that torch runs on serves, and needs no plans.
 
 The modules are the export's, in its precision and channels-last. Attention is fused or refused, because unfused scores
-take a gigabyte a row and layer at 512 px. TF32 is off: the cost volume's best matches are float32's.
+take a gigabyte a row and layer at 512 px. TF32 is off: the cost volume's best matches are float32's. cuDNN chooses
+among deterministic kernels alone, so that equal batches give equal bytes (docs/determinism.md).
 """
 
 from __future__ import annotations
@@ -49,12 +50,11 @@ class TorchExecutor:
             module: on the GPU and in the engine's precision; takes and gives the specification's tensors in order.
             spec: of the engine.
             stream: everything is done on it.
-            row_by_row: compute a bucket's rows one after the other, so that no row's bits depend on another.
+            row_by_row: compute a bucket's rows one after the other, so that no row's bits depend on how many there are.
             pool: torch's memory for graphs; engines that never run at once share one.
         """
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-        if row_by_row:
-            torch.backends.cudnn.deterministic = True  # else some of its convolutions add up in any order
+        torch.backends.cudnn.deterministic = True  # else some of its convolutions add up in any order
         self.spec, self.buckets = spec, buckets_up_to(spec.batch.max)
         self._module = module.eval().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._stream, self._rows, self._pool = stream, 1 if row_by_row else spec.batch.max, pool
@@ -78,6 +78,7 @@ class TorchExecutor:
         graph = torch.cuda.CUDAGraph()
         with (
             collector_off(),
+            self._on_stream(),  # ``torch.cuda.graph`` leaves its stream the current one where the recording fails
             torch.cuda.graph(graph, self._pool, self._external(), capture_error_mode="thread_local"),
         ):
             self.compute(bucket)

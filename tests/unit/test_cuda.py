@@ -165,6 +165,18 @@ def test_failed_work_leaves_no_event(events: list[str]) -> None:
     assert events[-2:] == ["destroy 1", "destroy 2"]
 
 
+def test_a_time_is_read_only_once_its_own_stream_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    HostCuda().install(monkeypatch)
+    stream, other = Stream(), Stream()
+    with (timer := Timer(stream)):
+        pass
+    other.synchronize()
+    with pytest.raises(CudaError, match="cudaErrorNotReady"):
+        timer.seconds()
+    stream.synchronize()
+    assert timer.seconds() >= 0
+
+
 def test_copies_of_a_batch_are_one_call_and_a_driver_without_them_is_asked_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

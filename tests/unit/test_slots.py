@@ -368,7 +368,10 @@ def test_the_pace_begins_with_what_the_warm_up_measured(cuda: HostCuda, executor
 
 def test_copies_are_no_time_of_the_engine(device: OnDevice, cuda: HostCuda) -> None:
     launch, seen = device.stream.upload, []
-    device.stream.upload = lambda source, target: (cuda.put(device.stream.handle, "upload", lambda: time.sleep(0.02)), seen.append(target))
+    device.stream.upload = lambda source, target: (
+        cuda.put(device.stream.handle, "upload", lambda: time.sleep(0.02)),
+        seen.append(target),
+    )
     step(device.slots, *canvas(1))
     device.stream.upload = launch
     assert len(seen) == 2 and device.slots.engine_s < 0.02
