@@ -16,7 +16,7 @@ import pytest
 import torch
 from cuda.bindings import runtime
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from icportrait.runtime.cuda import DeviceArray
 from tests.host_cuda import DEFAULT_STREAM, SUCCESS, HostCuda, view
@@ -92,11 +92,13 @@ class HostTorch(TorchDispatchMode):
             self._put(work)
             return arguments[0]
         result = work()
+        # A parameter may get other memory before the work is done.
+        given = tree_map_only(torch.Tensor, torch.Tensor.detach, (arguments, options))
         if any(each is result for each in arguments):
             return result
         for tensor in tree_leaves(result):
             tensor.fill_(float("nan") if tensor.is_floating_point() else 0)
-        self._put(partial(_repeat, work, result))
+        self._put(partial(_repeat, partial(operator, *given[0], **given[1]), result))
         return result
 
     def _put(self, work: Callable[[], object]) -> None:

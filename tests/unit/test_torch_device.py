@@ -18,7 +18,7 @@ from icportrait.runtime.cuda import CudaError, Stream
 from icportrait.runtime.device_engine import DeviceEngine
 from icportrait.runtime.device_slots import DeviceSlots
 from icportrait.runtime.eager import TorchEngine
-from icportrait.runtime.slots import HostSlots
+from icportrait.runtime.slots import HostSlots, Slots
 from icportrait.runtime.torch_device import TorchExecutor
 from tests.host_cuda import DEFAULT_STREAM, HostCuda
 from tests.host_torch import HostTorch
@@ -54,19 +54,22 @@ def export(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 def test_modules_on_the_gpus_slots_compute_what_they_compute_on_the_host(export: Manifest, gpu: HostTorch) -> None:
-    found = load_slots(Path(), export, TORCH)
-    assert isinstance(found, DeviceSlots)
-    expected = HostSlots(*(TorchEngine.from_manifest(name, export, TORCH) for name in ("warping_network", "unet")), 3)
+    on_host = HostSlots(*(TorchEngine.from_manifest(name, export, TORCH) for name in ("warping_network", "unet")), 3)
     specs = engine_specs(SMALL)
     given, canvas = specs["warping_network"].dummy_inputs(2), specs["unet"].dummy_inputs(3)
     jobs = [{name: array[index : index + 1] for name, array in given.items()} for index in range(2)]
-    for slots in (found, expected):
+
+    def steps(slots: Slots) -> list[np.ndarray]:
         warp(slots, jobs, [[0, 2], [1]])
         slots.clear([2])
-    for rows in (3, 1):
-        pair = [step(slots, canvas["canvas_latent"][:rows], canvas["timestep"][:rows]) for slots in (found, expected)]
-        np.testing.assert_allclose(*pair, rtol=1e-3, atol=1e-4)
-    graphs = sum(len(engine.buckets) for engine in (found._warping, found._unet))
+        return [step(slots, canvas["canvas_latent"][:rows], canvas["timestep"][:rows]).copy() for rows in (3, 1)]
+
+    expected = steps(on_host)  # before the weights, which a process has once, are moved
+    on_gpu = load_slots(Path(), export, TORCH)
+    assert isinstance(on_gpu, DeviceSlots)
+    for pair in zip(steps(on_gpu), expected, strict=True):
+        np.testing.assert_allclose(*pair, rtol=1e-3, atol=1e-4, equal_nan=False)
+    graphs = sum(len(engine.buckets) for engine in (on_gpu._warping, on_gpu._unet))
     assert len(gpu.pools) == graphs and len(set(gpu.pools)) == 1  # the engines never run at once, and share memory
     assert not any(operator.removeprefix("aten::").rstrip("_") in ADDS_IN_ANY_ORDER for operator in gpu.operators)
     assert torch.backends.cudnn.deterministic and not torch.backends.cudnn.allow_tf32
@@ -83,6 +86,7 @@ def test_rows_are_computed_alone_if_deterministic(export: Manifest, gpu: HostTor
             encoder.run(encoder.spec.dummy_inputs(rows))
             work.append([name for name, _ in cuda.log].count("execute"))
         assert work[1] == work[0] * (3 if deterministic else 1)
+    assert np.isfinite(encoder.run(ENCODER.dummy_inputs(3))["latent"]).all()
     assert rows_that_differ(encoder, (2, 3)) == []
 
 
@@ -161,3 +165,15 @@ def test_waiting_in_a_recording_is_an_error_after_which_the_engine_is_right(gpu:
     with pytest.raises(CudaError, match="CaptureUnsupported"), engine.stream.capture():
         engine.run(given)
     assert answers_right(engine)
+
+
+def test_the_weights_are_there_before_the_first_run(
+    export: Manifest, gpu: HostTorch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: TorchExecutor, bucket: int) -> None:
+        raise RuntimeError  # ``torch.cuda.graph`` would wait for the weights, too
+
+    monkeypatch.setattr(TorchExecutor, "record", refused)
+    encoder = load_engine("vae_encoder", Path(), export, TORCH)
+    assert np.isfinite(encoder.run(ENCODER.dummy_inputs(1))["latent"]).all()
+    assert encoder.unrecorded[1] == "RuntimeError"
