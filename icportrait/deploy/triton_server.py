@@ -47,9 +47,8 @@ KILL_TAKES_S = 30.0
 STARTS = 3
 """Starts that may be aborted.
 
-While a model loads, Triton's Python backend takes the model's process for dead if it shows no sign of life for a
-second. On a machine that is much too busy this can happen to processes that live. Tritonserver then aborts now and then
-(``boost::interprocess::lock_exception``), most of all where several start at the same time.
+Where four servers started at once on two busy cores, two of ten tritonservers were aborted before they were ready, one
+of them by ``boost::interprocess::lock_exception``. The cause isn't known.
 """
 LOOK_EVERY_S = 1.0
 """So often a start looks for processes that a signal has stopped."""
