@@ -230,9 +230,12 @@ def _one_gpu(policy: ServingPolicy, device: str | None) -> Iterator[tuple[Outcom
     try:
         gpu = find_gpu(device)
     except (RuntimeNotAvailable, ImportError) as error:
-        needed = policy.uses_plans
-        text = f"{error}; {driver}" if needed else f"none, and runtime {policy.runtime} needs none; {driver}"
-        yield Outcome.FAULT if needed else Outcome.GOOD, text
+        if policy.uses_plans:
+            yield Outcome.FAULT, f"{error}; {driver}"
+        elif policy.runtime == "torch" and DRIVER.is_file():
+            yield Outcome.WARNING, f"{error}; {driver}; torch computes on the processor then"
+        else:
+            yield Outcome.GOOD, f"none, and runtime {policy.runtime} needs none; {driver}"
     else:
         about = f"{gpu.name}, {_megabytes(gpu.total_bytes)}, CUDA {gpu.driver_cuda_version}"
         mode = f"compute mode {gpu.compute_mode}, MPS {'on' if gpu.has_mps else 'off'}"

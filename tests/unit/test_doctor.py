@@ -148,6 +148,16 @@ def test_each_device_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     assert fault[0] is Outcome.FAULT and fault[1].startswith("device 1: no NVIDIA GPU")
 
 
+def test_a_gpu_that_torch_cannot_have_is_a_warning(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor, "find_gpu", no_gpu)
+    monkeypatch.setattr(doctor, "DRIVER", tmp_path / "version")
+    ((outcome, _),) = doctor._gpu(Settings(), ServingPolicy(runtime="torch"))
+    assert outcome is Outcome.GOOD
+    doctor.DRIVER.write_text("NVRM version: NVIDIA 580.1")
+    ((outcome, text),) = doctor._gpu(Settings(), ServingPolicy(runtime="torch"))
+    assert outcome is Outcome.WARNING and "580.1" in text
+
+
 def no_gpu(device: str | None) -> None:
     from icportrait.errors import RuntimeNotAvailable
 
