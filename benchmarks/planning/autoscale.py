@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 from icportrait_client.errors import InvalidRequest
 
 from benchmarks.output import Output, add_output_arguments
+from benchmarks.planning.profile import PlanningError
 
 if TYPE_CHECKING:
     from benchmarks.planning.fleet import FleetRun, FleetSettings
@@ -35,6 +36,8 @@ CURVES: dict[str, tuple[tuple[float, float], ...]] = {
     "burst": ((0.0, 0.25), (599.0, 0.25), (600.0, 1.0), (1500.0, 1.0), (1501.0, 0.25), (HOUR_S, 0.25)),
 }
 """Moments in seconds with shares of the peak, linear between."""
+MOST_REQUESTS = 10**7
+"""All are drawn at once, and a few minutes of two cores simulate a hundred thousand."""
 PEAK_S = 600.0
 """Seconds of the peak for which a fixed number of replicas must keep the goal."""
 
@@ -62,6 +65,8 @@ class AutoscaleSettings:
         for value in self.cold_start_s:
             if not 0 < value <= HOUR_S:
                 raise InvalidRequest(f"cold_start_s: {value:g}, expected seconds above 0, up to {HOUR_S:g}")
+        if self.seed < 0:
+            raise InvalidRequest(f"seed: {self.seed}, expected 0 or more")
 
 
 def add_command(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -118,20 +123,28 @@ def curve_calls(workload: Workload, points: Sequence[tuple[float, float]], seed:
         workload: its rate is the curve's 1.
         points: moments in seconds with shares of the rate, linear between.
         seed: the same seed, the same requests.
+
+    Raises:
+        PlanningError: there would be none, or too many to be simulated.
     """
     import numpy as np
 
     grid_s = np.linspace(points[0][0], points[-1][0], 1 + max(len(points), math.ceil(points[-1][0] - points[0][0])))
     rates = workload.rate_per_s * np.interp(grid_s, *np.array(points).T)
     sent = np.concatenate([[0.0], np.cumsum((rates[1:] + rates[:-1]) / 2 * np.diff(grid_s))])
+    if sent[-1] > MOST_REQUESTS:
+        raise PlanningError(f"workload: {sent[-1]:.3g} requests, expected {MOST_REQUESTS:.0e} or fewer; ask for less")
     # A process of one a second, in whose time each moment of the curve is as long as what the curve sends by then.
     steady = workload.at(1.0).calls(math.ceil(sent[-1] + 10 * math.sqrt(sent[-1]) + 10), seed)
     moments_s = np.interp([call.send_s for call in steady], sent, grid_s)
-    return [
+    calls = [
         replace(call, send_s=float(at_s))
         for call, at_s in zip(steady, moments_s, strict=True)
         if call.send_s < sent[-1]
     ]
+    if not calls:
+        raise PlanningError(f"workload: no request in {points[-1][0]:g} s; ask for a higher rate")
+    return calls
 
 
 def compare(
@@ -140,13 +153,21 @@ def compare(
     settings: AutoscaleSettings,
     say: Callable[[str], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
-    """Return rows of figures: the fixed fleet's, and the scaled fleet's for each cold start."""
+    """Return rows of figures: the fixed fleet's, and the scaled fleet's for each cold start.
+
+    Raises:
+        PlanningError: no number of replicas keeps the goal at the curve's peak.
+    """
     from benchmarks.planning.fleet import Fleet, FleetSettings
     from benchmarks.planning.scaling_rule import read_rule
 
     points, rule = CURVES[settings.curve], read_rule()
     calls, duration_s = curve_calls(question.workload, points, question.seed), points[-1][0]
     fixed = replicas_for_peak(question, profile, rule_settings := FleetSettings(rule, settings.cold_start_s[0]))
+    if not fixed:
+        raise PlanningError(
+            f"{profile.name}: no number of servers keeps the goal at the peak; ask for a faster GPU or more time"
+        )
     begins = max(rule.least, math.ceil(fixed * points[0][1]))
     rows = []
     for name, fleet_settings, replicas, is_fixed in [
@@ -166,7 +187,7 @@ def compare(
 
 
 def replicas_for_peak(question: Question, profile: ServiceProfile, settings: FleetSettings) -> int:
-    """Return the fewest replicas with which the goal is kept for a while at the workload's own rate."""
+    """Return the fewest replicas with which the goal is kept for a while at the workload's own rate; 0: none are."""
     from benchmarks.planning.evaluation import Scenario
     from benchmarks.planning.fleet import Fleet
     from benchmarks.planning.planner import fewest, least_replicas

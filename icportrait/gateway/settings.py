@@ -33,7 +33,7 @@ PREFIX = "ICPORTRAIT_"
 CONFIG_VARIABLE = "ICPORTRAIT_CONFIG"
 LIMITS = ServerLimits()
 C2PA_ALGORITHMS = ("es256", "es384", "es512", "ps256", "ps384", "ps512", "ed25519")
-DEVICE = re.compile(r"\d{1,3}|(GPU|MIG)-[\w/-]{1,100}", re.ASCII)
+DEVICE = re.compile(r"0|[1-9]\d{0,2}|(GPU|MIG)-[\w/-]{1,100}", re.ASCII)
 """Names of devices by which CUDA may be told to show no other."""
 POLICY = (
     "slots",

@@ -163,3 +163,24 @@ def test_the_command_compares_a_scaled_fleet_with_a_fixed_one(
     assert (fixed["replicas"]["least"], fixed["replicas"]["changes"]) == (fixed["replicas"]["most"], 0)
     assert fixed["goodput"] > 0.97 and scaled["requests"] == fixed["requests"]
     assert scaled["cost_by_fixed"] < 1 and scaled["replicas"]["changes"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--seed", "-1"], "seed: -1, expected 0 or more"),
+        (["--rate", "1e-6"], "workload: no request in 3600 s; ask for a higher rate"),
+        (["--rate", "1e6"], "workload: 1.58e+09 requests, expected 1e+07 or fewer; ask for less"),
+        (["--rate", "0.01", "--p99-ms", "1"], "h200-sd15-512-fp16: no number of servers keeps the goal at the peak"),
+    ],
+)
+def test_a_question_that_has_no_answer_is_refused(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = {"--curve": "burst", "--rate": "1", "--p99-ms": "4000", "--profiles": "h200-sd15-512-fp16"}
+    given |= dict(zip(words[::2], words[1::2], strict=True))
+    try:
+        assert main(["autoscale", *(word for pair in given.items() for word in pair)]) == 1
+    except SystemExit as ended:
+        assert ended.code == 2
+    assert f"error: {said}" in capsys.readouterr().err

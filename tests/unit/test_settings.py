@@ -58,6 +58,7 @@ def test_variables_that_name_no_setting_are_let_pass() -> None:
         (["--c2pa-certificate", "/none", "--c2pa-key", __file__], {}, "c2pa_certificate: /none isn't a file"),
         (["--devices", "0,1,0"], {}, "devices: '0,1,0', expected numbers or UUIDs, each once"),
         (["--devices", "0,,1"], {}, "devices: '0,,1', expected numbers or UUIDs, each once, as in 0,1,2,3"),
+        (["--devices", "0,00"], {}, "devices: '0,00', expected numbers or UUIDs, each once"),
         (["--devices", "cuda:0"], {}, "devices: 'cuda:0', expected numbers or UUIDs, each once"),
         (["--c2pa-algorithm", "rsa"], {}, "c2pa_algorithm: 'rsa', expected es256, es384"),
         (["--c2pa-timestamp-url", "tsa.org"], {}, "c2pa_timestamp_url: 'tsa.org', expected http://"),
