@@ -37,7 +37,7 @@ CURVES: dict[str, tuple[tuple[float, float], ...]] = {
 }
 """Moments in seconds with shares of the peak, linear between."""
 MOST_REQUESTS = 10**7
-"""All are drawn at once, and a few minutes of two cores simulate a hundred thousand."""
+"""Limit of a curve's requests: they are drawn at once, and a hundred thousand are simulated in minutes."""
 PEAK_S = 600.0
 """Seconds of the peak for which a fixed number of replicas must keep the goal."""
 

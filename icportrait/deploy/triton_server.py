@@ -141,15 +141,16 @@ class TritonServer:
             IcPortraitError: there is no room for its files, or the server or a part of it ended, was stopped by a
                 signal, or didn't get ready in time.
         """
+        deadline = time.monotonic() + self.ready_timeout_s
         for left in reversed(range(STARTS)):
             try:
-                return self._start()
+                return self._start(deadline)
             except _AbortedError as error:
                 if not left:
                     raise
-                self.say(f"{error}; it is started again, because that is what it does on a machine that is too busy")
+                self.say(f"tritonserver is started again: {error}")
 
-    def _start(self) -> None:
+    def _start(self, deadline: float) -> None:
         policy = repository_policy(self.repository, self.overrides)
         installation = find_installation(policy.runtime)
         check_plans(self.repository, policy.runtime, installation, self.device)
@@ -203,7 +204,7 @@ class TritonServer:
                     stderr=subprocess.STDOUT if log else None,
                     start_new_session=True,
                 )
-            self._wait_ready()
+            self._wait_ready(deadline)
             self._find_stubs()
         except OSError as error:
             self.kill()
@@ -272,9 +273,8 @@ class TritonServer:
         if lost := expected - {stub.model for stub in self._stubs}:
             raise self._failed(f"model {min(lost)}: its process ended before the server was ready")
 
-    def _wait_ready(self) -> None:
+    def _wait_ready(self, deadline: float) -> None:
         look_at = time.monotonic()
-        deadline = look_at + self.ready_timeout_s
         while time.monotonic() < deadline:
             if (status := self.poll()) is not None:
                 error = self._failed(f"tritonserver ended with status {status} before it was ready")

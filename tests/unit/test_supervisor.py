@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest.mock import Mock
@@ -249,7 +250,7 @@ def test_a_start_during_which_the_kernel_killed_for_memory_says_so(monkeypatch: 
         triton.wait()
         server = TritonServer(Path("repository"), _process=triton, _oom_kills=before)
         with pytest.raises(IcPortraitError, match="status 1 before it was ready; meanwhile the kernel has killed"):
-            server._wait_ready()
+            server._wait_ready(time.monotonic() + 5)
 
 
 def test_a_process_that_got_the_number_later_is_another_one() -> None:
@@ -276,13 +277,13 @@ def too_many_open_files(*_: object) -> None:
 
 
 def test_a_start_during_which_a_part_is_stopped_by_a_signal_says_so(tmp_path: Path) -> None:
-    server = TritonServer(Path("repository"), ready_timeout_s=5, _run=Mock(folder=tmp_path))
+    server = TritonServer(Path("repository"), _run=Mock(folder=tmp_path))
     with subprocess.Popen(["sleep", "1000"]) as triton:
         server._process = triton
         triton.send_signal(signal.SIGSTOP)
         try:
             with pytest.raises(IcPortraitError, match=r"^tritonserver was stopped by a signal before the server was"):
-                server._wait_ready()
+                server._wait_ready(time.monotonic() + 5)
         finally:
             triton.kill()
 
@@ -291,9 +292,9 @@ def test_a_start_during_which_a_models_process_is_stopped_by_a_signal_says_so(
     stub: subprocess.Popen[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(icportrait.deploy.triton_server, "stub_processes", lambda _: stub_processes(os.getpid()))
-    server = TritonServer(Path("repository"), ready_timeout_s=5, _run=Mock(folder=tmp_path))
+    server = TritonServer(Path("repository"), _run=Mock(folder=tmp_path))
     with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as server._process:
         stub.send_signal(signal.SIGSTOP)
         with pytest.raises(IcPortraitError, match=r"^the process of model denoise was stopped by a signal before"):
-            server._wait_ready()
+            server._wait_ready(time.monotonic() + 5)
         server._process.communicate()
