@@ -94,13 +94,16 @@ def test_a_models_process_that_has_outlived_its_run_is_ended_and_a_living_runs_i
                 [
                     "/any/triton_python_backend_stub",
                     "-c",
-                    f"icportrait_{run.name[-8:]}_1 = 0; import time; time.sleep(99)",
+                    f"icportrait_{run.name[-8:]}_1 = print(flush=True); import time; time.sleep(99)",
                 ],
                 executable=sys.executable,
+                stdout=subprocess.PIPE,
             )
             for run in (folder, living)
         ]
         try:
+            for stub in stubs:  # a process has its arguments a moment after Popen returns
+                assert stub.stdout and stub.stdout.readline()
             os.kill(killed.pid, signal.SIGKILL)
             killed.wait(10)
             assert remove_leftovers() == [f"icportrait_{folder.name[-8:]}_lock", folder.name]
@@ -109,7 +112,7 @@ def test_a_models_process_that_has_outlived_its_run_is_ended_and_a_living_runs_i
         finally:
             for stub in stubs:
                 stub.kill()
-                stub.wait()
+                stub.communicate()
 
 
 def test_a_living_runs_folder_stays_where_its_shared_memory_is_another_containers(

@@ -169,8 +169,11 @@ def stub(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     (tmp_path / STUB).symlink_to("/bin/sh")
     model = tmp_path / "repository" / "denoise" / "1" / "model.py"
     model.parent.mkdir(parents=True)
-    model.write_text('read status && exit "$status"')
-    with subprocess.Popen([tmp_path / STUB, model], stdin=subprocess.PIPE, bufsize=0) as process:
+    model.write_text('echo && read status && exit "$status"')
+    with subprocess.Popen(
+        [tmp_path / STUB, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+    ) as process:
+        assert process.stdout and process.stdout.readline()  # a process has its arguments a moment after Popen returns
         yield process
         process.kill()
 
