@@ -26,7 +26,7 @@ from tests.fuzz.watch import REST_S
 pytestmark = [pytest.mark.full, pytest.mark.timeout(1200)]
 
 CALLERS = 12
-LEAVERS, ROUNDS, ROUND = 1000, 7, 1000
+LEAVERS, ROUNDS, ROUND = 1000, 5, 1000
 STOP_S = 6.0
 """Longest stop; for an inference that nobody ends Triton waits for 30 s."""
 GROWTH = 1.02
