@@ -154,7 +154,7 @@ test: $(STAMP) ## lint, types, and the unit, contract, training and e2e tests
 unit: $(STAMP)
 	@$(PYTHON) -m pytest $(WORKERS) auto tests/unit
 
-test-full: $(QUANTIZER_STAMP) ## the slow tests: thousands of calls, all of sd15-512, int8 and fp8; about 15 minutes, 16 GB of memory, 12 GB of disk
+test-full: $(QUANTIZER_STAMP) ## the slow tests: thousands of calls, all of sd15-512, int8 and fp8; about 13 minutes, 16 GB of memory, 12 GB of disk
 	@$(PYTHON) -m tests.full
 	@$(PYTHON) -m pytest -m full -s --numprocesses 2 --dist loadfile
 
