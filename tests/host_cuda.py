@@ -72,7 +72,7 @@ class ExecutableGraph(cuda.cudaGraphExec_t):
 class HostCuda:
     """The calls, and what they were: ``log`` has (name, bytes) of all that was put on streams to be done."""
 
-    # All tests': what one leaves to the garbage collector is given back while another runs.
+    # All tests': what one leaves to the garbage collector is given back while another runs, at any moment.
     _blocks: ClassVar[dict[int, np.ndarray]] = {}
     _pinned: ClassVar[dict[int, np.ndarray]] = {}
 
@@ -232,7 +232,7 @@ class HostCuda:
         return (SUCCESS,)
 
     def is_pinned(self, pointer: int) -> bool:
-        return any(start <= pointer < start + block.nbytes for start, block in self._pinned.items())
+        return any(start <= pointer < start + block.nbytes for start, block in self._pinned.copy().items())
 
     def _note_time(self, event: Moment, stream: int) -> tuple[Any, ...]:
         event.at_s = None

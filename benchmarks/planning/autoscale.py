@@ -215,7 +215,7 @@ def figures(found: FleetRun, question: Question, profile: ServiceProfile) -> dic
         "p99_ms": round(p99_ms, 1) if math.isfinite(p99_ms) else None,
         "replicas": {
             "least": min(point.wanted for point in found.points),
-            "most": max(point.wanted for point in found.points),
+            "most": found.most,
             "changes": sum(a.wanted != b.wanted for a, b in zip(found.points, found.points[1:], strict=False)),
         },
         "replica_hours": round(hours, 2),

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from tests.host_cuda import HostCuda
 
 
 class Clock:
@@ -33,3 +36,12 @@ class Clock:
 @pytest.fixture
 def clock() -> Clock:
     return Clock()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
+    from tests.host_cuda import HostCuda
+
+    emulated = HostCuda()
+    emulated.install(monkeypatch)
+    return emulated

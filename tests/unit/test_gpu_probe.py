@@ -34,13 +34,6 @@ def answered(spec: ModelSpec) -> dict[str, Array]:
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
-    emulated = HostCuda()
-    emulated.install(monkeypatch)
-    return emulated
-
-
-@pytest.fixture
 def engines(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> dict[str, Engine]:
     """Return the stand-ins for plans that were loaded, by the engine's name."""
     made: dict[str, Engine] = {}

@@ -72,14 +72,10 @@ def engines(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> dict[str, Engine
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
-    emulated = HostCuda()
-    emulated.install(monkeypatch)
+def cuda(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> HostCuda:
     for module in (icportrait.runtime.tensorrt.loading, icportrait.runtime.tensorrt.engine):
-        monkeypatch.setattr(
-            module, "find_gpu", lambda: Gpu("NVIDIA Test", "8.9", 8 * 10**9, emulated.free_bytes, "13.0")
-        )
-    return emulated
+        monkeypatch.setattr(module, "find_gpu", lambda: Gpu("NVIDIA Test", "8.9", 8 * 10**9, cuda.free_bytes, "13.0"))
+    return cuda
 
 
 @pytest.fixture(scope="module")

@@ -96,13 +96,6 @@ def host(array: DeviceArray) -> np.ndarray:
     return view(array.pointer, array.shape, array.dtype)
 
 
-@pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
-    emulated = HostCuda()
-    emulated.install(monkeypatch)
-    return emulated
-
-
 @pytest.fixture(autouse=True)
 def torch_gpu(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostTorch]:
     gpu = HostTorch(cuda)

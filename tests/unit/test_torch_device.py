@@ -33,13 +33,6 @@ ADDS_IN_ANY_ORDER = {"index_add", "scatter_add", "scatter_reduce", "index_put", 
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
-    emulated = HostCuda()
-    emulated.install(monkeypatch)
-    return emulated
-
-
-@pytest.fixture
 def gpu(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> Iterator[HostTorch]:
     emulated = HostTorch(cuda)
     emulated.install(monkeypatch)

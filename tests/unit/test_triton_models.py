@@ -94,12 +94,10 @@ class Sender:
 
 
 @pytest.fixture
-def cuda(monkeypatch: pytest.MonkeyPatch) -> HostCuda:
-    emulated = HostCuda()
-    emulated.install(monkeypatch)
+def cuda(cuda: HostCuda, monkeypatch: pytest.MonkeyPatch) -> HostCuda:
     # DLPack itself needs a driver to say in which memory an address lies.
     monkeypatch.setattr(icportrait.runtime.placement, "as_device_array", lambda tensor, stream: tensor.memory)
-    return emulated
+    return cuda
 
 
 @pytest.fixture
