@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
@@ -33,6 +33,7 @@ from icportrait.runtime.latency_table import LatencyTable
 from icportrait.runtime.shared_device import DEVICE_FOLDER
 
 WARM_UP_S = 0.5
+LEAST_STEPS = 10
 _SERIES = ("step_outside_engine_ms", "step_ms", "step_slots")
 
 
@@ -82,18 +83,23 @@ def run_loop(settings: LoopSettings) -> dict[str, Any]:
 
 
 def figures_of(slots: Slots, settings: LoopSettings, manifest: Manifest) -> dict[str, Any]:
-    """Keep a loop over these slots full for the settings' seconds, and return its figures.
+    """Keep a loop over these slots full for the settings' seconds, or ``LEAST_STEPS`` if they take longer.
+
+    Returns:
+        The figures of its steps.
 
     Raises:
-        IcPortraitError: the loop failed, or no step ended.
+        IcPortraitError: the loop failed.
     """
     recorder, schedule = Recorder(), NoiseSchedule.from_config(manifest.scheduler_config)
     loop = DenoisingLoop(slots, schedule, manifest.preset, metrics=recorder)
     feeder = _Feeder(loop, settings, manifest)
     try:
         time.sleep(WARM_UP_S)
+        feeder.wait_for(lambda: loop.used_rows > slots.rows - settings.rows)
         began_s, recorder.is_recording = time.perf_counter(), True
         time.sleep(settings.seconds)
+        feeder.wait_for(lambda: len(recorder.values[_SERIES[0]]) >= LEAST_STEPS)
         recorder.is_recording, took_s = False, time.perf_counter() - began_s
     finally:
         feeder.stop()
@@ -101,8 +107,6 @@ def figures_of(slots: Slots, settings: LoopSettings, manifest: Manifest) -> dict
     if feeder.failure:
         raise feeder.failure
     outside, step_ms, in_use = (recorder.values[name] for name in _SERIES)
-    if not outside:
-        raise IcPortraitError(f"no step ended in {settings.seconds:g} s; ask for more --seconds")
     return {
         "steps": len(outside),
         "steps_per_s": round(len(outside) / took_s, 2),
@@ -128,6 +132,11 @@ class _Feeder:
         self._stopped = False
         self._thread = threading.Thread(target=self._feed, name="feeder", daemon=True)
         self._thread.start()
+
+    def wait_for(self, condition: Callable[[], bool]) -> None:
+        """Wait until the condition is true, or a job has failed."""
+        while not (condition() or self.failure):
+            time.sleep(0.01)
 
     def stop(self) -> None:
         """Submit no more."""

@@ -14,7 +14,8 @@ This page is the map. docs/architecture.md follows a request through it, step by
 
 The modules beside them are the vocabulary of all: ``errors``, ``contract`` (every tensor), ``presets`` (every size),
 ``request`` (the public inputs), ``policy`` (a server's settings, the order of waiting requests), ``manifest`` (an
-export), ``metrics`` (what is counted).
+export), ``metrics`` (what is counted), ``phases`` (the slots that a request takes, step by step), ``pace`` (the time
+that steps take).
 
 Imports go down this list only, and tests/unit/test_imports.py holds that.
 """

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from itertools import count
 
 from icportrait.contract import Array
@@ -48,10 +49,8 @@ class Batch:
         self._latents = latents(preset, slots.rows)
         self.running: list[Job] = []
         self.used_rows = 0
-        self._stepped_ns = 0
-        """End of the last step, by ``time.monotonic_ns``."""
-        self._incomplete: tuple[list[Job], int, float] | None = None
-        """The last step's jobs, rows in use and seconds, until ``complete``."""
+        self._incomplete: tuple[list[Job], int, float, int] | None = None
+        """The last step's jobs, rows in use, seconds, and end by ``time.monotonic_ns``, until ``complete``."""
 
     @property
     def stepping(self) -> list[Job]:
@@ -97,7 +96,7 @@ class Batch:
         self._times.begin()
         now_ns = time.monotonic_ns()
         for job in jobs:
-            job.joined_ns = now_ns
+            job.account.joined_ns = now_ns
         names = ("profile_latent", "reference_latent", "visibility")
         inputs = [{name: getattr(job, name) for name in names} for job in jobs]
         try:
@@ -121,8 +120,9 @@ class Batch:
         self._times.warped(warp_s)
         now_ns, portraits = time.monotonic_ns(), sum(job.request.num_portraits for job in jobs)
         for job, confidence in zip(jobs, confidences, strict=True):
-            job.match_confidence, job.conditioned_ns, job.warp_s = float(confidence), now_ns, warp_s
-            job.engine_s = warp_s * job.request.num_portraits / portraits
+            account = job.account
+            account.match_confidence, account.conditioned_ns, account.warp_ms = float(confidence), now_ns, 1000 * warp_s
+            account.engine_ms = account.warp_ms * job.request.num_portraits / portraits
             if job.unconditional_slots:
                 self._slots.clear(job.unconditional_slots)
 
@@ -156,8 +156,7 @@ class Batch:
             engine_s = self._times.end(measured_s)
         self._latents.advance(noise_pred)
         self._times.stepped(self.used_rows, engine_s)
-        self._stepped_ns = time.monotonic_ns()
-        self._incomplete = (self.running, self.used_rows, engine_s)
+        self._incomplete = (self.running, self.used_rows, engine_s, time.monotonic_ns())
 
     def complete(self) -> None:
         """Finish the last step's arithmetic, and charge the step's time by rows.
@@ -167,10 +166,13 @@ class Batch:
         if self._incomplete is None:
             return
         self._latents.complete()
-        (running, used_rows, engine_s), self._incomplete = self._incomplete, None
+        (running, used_rows, engine_s, now_ns), self._incomplete = self._incomplete, None
         for job in running:
-            job.rows_of_steps, job.steps_in_batch = job.rows_of_steps + used_rows, job.steps_in_batch + 1
-            job.engine_s += engine_s * len(job.slots) / used_rows
+            account = job.account
+            account.denoised_ns = now_ns
+            account.rows_of_steps += used_rows
+            account.steps_in_batch += 1
+            account.engine_ms += 1000 * engine_s * len(job.slots) / used_rows
 
     def is_finite(self, job: Job) -> bool:
         """Tell whether the last step gave neither NaN nor Inf for a job."""
@@ -178,20 +180,8 @@ class Batch:
 
     def result(self, job: Job) -> DenoiseResult:
         """Return the result of a job that has had all its steps, with a copy of its portraits."""
-        return self._result(job, self._latents.latent(job.portrait_slots))
+        return DenoiseResult(self._latents.latent(job.portrait_slots), replace(job.account))
 
     def preview(self, job: Job) -> DenoiseResult:
         """Return a job's result so far, with the last step's estimate of its portraits without noise."""
-        return self._result(job, self._latents.clean_latent(job.portrait_slots))
-
-    def _result(self, job: Job, portrait_latent: Array) -> DenoiseResult:
-        return DenoiseResult(
-            portrait_latent,
-            job.match_confidence,
-            job.joined_ns,
-            job.conditioned_ns,
-            self._stepped_ns,
-            1000 * job.warp_s,
-            job.rows_of_steps / max(1, job.steps_in_batch),
-            1000 * job.engine_s,
-        )
+        return DenoiseResult(self._latents.clean_latent(job.portrait_slots), replace(job.account))

@@ -32,25 +32,38 @@ class State(Enum):
     """Answered."""
 
 
+@dataclass
+class Account:
+    """What a job has had of the engines so far. Times are readings of ``time.monotonic_ns``."""
+
+    match_confidence: float = math.nan
+    joined_ns: int = 0
+    """Begin of the job's warping."""
+    conditioned_ns: int = 0
+    """End of the job's warping."""
+    denoised_ns: int = 0
+    """End of the job's last step."""
+    warp_ms: float = 0.0
+    """The warping network's run, with all jobs that joined together."""
+    engine_ms: float = 0.0
+    """The engines' time that the job is charged with: its rows' share of each run."""
+    rows_of_steps: int = 0
+    """Rows in use, summed over the steps that the job was in the batch for."""
+    steps_in_batch: int = 0
+
+    @property
+    def rows_shared(self) -> float:
+        """Return the rows in use, on average over the job's steps."""
+        return self.rows_of_steps / max(1, self.steps_in_batch)
+
+
 @dataclass(frozen=True)
 class DenoiseResult:
-    """The result of a job. Times are readings of ``time.monotonic_ns``."""
+    """The result of a job."""
 
     portrait_latent: Array
     """[num_portraits, 4, s, s] float32."""
-    match_confidence: float
-    joined_ns: int
-    """Begin of the job's warping."""
-    conditioned_ns: int
-    """End of the job's warping."""
-    denoised_ns: int
-    """End of the job's last step."""
-    warp_ms: float
-    """The warping network's run, with all jobs that joined together."""
-    rows_shared: float
-    """Rows in use, on average over the job's steps."""
-    engine_ms: float
-    """The engines' time that the job is charged with: its rows' share of each run."""
+    account: Account
 
 
 OnDone = Callable[[DenoiseResult | IcPortraitError], None]
@@ -101,14 +114,7 @@ class Job:
     steps_begun: int = field(default=0, init=False)
     steps_done: int = field(default=0, init=False)
     """Steps that were reported."""
-    match_confidence: float = field(default=math.nan, init=False)
-    joined_ns: int = field(default=0, init=False)
-    conditioned_ns: int = field(default=0, init=False)
-    warp_s: float = field(default=0.0, init=False)
-    engine_s: float = field(default=0.0, init=False)
-    rows_of_steps: int = field(default=0, init=False)
-    """Rows in use, summed over the steps that the job was in the batch for."""
-    steps_in_batch: int = field(default=0, init=False)
+    account: Account = field(default_factory=Account, init=False, repr=False)
 
     @cached_property
     def _guided_steps(self) -> range:

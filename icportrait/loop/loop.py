@@ -29,8 +29,9 @@ from icportrait.loop.batch import Batch
 from icportrait.loop.job import DenoiseResult, Job
 from icportrait.loop.scheduler import Outcomes, Scheduler
 from icportrait.loop.thread import Inbox, in_thread
-from icportrait.loop.times import Pace, Times
+from icportrait.loop.times import Times
 from icportrait.metrics import Metrics
+from icportrait.pace import Pace
 from icportrait.policy import BATCHING_MODES
 from icportrait.presets import Preset
 from icportrait.request import check_slots
@@ -244,7 +245,6 @@ class DenoisingLoop:
             self._finish()
         except Exception:
             logger.exception("results are lost")
-        while not self._inbox.empty():
-            self._inbox.get(timeout=None)()
+        self._receive(is_idle=False)
         for job in [*self._answers, *self._changing, *self._batch.running, *self._scheduler.waiting]:
             job.answer(Unavailable(SHUTTING_DOWN))

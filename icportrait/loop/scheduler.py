@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from icportrait.errors import IcPortraitError
 from icportrait.loop.job import Job
-from icportrait.loop.times import Pace
+from icportrait.pace import Pace
 from icportrait.phases import FOR_GOOD, Phases, Timetable, most_rows
 from icportrait.policy import AGING_S, BatchingMode, rank
 

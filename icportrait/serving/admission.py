@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from icportrait.errors import Unavailable
 from icportrait.loop.job import Job, State
-from icportrait.loop.times import Pace
 from icportrait.metrics import Metrics
+from icportrait.pace import Pace
 from icportrait.phases import Phases, Timetable, remaining
 from icportrait.policy import rank
 from icportrait.serving.control import Demand, Peer

@@ -308,18 +308,19 @@ class DenoiseStage:
             self._deliveries.put(self._give_up)
 
     def _outputs(self, result: DenoiseResult, arrived_ns: int) -> Tensors:
+        account = result.account
         report = {
             "arrived_ns": arrived_ns,
-            "joined_ns": result.joined_ns,
-            "conditioned_ns": result.conditioned_ns,
-            "denoised_ns": result.denoised_ns,
+            "joined_ns": account.joined_ns,
+            "conditioned_ns": account.conditioned_ns,
+            "denoised_ns": account.denoised_ns,
             # No JSON has NaN.
-            "match_confidence": result.match_confidence if math.isfinite(result.match_confidence) else None,
+            "match_confidence": account.match_confidence if math.isfinite(account.match_confidence) else None,
             "engine": self._loop.engine_version,
             "numerics_id": self._numerics_id,
-            "warp_ms": round(result.warp_ms, 3),
-            "rows_shared": round(result.rows_shared, 2),
-            "engine_ms": round(result.engine_ms, 3),
+            "warp_ms": round(account.warp_ms, 3),
+            "rows_shared": round(account.rows_shared, 2),
+            "engine_ms": round(account.engine_ms, 3),
         }
         return {
             "portrait_latent": result.portrait_latent,

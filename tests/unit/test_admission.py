@@ -14,8 +14,8 @@ import icportrait.serving.admission
 from icportrait.errors import Unavailable
 from icportrait.loop.job import Job, State
 from icportrait.loop.scheduler import Scheduler
-from icportrait.loop.times import Pace
 from icportrait.metrics import REFUSALS, Metrics
+from icportrait.pace import Pace
 from icportrait.phases import Phases, most_rows, phases_of
 from icportrait.policy import BATCHING_MODES
 from icportrait.serving.admission import MARGIN, UNKNOWN_RETRY_MS, Admission, Lease, Limits, forecast

@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-VOCABULARY = ("contract", "disk", "errors", "manifest", "metrics", "phases", "policy", "presets", "request")
+VOCABULARY = ("contract", "disk", "errors", "manifest", "metrics", "pace", "phases", "policy", "presets", "request")
 MAY_IMPORT = {
     "vocabulary": set(),
     "diffusion": {"vocabulary"},

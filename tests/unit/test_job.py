@@ -377,10 +377,8 @@ def test_those_that_have_ended_are_answered_with_their_portraits_though_the_loop
 def test_a_result_that_cannot_be_had_is_that_jobs_error_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     lost, other = steps_of(2, 2)
     with label_loop() as (slots, loop):
-        result = loop._batch._result
-        monkeypatch.setattr(
-            loop._batch, "_result", lambda job, latent: 1 / 0 if job.request is lost.request else result(job, latent)
-        )
+        result = loop._batch.result
+        monkeypatch.setattr(loop._batch, "result", lambda job: 1 / 0 if job.request is lost.request else result(job))
         slots.gate.clear()
         first = submit(loop, steps_of(1)[0])
         slots.is_warping.wait(60)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import stat
@@ -151,7 +150,9 @@ def test_empty_folders_of_killed_python_backends_go_and_those_that_may_be_a_runn
 
 
 def test_a_program_runs_while_a_process_has_its_name(tmp_path: Path) -> None:
-    with subprocess.Popen(["/any/a-program", "99"], executable=shutil.which("sleep")) as process:
+    arguments = ["/any/a-program", "-c", "print(flush=True); import time; time.sleep(99)"]
+    with subprocess.Popen(arguments, executable=sys.executable, stdout=subprocess.PIPE) as process:
+        assert process.stdout and process.stdout.readline()  # a process has its arguments a moment after Popen returns
         assert runs("a-program") and not runs("/any/a-program") and not runs("another-program")
         process.kill()
     assert not runs("a-program")

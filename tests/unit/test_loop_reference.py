@@ -112,7 +112,7 @@ def test_jobs_of_one_batch_equal_the_reference_pipeline(loop, warping, unet) -> 
             scheduler=request.scheduler,
         )
         np.testing.assert_allclose(result.portrait_latent, expected.latents, rtol=1e-3, atol=1e-4)
-        assert result.match_confidence == pytest.approx(expected.match_confidence, abs=1e-5)
+        assert result.account.match_confidence == pytest.approx(expected.match_confidence, abs=1e-5)
 
 
 def test_an_answer_leaves_when_its_own_steps_are_done(loop, warping) -> None:

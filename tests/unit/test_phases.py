@@ -117,9 +117,9 @@ def test_a_job_is_charged_with_the_rows_that_a_step_had() -> None:
         engine_s = 0.5
 
     with label_loop(slots=Timed(), clock=count().__next__) as (_, loop):
-        result = submit(loop, labelled(guided(0.0, 0.5, num_inference_steps=4), 1.0)).result(60)
-    assert result.engine_ms == 1000 * (0.5 + 4 * 0.5)
-    assert result.rows_shared == 1.5
+        account = submit(loop, labelled(guided(0.0, 0.5, num_inference_steps=4), 1.0)).result(60).account
+    assert account.engine_ms == 1000 * (0.5 + 4 * 0.5)
+    assert account.rows_shared == 1.5
 
 
 class GuidingSlots(LabelSlots):

@@ -10,7 +10,7 @@ import pytest
 from icportrait.errors import Cancelled, DeadlineMissed, IcPortraitError
 from icportrait.loop.job import Job
 from icportrait.loop.scheduler import Scheduler
-from icportrait.loop.times import Pace
+from icportrait.pace import Pace
 from icportrait.phases import Phases, remaining
 from icportrait.policy import BATCHING_MODES
 

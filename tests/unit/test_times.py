@@ -6,8 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from icportrait.loop.times import NEW_SHARE, Pace, Times
+from icportrait.loop.times import Times
 from icportrait.metrics import Metrics
+from icportrait.pace import NEW_SHARE, Pace
 from tests.label_slots import LabelSlots, label_loop, start, steps_of, submit
 from tests.unit.conftest import Clock
 
@@ -209,7 +210,7 @@ def test_engines_time_is_charged_by_rows_and_adds_up(clock: Clock) -> None:
         wide = replace(short, request=replace(short.request, num_portraits=3))
         futures = [submit(loop, entry) for entry in (wide, long)]
         slots.gate.set()
-        alone, many, one = (future.result(60) for future in (first, *futures))
+        alone, many, one = (future.result(60).account for future in (first, *futures))
     assert (alone.rows_shared, alone.warp_ms, alone.engine_ms) == (1, pytest.approx(20), pytest.approx(25))
     assert (many.rows_shared, one.rows_shared) == (4, 2.5)
     assert many.warp_ms == one.warp_ms == pytest.approx(20)
