@@ -34,7 +34,7 @@ class State(Enum):
 
 @dataclass
 class Account:
-    """What a job has had of the engines so far. Times are readings of ``time.monotonic_ns``."""
+    """A job's share of the engines so far. Times are readings of ``time.monotonic_ns``."""
 
     match_confidence: float = math.nan
     joined_ns: int = 0

@@ -147,9 +147,12 @@ def arguments(pid: int) -> bytes:
 
 
 def children(pid: int) -> list[int]:
-    """List the process's own children, from /proc."""
-    tasks = Path(f"/proc/{pid}/task").glob("*/children")
-    return [int(child) for task in tasks for child in task.read_text().split()]
+    """List the process's own children, from /proc; none where the process has ended."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):  # the thread has just ended
+            found += [int(child) for child in task.read_text().split()]
+    return found
 
 
 def descendants(pid: int) -> list[int]:
