@@ -17,13 +17,11 @@ import numpy as np
 
 from benchmarks.planning.evaluation import quantile
 from benchmarks.planning.profile import ServiceProfile
-from benchmarks.planning.scaling_rule import Autoscaler, Rule, rate
+from benchmarks.planning.scaling_rule import QUEUE, SLOTS, Autoscaler, Rule, rate
 from benchmarks.planning.simulation import OK, Passage, ServerSettings, SimulatedServer
 from benchmarks.planning.virtual import VirtualTime
 from benchmarks.planning.workload import Call
 
-QUEUE, SLOTS = "queue", "slots"
-"""The rule's triggers."""
 NOBODY = "nobody"
 """Code of a request that found no replica ready."""
 LEAST_RATE_PER_S = 0.1

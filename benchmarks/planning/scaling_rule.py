@@ -24,6 +24,8 @@ from typing import Any
 SCALED = Path(__file__).parents[2] / "deploy" / "kubernetes" / "components" / "autoscaling" / "scaled.yaml"
 SYNC_S, TOLERANCE = 15.0, 0.1
 """The controller's own defaults (``--horizontal-pod-autoscaler-sync-period``, ``-tolerance``)."""
+QUEUE, SLOTS = "queue", "slots"
+"""The rule's triggers: seconds until the queue is empty at the present pace, and slots in use."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +68,18 @@ class Rule:
     tolerance: float = TOLERANCE
 
     def faster(self, factor: float) -> Rule:
-        """Return the rule with all times a factor shorter."""
+        """Return the rule with all times a factor shorter, the target of seconds in the queue too."""
 
         def shorter(direction: Direction) -> Direction:
             policies = tuple(replace(each, period_s=each.period_s / factor) for each in direction.policies)
             return Direction(direction.window_s / factor, policies)
 
-        return replace(self, up=shorter(self.up), down=shorter(self.down), sync_s=self.sync_s / factor)
+        triggers = tuple(
+            replace(each, target=each.target / factor) if each.name == QUEUE else each for each in self.triggers
+        )
+        return replace(
+            self, triggers=triggers, up=shorter(self.up), down=shorter(self.down), sync_s=self.sync_s / factor
+        )
 
 
 def read_rule(path: Path = SCALED) -> Rule:

@@ -14,7 +14,7 @@ from benchmarks.planning.autoscale import curve_calls
 from benchmarks.planning.fleet import Fleet, FleetRun, FleetSettings
 from benchmarks.planning.profile import ServiceProfile
 from benchmarks.planning.question import find_profile
-from benchmarks.planning.scaling_rule import read_rule
+from benchmarks.planning.scaling_rule import SLOTS, read_rule
 from benchmarks.planning.simulation import OK
 from benchmarks.planning.workload import Workload
 from icportrait.contract import ENGINES
@@ -56,7 +56,7 @@ def test_real_servers_and_the_planner_follow_a_burst(scale_folder: Path, small: 
     )
     read = read_rule()
     # More rows make no step longer here, so that a server does with more of them.
-    triggers = tuple(replace(each, target=12.0) if each.name == "slots" else each for each in read.triggers)
+    triggers = tuple(replace(each, target=12.0) if each.name == SLOTS else each for each in read.triggers)
     rule = replace(read, most=MOST, triggers=triggers)
     duration_s = CURVE[-1][0]
     calls = [
