@@ -213,7 +213,11 @@ class DevicesSettings:
                 raise InvalidRequest(f"{name}: {value}, expected {least} or more")
         _check_above_0("slower", self.slower)
         _check_above_0("idle_s", self.idle_s, LONGEST_S)
-        for seconds in (self.duration_s, self.cost_s):
+        for name, seconds in (("duration", self.duration_s), ("cost_s", self.cost_s)):
+            if not seconds > LoadSettings.warm_up_s:
+                raise InvalidRequest(
+                    f"{name}: {seconds:g} s, expected more than the warm-up, {LoadSettings.warm_up_s:g} s"
+                )
             LoadSettings(rate_per_s=self.rate_per_s, duration_s=seconds, seed=self.seed)
 
 

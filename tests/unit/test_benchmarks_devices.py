@@ -42,8 +42,21 @@ def test_a_p99_without_an_interval_and_a_generator_that_fell_behind_are_told_as_
     assert "  1 (- to -)  INVALID: the generator did NOT keep up" in text
 
 
-@pytest.mark.parametrize("flags", [["--devices", "1"], ["--slower", "0"], ["--rate", "-1"], ["--duration", "2"]])
-def test_wrong_settings_are_told_before_anything_runs(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flag", "value", "named"),
+    [
+        ("--devices", "1", "devices"),
+        ("--slower", "0", "slower"),
+        ("--rate", "-1", "rate"),
+        ("--duration", "2", "duration"),
+        ("--cost-s", "0", "cost_s"),
+    ],
+)
+def test_wrong_settings_are_told_before_anything_runs(
+    flag: str, value: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["devices", *flags])
-    assert ended.value.code == 2 and "expected" in capsys.readouterr().err
+        main(["devices", flag, value])
+    assert (
+        ended.value.code == 2 and f"error: {named}: {value}" in (said := capsys.readouterr().err) and "expected" in said
+    )

@@ -155,6 +155,12 @@ def test_two_threads_may_close_a_client() -> None:
             closing.result(WAIT_S)
 
 
+@pytest.mark.parametrize("option", [{"sticky": True}, {"headers": {"a": "b"}}, {"api_key": "k"}, {"keepalive_s": 2.0}])
+def test_what_a_transport_would_not_use_is_refused_beside_it(option: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequest, match=f"^{next(iter(option))}: is for gRPC; leave it out"):
+        PortraitClient("a:1", transport=SlowToClose(), **option)
+
+
 def test_a_request_that_pauses_is_not_sent_after_the_client_was_closed(fake: FakePortraitServer) -> None:
     async def main() -> None:
         fake.fail("UNAVAILABLE", "UNAVAILABLE: the queue is full; retry_after_ms: 50")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from icportrait_client import wire
 from icportrait_client.aio import AsyncPortraitClient
@@ -13,7 +13,7 @@ from icportrait_client.contract import load_contract
 from icportrait_client.errors import PortraitError, ServerError
 from icportrait_client.portraits import Metadata
 from icportrait_client.servers import read_addresses
-from icportrait_client.settings import ClientOptions, grpc_transport
+from icportrait_client.settings import OF_GRPC, ClientOptions, grpc_transport
 from icportrait_client.sweep import WHOLE, YAWS
 from icportrait_client.transport import MODEL_CONFIG, SERVER_LIVE, SERVER_METADATA, SERVER_READY
 
@@ -108,8 +108,9 @@ async def ask_info(
             report = None
             if with_portrait:
                 # A client closes its transport.
-                own: ClientOptions = {**options, "transport": grpc_transport(addresses, options)}
-                report = await _portrait(address, own, timeout_s)
+                own = {name: value for name, value in options.items() if name not in OF_GRPC}
+                own["transport"] = grpc_transport(addresses, options)
+                report = await _portrait(address, cast(ClientOptions, own), timeout_s)
             found.append(Info(address, name, version, settings, report))
     finally:
         await transport.close()

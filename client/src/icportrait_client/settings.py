@@ -60,7 +60,11 @@ class ClientOptions(TypedDict, total=False):
     keepalive_s: float
     """Seconds of silence after which a connection with requests under way is tested."""
     transport: Transport | None
-    """Sends the messages in place of gRPC."""
+    """Sends the messages in place of gRPC, so that ``OF_GRPC`` can't be given beside it."""
+
+
+OF_GRPC = ("api_key", "headers", "sticky", "tls", "use_proxy", "keepalive_s")
+"""Arguments that are for the client's own gRPC connections alone."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +95,11 @@ def read_settings(servers: str | Sequence[str], options: ClientOptions) -> Setti
     balance = options.get("balance", "least-loaded")
     if balance not in ("least-loaded", "round-robin"):
         raise InvalidRequest(f"balance: {balance!r}, expected least-loaded or round-robin")
-    transport = options.get("transport") or grpc_transport(addresses, options)
+    if transport := options.get("transport"):
+        if unused := [name for name in OF_GRPC if name in options]:
+            raise InvalidRequest(f"{unused[0]}: is for gRPC; leave it out, or give it to the transport")
+    else:
+        transport = grpc_transport(addresses, options)
     known = Servers(() if addresses.is_resolved else addresses.named, balance)
     timeout_s = check_seconds("timeout_s", options.get("timeout_s", DEFAULT_TIMEOUT_S))
     return Settings(Attempts(transport, addresses, known, policy), timeout_s, options.get("shrink", True))
