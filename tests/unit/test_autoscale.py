@@ -15,6 +15,7 @@ from benchmarks.planning.fleet import NOBODY, Fleet, FleetSettings
 from benchmarks.planning.scaling_rule import Autoscaler, Direction, Policy, Rule, Trigger, rate, read_rule
 from benchmarks.planning.simulation import OK, SimulatedServer
 from benchmarks.planning.workload import Workload
+from tests.conftest import ROOT
 from tests.unit.test_planning import call, profile_of
 
 NO_LIMIT = Direction(0, (Policy("Percent", 10_000, 15),))
@@ -186,3 +187,24 @@ def test_a_question_that_has_no_answer_is_refused(
     except SystemExit as ended:
         assert ended.code == 2
     assert f"error: {said}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("curve", "name"), [("burst", "burst"), ("daily", "day")])
+def test_the_documents_rows_are_of_the_committed_runs(curve: str, name: str) -> None:
+    found = json.loads((ROOT / "benchmarks" / "results" / f"autoscale-{curve}.json").read_text())
+    text = (ROOT / "docs" / "capacity.md").read_text()
+    for row in found["rows"]:
+        least, most = row["replicas"]["least"], row["replicas"]["most"]
+        goodput, p99_ms = 100 * row["goodput"], row["p99_ms"]
+        fleet = f"{name}, fixed" if row["fleet"] == "fixed" else row["fleet"]
+        cells = (
+            fleet,
+            str(most) if least == most else f"{least} to {most}",
+            f"{row['replica_hours']:.1f}",
+            f"{row['cost_by_fixed']:.0%}".replace("%", " %"),
+            f"{row['cost']:.2f}",
+            f"{goodput:.0f} %" if goodput == 100 else f"{goodput:.{1 if goodput < 99.9 else 2}f} %",
+            "none" if p99_ms is None else f"{p99_ms:,.0f}",
+            f"{row['refused']}",
+        )
+        assert f"| {' | '.join(cells)}" in text
