@@ -158,7 +158,7 @@ test-full: $(QUANTIZER_STAMP) ## the slow tests: thousands of calls, all of sd15
 	@$(PYTHON) -m tests.full
 	@$(PYTHON) -m pytest -m full -s --numprocesses 2 --dist loadfile
 
-scale-test: $(STAMP) ## servers behind HAProxy and nginx under load: killed, added, rolled, scaled; about 8 minutes
+scale-test: $(STAMP) ## servers behind HAProxy and nginx under load: killed, added, rolled, scaled; about 10 minutes
 	@$(PYTHON) -m pytest -m scale -q -s tests/scale
 
 mutants: $(STAMP) ## change 150 lines of the loop, admission, sampling and pictures: do the unit tests notice?

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -52,6 +53,14 @@ def test_a_request_has_a_lease_is_answered_and_gives_it_back() -> None:
         assert metric(stage, "cancellations_total") == metric(stage, "deadline_misses_total") == 0
         front.release("a", {"decode": 2.0})  # which there is no more
         assert metric(stage, "answers_total") == 1 and answers.empty()
+
+
+def test_a_confidence_that_is_no_number_is_none_in_the_report() -> None:
+    with open_stage() as (slots, stage), Front(stage) as front:
+        warped = slots.wait_warping
+        slots.wait_warping = lambda: np.full_like(warped(), math.nan)  # type: ignore[method-assign]
+        front.lease("a", BASE)
+        assert front.report(front.submit("a", BASE).get(timeout=10))["match_confidence"] is None
 
 
 @pytest.fixture
