@@ -145,11 +145,11 @@ heads: $(STAMP) ## render the committed heads of the demo and of the client's sw
 	@$(PYTHON) -m training.example_heads
 
 # Each step ends the run where it fails, and what is quickest to fail comes first. mypy takes one core, for a minute in a
-# fresh clone. The last step has a worker more than there are cores, because its tests wait for servers.
+# fresh clone. The last step has two workers more than there are cores, because its tests wait for servers.
 test: $(STAMP) ## lint, types, and the unit, contract, training and e2e tests
 	@$(MAKE) --no-print-directory --jobs 2 lint unit
 	@$(PYTHON) -m tests.exports
-	@$(PYTHON) -m pytest $(WORKERS) $$(($$(nproc) + 1)) tests/contract tests/training tests/e2e tests/gpu
+	@$(PYTHON) -m pytest $(WORKERS) $$(($$(nproc) + 2)) tests/contract tests/training tests/e2e tests/gpu
 
 unit: $(STAMP)
 	@$(PYTHON) -m pytest $(WORKERS) auto tests/unit

@@ -35,6 +35,8 @@ logging.getLogger("torch.__trace").propagate = False
 EXAMPLES = ROOT / "examples"
 MADE_ONCE = ("server", "slow", "whole", "failing", "quick", "bare", "private", "signing", "rendered", "frontal")
 """Servers, and pictures that take seconds to render."""
+LONGEST_NAME = 300
+"""Characters of a value that may stand in a test's name."""
 
 
 @pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in its own
@@ -45,6 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if isinstance(item, pytest.Function) and name in item.fixturenames:
                 item.add_marker(pytest.mark.xdist_group(name))
                 break
+
+
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Name a long value by its length, because a test's name is sent between processes and put into the environment."""
+    return f"{argname} of {len(val)}" if isinstance(val, bytes | str) and len(val) > LONGEST_NAME else None
 
 
 def pytest_report_header() -> list[str]:

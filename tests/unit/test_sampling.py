@@ -124,7 +124,7 @@ def test_closed_loop_is_diffusers_loop(name: str, prediction: str, spacing: str 
         {"steps_offset": 3},
         {"set_alpha_to_one": True},
     ],
-    ids=str,
+    ids=lambda changes: str(changes)[:60],
 )
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_what_a_config_says_about_the_noise_is_heeded(name: str, changes: dict[str, Any]) -> None:
