@@ -9,7 +9,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean, median
@@ -96,10 +96,10 @@ def figures_of(slots: Slots, settings: LoopSettings, manifest: Manifest) -> dict
     feeder = _Feeder(loop, settings, manifest)
     try:
         time.sleep(WARM_UP_S)
-        feeder.wait_for(lambda: loop.used_rows > slots.rows - settings.rows)
         began_s, recorder.is_recording = time.perf_counter(), True
         time.sleep(settings.seconds)
-        feeder.wait_for(lambda: len(recorder.values[_SERIES[0]]) >= LEAST_STEPS)
+        while len(recorder.values[_SERIES[0]]) < LEAST_STEPS and not feeder.failure:
+            time.sleep(0.01)
         recorder.is_recording, took_s = False, time.perf_counter() - began_s
     finally:
         feeder.stop()
@@ -132,11 +132,6 @@ class _Feeder:
         self._stopped = False
         self._thread = threading.Thread(target=self._feed, name="feeder", daemon=True)
         self._thread.start()
-
-    def wait_for(self, condition: Callable[[], bool]) -> None:
-        """Wait until the condition is true, or a job has failed."""
-        while not (condition() or self.failure):
-            time.sleep(0.01)
 
     def stop(self) -> None:
         """Submit no more."""

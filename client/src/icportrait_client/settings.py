@@ -60,7 +60,7 @@ class ClientOptions(TypedDict, total=False):
     keepalive_s: float
     """Seconds of silence after which a connection with requests under way is tested."""
     transport: Transport | None
-    """Sends the messages in place of gRPC, so that ``OF_GRPC`` can't be given beside it."""
+    """Sends the messages in place of gRPC. The arguments of ``OF_GRPC`` can't be given beside it."""
 
 
 OF_GRPC = ("api_key", "headers", "sticky", "tls", "use_proxy", "keepalive_s")
