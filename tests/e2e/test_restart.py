@@ -65,6 +65,9 @@ def test_a_part_that_is_killed_or_stopped_costs_those_who_were_let_in_time_and_n
             assert regions
             os.kill(server.pid_of(part), number)
             until_metric(server.metrics_url, READY, 0)
+            # A part that is stopped is missed a while later. Requests that were past it may have ended by then.
+            interrupted = [call for call in calls if not call.done()]
+            assert interrupted or number == Signal.SIGSTOP
             asked_s = time.monotonic()
             assert re.search(r"UNAVAILABLE: the engine is being .*retry_after_ms: ", outcome(server.url, pictures, 1))
             assert time.monotonic() - asked_s < 1
@@ -73,7 +76,7 @@ def test_a_part_that_is_killed_or_stopped_costs_those_who_were_let_in_time_and_n
             assert not regions & server.shm_regions()
             assert len(list(tmp_path.glob("icportrait-server-run-*"))) == 1
             assert {call.result(LINE_TIMEOUT_S) for call in calls} == {"served"}, (part, number)
-            assert series(server.metrics_url)[REPLAYS] > replays
+            assert (series(server.metrics_url)[REPLAYS] > replays) == bool(interrupted)
     assert "Traceback" not in server.errors()
 
 
