@@ -68,6 +68,14 @@ def pytest_report_header() -> list[str]:
     return []
 
 
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Name what has failed once more, below pytest's last line, because of a long log one may have the end alone."""
+    if reporter := config.pluginmanager.get_plugin("terminalreporter"):
+        for kind in ("failed", "error"):
+            for report in reporter.stats.get(kind, []):
+                reporter.write_line(f"{kind}: {report.nodeid} ({getattr(report, 'when', 'collection')})")
+
+
 @pytest.fixture(scope="session")
 def demo_checkpoint() -> Checkpoint:
     """Load the committed checkpoint."""
