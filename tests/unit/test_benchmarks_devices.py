@@ -57,6 +57,5 @@ def test_wrong_settings_are_told_before_anything_runs(
 ) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["devices", flag, value])
-    assert (
-        ended.value.code == 2 and f"error: {named}: {value}" in (said := capsys.readouterr().err) and "expected" in said
-    )
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and f"error: {named}: {value}" in said and "expected" in said
