@@ -180,6 +180,7 @@ def validation_sections(report: Mapping[str, Any]) -> list[str]:
             plot(draw, width=6.0, height=5.0),
             rows_table(head, rows),
             note(f"90 % intervals cover {found['intervals_cover']:.0%} of the measured figures."),
+            *(note(f"Too wide to judge: {each}") for each in found["abstain"]),
             *(note(f"Miss: {miss}") for miss in found["misses"]),
         ),
         section(

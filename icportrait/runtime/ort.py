@@ -9,6 +9,9 @@ from icportrait.contract import Array, ModelSpec, TensorSpec
 from icportrait.errors import CheckpointError, RuntimeNotAvailable
 from icportrait.runtime.portions import run_in_portions
 
+_SPIN_US = 20
+"""Time for which a thread waits awake for the next operator of a run."""
+
 
 class OrtEngine:
     """An ONNX graph in an inference session on the CPU."""
@@ -34,8 +37,9 @@ class OrtEngine:
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3
-        # Several engines share the cores, each in its own process: a thread that spins steals another engine's time.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Several engines share the cores, each in its own process: a thread that spins for long steals their time.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(_SPIN_US))
+        options.add_session_config_entry("session.force_spinning_stop", "1")
         # Quantised graphs run as they are written; fusing them fails for fp8.
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         self.spec = spec

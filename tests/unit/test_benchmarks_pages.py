@@ -100,7 +100,11 @@ def test_predictions_stand_beside_measurements_and_misses_are_listed(tmp_path: P
             {"mix": "short", "p99_goal_ms": 900.0, "measured_per_s": 4.1, "predicted_per_s": 4.0, "error": -0.024},
             {"mix": "long", "p99_goal_ms": 900.0, "measured_per_s": None, "predicted_per_s": 4.0, "error": None},
         ],
-        "summary": {"intervals_cover": 0.875, "misses": ["short at 0.7: p99 -21 %; most by queue"]},
+        "summary": {
+            "intervals_cover": 0.875,
+            "misses": ["short at 0.7: p99 -21 %; most by queue"],
+            "abstain": ["long at 0.7: p99 +30 %"],
+        },
     }
     text = written(tmp_path, {"simulated": True}, validation_sections(report))
     for shown in (
@@ -111,6 +115,7 @@ def test_predictions_stand_beside_measurements_and_misses_are_listed(tmp_path: P
         "-21.0%",
         "88%",
         "most by queue",
+        "Too wide to judge: long at 0.7",
         "-2.4%",
         "not between the loads",
     ):

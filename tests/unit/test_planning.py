@@ -712,6 +712,20 @@ def test_a_validation_compares_the_same_arrivals_and_lists_misses(monkeypatch: p
     assert "miss: test at 0.55: p50" in text
 
 
+def test_a_p99_with_a_wide_interval_is_not_judged() -> None:
+    figure = {"measured_ms": 500.0, "simulated_ms": 400.0, "error": -0.2, "covered": True, "is_wide": True}
+    p50, p99 = {**figure, "error": 0.05}, {**figure, "error": -0.4, "interval_ms": [300.0, 700.0]}
+    stages = {"stage_ms": {"queue": {"measured": 9.0, "simulated": 5.0}}}
+    row = {"mix": "test", "load": 0.4, "rate_per_s": 4.0, "p50": p50, "p99": p99, "replay": stages}
+    judged = {**row, "load": 0.25, "p99": {**p99, "error": -0.3, "is_wide": False}}
+    found = summary([row, judged], [])
+    assert found["p99_error"] == {"median": 0.3, "worst": 0.3, "of": 1}
+    assert found["abstain"] == ["test at 0.4: p99 -40.0%; an interval of 300 to 700 ms"]
+    assert [miss[:24] for miss in found["misses"]] == ["test at 0.25: p99 -30.0%"]
+    text = validation_table({"scenarios": [row, judged], "highest_rates": [], "summary": found})
+    assert "too wide to judge: test at 0.4" in text
+
+
 def test_a_server_that_grew_slower_has_the_mean_of_its_times_and_an_interval_of_both() -> None:
     before = profile_of()
     slower = {name: {size: 1.5 * ms for size, ms in times.items()} for name, times in before.engine_ms.items()}
