@@ -17,6 +17,7 @@ from h2.config import DummyLogger, H2Configuration
 from h2.errors import ErrorCodes
 from h2.events import Event, UnknownFrameReceived
 from h2.settings import SettingCodes
+from h2.utilities import SizeLimitDict
 from hyperframe.frame import DataFrame, Frame, GoAwayFrame, HeadersFrame
 
 from icportrait.errors import TooMuch, Unavailable
@@ -28,6 +29,8 @@ from icportrait.gateway.tls import READ_BYTES
 logger = logging.getLogger(__name__)
 
 STREAMS_OF_CONNECTION = 256
+ENDED_STREAMS = 4 * STREAMS_OF_CONNECTION
+"""Streams of which h2 remembers how they ended, for frames of theirs that come late. Its own 65,536 take 8 MB."""
 WINDOW_BYTES = 4 * 2**20
 """Bytes that a connection may send ahead of the reader."""
 FRAME_BYTES = 64 * 1024
@@ -163,6 +166,7 @@ class Connection(H2Protocol):
             transport.max_size = READ_BYTES
         super().connection_made(_Gathering(transport))
         self._h2 = self.connection._connection
+        self._h2._closed_streams = SizeLimitDict(size_limit=ENDED_STREAMS)
         self._take_frame = self._h2._receive_frame
         self._h2._receive_frame = self._receive_frame  # type: ignore[method-assign]
         if not self.owner.make_room():

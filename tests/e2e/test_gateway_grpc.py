@@ -847,6 +847,24 @@ class TestLimits:
             running.call(running.service.release)
             assert caller.status(stream) == (0, "")
 
+    def test_a_connection_remembers_few_of_its_calls_and_bears_late_frames_of_the_others(
+        self, running: Running, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr("icportrait.gateway.grpc_connections.ENDED_STREAMS", 3)
+
+        def live() -> tuple[int, str]:
+            stream = caller.begin("ServerLive")
+            caller.send(stream, message(b""), end=True)
+            return caller.status(stream)
+
+        with BareCaller(running.url) as caller:
+            assert [live() for _ in range(10)] == 10 * [(0, "")]
+            (connection,) = running.door.calls.connections
+            assert len(connection._h2._closed_streams) == 3
+            for late in (b"\0\0\4\x08\0\0\0\0\1\0\0\0\1", b"\0\0\4\x03\0\0\0\0\1\0\0\0\x08"):  # window, reset
+                caller.socket.sendall(late)
+                assert live() == (0, "")
+
     @pytest.mark.parametrize(
         "frame",
         [
