@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,6 +23,7 @@ _WITHOUT_EFFECT = {
 """Configuration entries that don't decide whether a network can be served: its sizes come from the preset, and the
 engine modules honour a shift factor themselves."""
 
+_MOST_LEVELS = 16
 _NOT_GEOMETRY = {"name", "max_unet_batch", "max_vae_batch", "max_warping_batch"}
 
 
@@ -91,22 +93,23 @@ def preset_from_configs(
     """
     unet = _with_defaults(UNet2DConditionModel, unet)
     vae = _with_defaults(AutoencoderKL, vae)
-    factor = 2 ** (len(vae["block_out_channels"]) - 1)
+    vae_channels = _integers("vae", vae, "block_out_channels")
+    factor = 2 ** (len(vae_channels) - 1)
     preset = Preset(
         name="custom",
         image_size=image_size or _side("unet", unet) * factor,
-        vae_channels=tuple(vae["block_out_channels"]),
-        unet_channels=tuple(unet["block_out_channels"]),
+        vae_channels=vae_channels,
+        unet_channels=_integers("unet", unet, "block_out_channels"),
         attention_levels=_attention_levels(unet["down_block_types"]),
-        attention_heads=_integer(unet, "attention_head_dim"),
-        cross_attention_dim=_integer(unet, "cross_attention_dim"),
+        attention_heads=_integer("unet", unet, "attention_head_dim"),
+        cross_attention_dim=_integer("unet", unet, "cross_attention_dim"),
         prompt_tokens=prompt_tokens,
-        norm_num_groups=_integer(unet, "norm_num_groups"),
+        norm_num_groups=_integer("unet", unet, "norm_num_groups"),
         mask_patch_px=mask_patch_px or 2 * factor,
-        layers_per_block=_integer(unet, "layers_per_block"),
-        vae_layers_per_block=vae["layers_per_block"],
-        latent_channels=vae["latent_channels"],
-        vae_scaling_factor=vae["scaling_factor"],
+        layers_per_block=_integer("unet", unet, "layers_per_block"),
+        vae_layers_per_block=_integer("vae", vae, "layers_per_block"),
+        latent_channels=_integer("vae", vae, "latent_channels"),
+        vae_scaling_factor=_factor("vae", vae, "scaling_factor"),
     )
     _compare("unet", unet, _with_defaults(UNet2DConditionModel, unet_config(preset)))
     _compare("vae", vae, _with_defaults(AutoencoderKL, vae_config(preset)))
@@ -153,23 +156,50 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _integer(unet: Mapping[str, Any], name: str) -> int:
-    value = unet[name]
-    if not isinstance(value, int):
-        raise CheckpointError(f"unet/config.json: {name} is {value!r}, supported: one integer for all levels")
-    return value
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _integer(component: str, config: Mapping[str, Any], name: str) -> int:
+    value = config[name]
+    if not _is_count(value):
+        raise CheckpointError(
+            f"{component}/config.json: {name} is {value!r}, supported: one integer above 0 for all levels"
+        )
+    return int(value)
+
+
+def _integers(component: str, config: Mapping[str, Any], name: str) -> tuple[int, ...]:
+    values = config[name]
+    if not isinstance(values, list | tuple) or not 0 < len(values) <= _MOST_LEVELS or not all(map(_is_count, values)):
+        raise CheckpointError(
+            f"{component}/config.json: {name} is {values!r}, expected an integer above 0 for each level, "
+            f"at most {_MOST_LEVELS}"
+        )
+    return tuple(values)
+
+
+def _factor(component: str, config: Mapping[str, Any], name: str) -> float:
+    value = config[name]
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise CheckpointError(f"{component}/config.json: {name} is {value!r}, expected a number above 0")
+    return float(value)
 
 
 def _side(component: str, config: Mapping[str, Any]) -> int:
     size = config["sample_size"]
-    if not isinstance(size, int):
-        raise CheckpointError(f"{component}/config.json: sample_size is {size!r}, expected an integer; give image_size")
-    return size
+    if not _is_count(size):
+        raise CheckpointError(
+            f"{component}/config.json: sample_size is {size!r}, expected an integer above 0; give image_size"
+        )
+    return int(size)
 
 
-def _attention_levels(types: tuple[str, ...]) -> tuple[bool, ...]:
+def _attention_levels(types: Any) -> tuple[bool, ...]:
     attention = {name: level for level, name in DOWN_BLOCKS.items()}
-    if unknown := [name for name in types if name not in attention]:
+    if not isinstance(types, list | tuple):
+        raise CheckpointError(f"unet/config.json: down_block_types is {types!r}, expected a name for each level")
+    if unknown := [name for name in types if not isinstance(name, str) or name not in attention]:
         raise CheckpointError(
             f"unet/config.json: down_block_types has {unknown[0]!r}, supported: {', '.join(sorted(attention))}"
         )

@@ -179,6 +179,17 @@ def test_other_sizes_make_a_custom_preset() -> None:
         ({}, {"latents_mean": [0.0]}, "vae/config.json: latents_mean"),
         ({}, {"use_quant_conv": False}, "vae/config.json: use_quant_conv is False, supported: True"),
         ({"sample_size": 65}, {}, "image_size is 520, expected a multiple of 64"),
+        ({"sample_size": True}, {}, "sample_size is True, expected an integer above 0"),
+        ({"down_block_types": [["DownBlock2D"]]}, {}, r"down_block_types has \['DownBlock2D'\], supported: Cross"),
+        ({"down_block_types": 4}, {}, "down_block_types is 4, expected a name for each level"),
+        ({"block_out_channels": 320}, {}, "unet/config.json: block_out_channels is 320, expected an integer above 0"),
+        ({}, {"block_out_channels": [128, "256"]}, r"vae/config.json: block_out_channels is \[128, '256'\], expected"),
+        ({}, {"block_out_channels": [1] * 17}, "block_out_channels is .* at most 16"),
+        ({"norm_num_groups": 0}, {}, "norm_num_groups is 0, supported: one integer above 0"),
+        ({}, {"layers_per_block": [2, 2]}, r"vae/config.json: layers_per_block is \[2, 2\], supported: one integer"),
+        ({}, {"latent_channels": None}, "vae/config.json: latent_channels is None"),
+        ({}, {"scaling_factor": "1"}, "vae/config.json: scaling_factor is '1', expected a number above 0"),
+        ({}, {"scaling_factor": float("nan")}, "scaling_factor is nan"),
     ],
 )
 def test_unsupported_geometries_are_refused_by_name(unet: dict[str, Any], vae: dict[str, Any], named: str) -> None:

@@ -425,6 +425,20 @@ def test_any_checkpoint_is_read_or_refused(saved: Path, rng: random.Random, new:
         path.write_bytes(whole)
 
 
+@fuzzed()
+@given(RANDOM, JSON)
+def test_any_geometry_is_read_or_refused(rng: random.Random, new: Any) -> None:
+    from icportrait.nn.geometry import preset_from_configs, unet_config, vae_config
+    from tests.tiny import TINY
+
+    configs = [json.loads(json.dumps(config(TINY))) for config in (unet_config, vae_config)]
+    config = rng.choice(configs)
+    name = rng.choice(sorted(config))
+    config[name] = replaced(rng, config[name], new)
+    with contextlib.suppress(CheckpointError):
+        preset_from_configs(*configs, prompt_tokens=4)
+
+
 def test_refusals_tell_neither_of_a_parsers_inside_nor_all_that_came() -> None:
     form = PortraitsForm("multipart/form-data; boundary=b")
     with pytest.raises(InvalidRequest, match=r"can't be read: Segment header failed to decode$"):
