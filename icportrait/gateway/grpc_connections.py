@@ -29,7 +29,7 @@ from icportrait.gateway.tls import READ_BYTES
 logger = logging.getLogger(__name__)
 
 STREAMS_OF_CONNECTION = 256
-ENDED_STREAMS = 4 * STREAMS_OF_CONNECTION
+ENDED_STREAMS = STREAMS_OF_CONNECTION
 """Streams of which h2 remembers how they ended, for frames of theirs that come late. Its own 65,536 take 8 MB."""
 WINDOW_BYTES = 4 * 2**20
 """Bytes that a connection may send ahead of the reader."""

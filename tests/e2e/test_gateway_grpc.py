@@ -861,7 +861,11 @@ class TestLimits:
             assert [live() for _ in range(10)] == 10 * [(0, "")]
             (connection,) = running.door.calls.connections
             assert len(connection._h2._closed_streams) == 3
-            for late in (b"\0\0\4\x08\0\0\0\0\1\0\0\0\1", b"\0\0\4\x03\0\0\0\0\1\0\0\0\x08"):  # window, reset
+            for late in (
+                b"\0\0\4\x08\0\0\0\0\1\0\0\0\1",  # a window's update
+                b"\0\0\4\x03\0\0\0\0\1\0\0\0\x08",  # a reset
+                b"\0\0\5\0\0\0\0\0\1" + message(b""),  # data
+            ):
                 caller.socket.sendall(late)
                 assert live() == (0, "")
 
