@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,6 +23,8 @@ _WITHOUT_EFFECT = {
 engine modules honour a shift factor themselves."""
 
 _MOST_LEVELS = 16
+_LARGEST = 2**20
+"""Above all sizes and numbers of channels there are; larger ones don't fit into a float or a tensor's shape."""
 _NOT_GEOMETRY = {"name", "max_unet_batch", "max_vae_batch", "max_warping_batch"}
 
 
@@ -157,14 +158,14 @@ def _plain(value: Any) -> Any:
 
 
 def _is_count(value: Any) -> bool:
-    return type(value) is int and value > 0
+    return type(value) is int and 0 < value <= _LARGEST
 
 
 def _integer(component: str, config: Mapping[str, Any], name: str) -> int:
     value = config[name]
     if not _is_count(value):
         raise CheckpointError(
-            f"{component}/config.json: {name} is {value!r}, supported: one integer above 0 for all levels"
+            f"{component}/config.json: {name} is {value!r}, supported: one integer of 1 to {_LARGEST} for all levels"
         )
     return int(value)
 
@@ -173,16 +174,18 @@ def _integers(component: str, config: Mapping[str, Any], name: str) -> tuple[int
     values = config[name]
     if not isinstance(values, list | tuple) or not 0 < len(values) <= _MOST_LEVELS or not all(map(_is_count, values)):
         raise CheckpointError(
-            f"{component}/config.json: {name} is {values!r}, expected an integer above 0 for each level, "
-            f"at most {_MOST_LEVELS}"
+            f"{component}/config.json: {name} is {values!r}, expected an integer of 1 to {_LARGEST} for each of "
+            f"1 to {_MOST_LEVELS} levels"
         )
     return tuple(values)
 
 
 def _factor(component: str, config: Mapping[str, Any], name: str) -> float:
     value = config[name]
-    if type(value) not in (int, float) or not 0 < value < math.inf:
-        raise CheckpointError(f"{component}/config.json: {name} is {value!r}, expected a number above 0")
+    if type(value) not in (int, float) or not 0 < value <= _LARGEST:
+        raise CheckpointError(
+            f"{component}/config.json: {name} is {value!r}, expected a number above 0, at most {_LARGEST}"
+        )
     return float(value)
 
 
@@ -190,7 +193,7 @@ def _side(component: str, config: Mapping[str, Any]) -> int:
     size = config["sample_size"]
     if not _is_count(size):
         raise CheckpointError(
-            f"{component}/config.json: sample_size is {size!r}, expected an integer above 0; give image_size"
+            f"{component}/config.json: sample_size is {size!r}, expected an integer of 1 to {_LARGEST}; give image_size"
         )
     return int(size)
 
