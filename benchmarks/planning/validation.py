@@ -252,16 +252,16 @@ def summary(scenarios: Sequence[dict[str, Any]], highest: Sequence[dict[str, Any
     checks = [row[name]["covered"] for row in scenarios for name in ("p50", "p99")]
     rates = [abs(row["error"]) for row in highest if row["error"] is not None]
     misses = [
-        f"{row['mix']} at {row['load']:g}: {name} {row[name]['error']:+.1%}; {_cause(row)}"
+        f"{_error(row, name)}; {_cause(row)}"
         for row in scenarios
         for name, most in (("p50", 0.10), ("p99", 0.20))
         if abs(row[name]["error"]) > most and not (name == "p99" and row[name]["is_wide"])
     ]
     abstain = [
-        f"{row['mix']} at {row['load']:g}: p99 {row['p99']['error']:+.1%}; an interval of "
-        "{:.0f} to {:.0f} ms".format(*row["p99"]["interval_ms"])
+        f"{_error(row, 'p99')}; an interval of {low:.0f} to {high:.0f} ms"
         for row in scenarios
         if row["p99"]["is_wide"]
+        for low, high in [row["p99"]["interval_ms"]]
     ]
     return {
         "p50_error": _spread(p50),
@@ -271,6 +271,10 @@ def summary(scenarios: Sequence[dict[str, Any]], highest: Sequence[dict[str, Any
         "misses": misses,
         "abstain": abstain,
     }
+
+
+def _error(row: dict[str, Any], name: str) -> str:
+    return f"{row['mix']} at {row['load']:g}: {name} {row[name]['error']:+.1%}"
 
 
 def _cause(row: dict[str, Any]) -> str:

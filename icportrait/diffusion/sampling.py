@@ -199,11 +199,15 @@ def guide(conditional: Any, unconditional: Any, guidance_scale: Any) -> Any:
     return conditional + weight * (conditional - unconditional)
 
 
+_MAX_TRAIN_TIMESTEPS = 100_000
+"""A hundred times Stable Diffusion's; the schedule has a number for each."""
+
+
 def _betas(config: Mapping[str, Any]) -> NDArray[np.float64]:
     """Return the variance added at each training timestep, ``[num_train_timesteps]``."""
     total, betas = config.get("num_train_timesteps", 1000), config.get("trained_betas")
-    if not isinstance(total, int) or total < 1:
-        raise _refusal("num_train_timesteps", total, "a positive whole number")
+    if not isinstance(total, int) or not 1 <= total <= _MAX_TRAIN_TIMESTEPS:
+        raise _refusal("num_train_timesteps", total, f"a positive whole number of at most {_MAX_TRAIN_TIMESTEPS}")
     if betas is not None:
         numbers = betas if isinstance(betas, list) else []
         if len(numbers) != total or not all(isinstance(beta, float) and 0 < beta < 1 for beta in numbers):

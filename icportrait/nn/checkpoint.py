@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
-import math
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -227,7 +227,7 @@ def _fields(path: Path, index: dict[str, Any]) -> dict[str, Any]:
         if type(value) is not int or value <= 0:
             raise CheckpointError(f"{path}: {name} is {value!r}, expected {unit}, an integer above 0")
     scale = fields["guidance_scale"]
-    if type(scale) not in (int, float) or not math.isfinite(scale) or scale < 1:
+    if type(scale) not in (int, float) or not 1 <= scale <= sys.float_info.max:
         raise CheckpointError(f"{path}: guidance_scale is {scale!r}, expected a number of at least 1")
     return fields
 

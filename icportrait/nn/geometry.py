@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 from diffusers import AutoencoderKL, UNet2DConditionModel
 
@@ -157,7 +157,7 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _is_count(value: Any) -> bool:
+def _is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 < value <= _LARGEST
 
 
@@ -167,7 +167,7 @@ def _integer(component: str, config: Mapping[str, Any], name: str) -> int:
         raise CheckpointError(
             f"{component}/config.json: {name} is {value!r}, supported: one integer of 1 to {_LARGEST} for all levels"
         )
-    return int(value)
+    return value
 
 
 def _integers(component: str, config: Mapping[str, Any], name: str) -> tuple[int, ...]:
@@ -195,7 +195,7 @@ def _side(component: str, config: Mapping[str, Any]) -> int:
         raise CheckpointError(
             f"{component}/config.json: sample_size is {size!r}, expected an integer of 1 to {_LARGEST}; give image_size"
         )
-    return int(size)
+    return size
 
 
 def _attention_levels(types: Any) -> tuple[bool, ...]:

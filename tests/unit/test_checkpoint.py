@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import pickle
 import re
@@ -344,6 +345,8 @@ def test_missing_files_are_named(saved: Path, file: str) -> None:
         ({"mask_patch_px": 3}, "mask_patch_px is 3, expected a divisor"),
         ({"guidance_scale": 0.5}, "guidance_scale is 0.5, expected a number of at least 1"),
         ({"guidance_scale": "high"}, "guidance_scale is 'high'"),
+        ({"guidance_scale": 10**400}, "guidance_scale is 1000"),
+        ({"guidance_scale": math.inf}, "guidance_scale is inf"),
         ({"num_inference_steps": 0}, "num_inference_steps is 0"),
     ],
 )

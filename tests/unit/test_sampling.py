@@ -332,6 +332,7 @@ def test_where_a_file_of_a_clipping_sampler_does_not_say_it_does() -> None:
         ("interpolation_type", "log_linear"),
         ("lambda_min_clipped", -5.1),
         ("num_train_timesteps", 0),
+        ("num_train_timesteps", 10**12),
         ("prediction_type", "sample"),
         ("rescale_betas_zero_snr", True),
         ("set_alpha_to_one", None),
