@@ -171,6 +171,8 @@ fuzz: $(STAMP) ## send 100,000 requests, most of them wrong, to a server, and fu
 	@$(if $(REPLAY),true,FUZZ_EXAMPLES=500 $(PYTHON) -m pytest -q --timeout 1200 --hypothesis-seed $(SEED_OF_FUZZ) tests/unit/test_fuzz.py)
 
 chaos: $(STAMP) ## break every part of a server under load: what do callers see, how soon is it back? about 10 minutes
+	@$(PYTHON) -c 'import libfaketime' 2> /dev/null || $(PYTHON) -m pip --disable-pip-version-check install --quiet --no-deps \
+		--constraint constraints.txt libfaketime 2> /dev/null || true
 	@$(PYTHON) -m tests.chaos $(if $(ONLY),--only "$(ONLY)")
 
 soak: $(STAMP) ## 20 minutes of mixed load (DURATION=seconds): does any process grow, do answers get slower?

@@ -263,6 +263,7 @@ def _add_perf_analyzer_arguments(command: argparse.ArgumentParser) -> None:
         PerfAnalyzerSettings,
         ("--window", "window_s", float, "seconds of one measurement"),
         ("--stability", "stability_percent", float, "percent by which three measurements in a row may differ"),
+        ("--rounds", "rounds", int, "with --beside: runs of perf_analyzer, each between two of ours"),
     )
     command.add_argument("--beside", action="store_true", help="measure with our closed loop too, in turn")
     _add_head_arguments(command)

@@ -60,7 +60,7 @@ def bare_triton(repository: Path, log: Path) -> Iterator[BareTriton]:
             try:
                 while not _is_ready(ports.http):
                     if process.poll() is not None:
-                        raise IcPortraitError(f"tritonserver ended before it was ready:\n{log.read_text()}")
+                        raise IcPortraitError(f"tritonserver ended before it was ready: {log.read_text().strip()}")
                     time.sleep(0.1)
                 grpc_url, http_url, metrics_url = (f"{HOST}:{port}" for port in vars(ports).values())
                 yield BareTriton(grpc_url, http_url, metrics_url, process.pid)

@@ -1,13 +1,19 @@
 """Our closed loop and perf_analyzer on one setting in turn: two generators that share no code, and must agree.
 
-Each number of calls under way is measured by ours, by perf_analyzer and by ours again, so that a machine that grows
-slower or faster meanwhile is no difference between them. Both send the same pictures and options. perf_analyzer counts
-a call from its sending to its answer, and so does ours, from the moment its caller was free.
+Each number of calls under way is measured in rounds: perf_analyzer between two runs of ours, so that a machine that
+grows slower or faster meanwhile is no difference between them, and the median of the rounds counts. Both send the same
+pictures and options. perf_analyzer counts a call from its sending to its answer, and so does ours, from the moment its
+caller was free.
+
+Calls under way together are answered together. The count of a run's answers is therefore off by up to one of each
+caller, and runs are long enough for that to be 2 %.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from statistics import median
 from typing import Any, TextIO
 
 from icportrait_client.portraits import Metadata
@@ -20,8 +26,12 @@ from benchmarks.settings import LoadSettings, PerfAnalyzerSettings
 THROUGHPUT = 0.05
 P50 = 0.1
 """Shares of perf_analyzer's figures by which ours may differ."""
-_WINDOWS = 1.5
-"""Length of each of our two runs, in perf_analyzer's windows, of which it needs three."""
+_THEIR_WINDOWS, _THEIR_WINDOW = 3, 1.2
+"""perf_analyzer needs three windows that agree, each a fifth longer than asked for."""
+_OUR_WINDOWS = 1.8
+"""Length of a run of ours: two of them are as long as perf_analyzer's."""
+_ANSWERS = 50
+"""Fewest answers of each caller in a round of either."""
 _WARM_UP_S = 1.0
 
 
@@ -43,18 +53,19 @@ def measure_both(settings: PerfAnalyzerSettings, echo: TextIO) -> dict[str, Any]
     from icportrait_client import PortraitClient
 
     with PortraitClient(settings.url) as client:
-        first = client.generate(profile=settings.profile, reference=settings.reference, **settings.options)
+        metadata = client.generate(profile=settings.profile, reference=settings.reference, **settings.options).metadata
     rows, conditions = [], None
     for concurrency in settings.levels:
-        load = _load(settings, concurrency, first.metadata)
-        before = run_load(load)
-        theirs = measure(replace(settings, concurrency=str(concurrency)), echo)
-        runs = (before, run_load(replace(load, seed=load.seed + 1)))
-        if any(run.interrupted_s is not None for run in runs):
-            raise KeyboardInterrupt
-        conditions = conditions or theirs["conditions"]
-        level = theirs["levels"][0] if theirs["levels"] else None
-        rows.append(compared(concurrency, _figures(runs), level))
+        level = replace(settings, concurrency=str(concurrency))
+        level = replace(level, window_s=_window_s(level, _ours(level, metadata, settings.rounds)))
+        ours = [_ours(level, metadata, 0)]
+        found = []
+        for number in range(1, settings.rounds + 1):
+            theirs = measure(level, echo)
+            conditions = conditions or theirs["conditions"]
+            ours.append(_ours(level, metadata, number))
+            found.append(compared(_figures(ours[-2:]), theirs["levels"][0] if theirs["levels"] else None))
+        rows.append(together(concurrency, found) | {"window_s": level.window_s})
     assert conditions is not None
     return {
         "simulated": theirs["simulated"],
@@ -64,21 +75,34 @@ def measure_both(settings: PerfAnalyzerSettings, echo: TextIO) -> dict[str, Any]
     }
 
 
-def _load(settings: PerfAnalyzerSettings, concurrency: int, metadata: Metadata) -> LoadSettings:
-    return LoadSettings(
-        url=settings.url,
-        model=settings.model,
-        concurrency=concurrency,
-        duration_s=_WARM_UP_S + _WINDOWS * settings.window_s,
-        warm_up_s=_WARM_UP_S,
-        steps=(metadata.steps, metadata.steps),
-        guidance_scale=metadata.guidance_scale,
-        profile=(settings.profile,),
-        reference=(settings.reference,),
+def _ours(level: PerfAnalyzerSettings, metadata: Metadata, seed: int) -> LoadRun:
+    """Run our closed loop; runs of different seeds draw different portraits."""
+    run = run_load(
+        LoadSettings(
+            url=level.url,
+            model=level.model,
+            concurrency=level.levels[0],
+            duration_s=_WARM_UP_S + _OUR_WINDOWS * level.window_s,
+            warm_up_s=_WARM_UP_S,
+            steps=(metadata.steps, metadata.steps),
+            guidance_scale=metadata.guidance_scale,
+            profile=(level.profile,),
+            reference=(level.reference,),
+            seed=seed,
+        )
     )
+    if run.interrupted_s is not None:
+        raise KeyboardInterrupt
+    return run
 
 
-def _figures(runs: tuple[LoadRun, LoadRun]) -> dict[str, Any]:
+def _window_s(level: PerfAnalyzerSettings, run: LoadRun) -> float:
+    """Return seconds of a window in which callers get enough answers: those asked for, or more."""
+    p50_ms = sample_quantiles(1000 * answer.latency_s for answer in steady_answers(run))["p50"] or 0.0
+    return max(level.window_s, round(_ANSWERS * p50_ms / 1000 / _THEIR_WINDOWS / _THEIR_WINDOW, 1))
+
+
+def _figures(runs: Sequence[LoadRun]) -> dict[str, Any]:
     """Return our figures of both runs together."""
     answers = [answer for run in runs for answer in steady_answers(run)]
     latency_ms = sample_quantiles(1000 * answer.latency_s for answer in answers)
@@ -91,15 +115,25 @@ def _figures(runs: tuple[LoadRun, LoadRun]) -> dict[str, Any]:
     }
 
 
-def compared(concurrency: int, ours: dict[str, Any], theirs: dict[str, Any] | None) -> dict[str, Any]:
-    """Return one concurrency's figures side by side; perf_analyzer's are None where its windows didn't agree."""
-    row: dict[str, Any] = {"concurrency": concurrency, "ours": ours, "perf_analyzer": theirs, "agree": False}
+def compared(ours: dict[str, Any], theirs: dict[str, Any] | None) -> dict[str, Any]:
+    """Return a round's figures side by side; perf_analyzer's are None where its windows didn't agree."""
     if theirs is None or not ours["count"]:
-        return {**row, "ratio": {"throughput": None, "p50": None}}
-    throughput = ours["throughput_per_s"] / theirs["throughput_per_s"]
-    p50 = ours["latency_ms"]["p50"] / theirs["latency_ms"]["p50"]
-    agree = abs(throughput - 1) <= THROUGHPUT and abs(p50 - 1) <= P50
-    return {**row, "ratio": {"throughput": round(throughput, 4), "p50": round(p50, 4)}, "agree": agree}
+        return {"ours": ours, "perf_analyzer": theirs, "ratio": None}
+    ratio = {
+        "throughput": round(ours["throughput_per_s"] / theirs["throughput_per_s"], 4),
+        "p50": round(ours["latency_ms"]["p50"] / theirs["latency_ms"]["p50"], 4),
+    }
+    return {"ours": ours, "perf_analyzer": theirs, "ratio": ratio}
+
+
+def together(concurrency: int, rounds: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return one concurrency's rounds, the medians of their ratios, and whether these are near enough to 1."""
+    ratios = [each["ratio"] for each in rounds if each["ratio"]]
+    if not ratios:
+        return {"concurrency": concurrency, "rounds": rounds, "ratio": None, "agree": False}
+    ratio = {name: median(each[name] for each in ratios) for name in ("throughput", "p50")}
+    agree = abs(ratio["throughput"] - 1) <= THROUGHPUT and abs(ratio["p50"] - 1) <= P50
+    return {"concurrency": concurrency, "rounds": rounds, "ratio": ratio, "agree": agree}
 
 
 def table(report: dict[str, Any]) -> str:
@@ -109,20 +143,22 @@ def table(report: dict[str, Any]) -> str:
         f"{'concurrency':<12}" + f"{'ours':>10}{'theirs':>10}{'ratio':>10}" * 2,
     ]
     for row in report["levels"]:
-        ours, theirs, ratio = row["ours"], row["perf_analyzer"], row["ratio"]
-        if theirs is None:
-            lines.append(f"{row['concurrency']:<12}  perf_analyzer's windows didn't agree: no figures of it")
-            continue
-        lines.append(
-            f"{row['concurrency']:<12}{ours['throughput_per_s']:>10.2f}{theirs['throughput_per_s']:>10.2f}"
-            f"{_ratio(ratio['throughput'])}{ours['latency_ms']['p50'] or 0:>10.1f}{theirs['latency_ms']['p50']:>10.1f}"
-            f"{_ratio(ratio['p50'])}" + ("" if row["agree"] else "  differ")
-        )
-        if ours["fell_behind"]:
-            lines.append("  INVALID: our generator did NOT keep up")
+        for each in row["rounds"]:
+            ours, theirs, ratio = each["ours"], each["perf_analyzer"], each["ratio"]
+            if not ratio:
+                lines.append(f"{row['concurrency']:<12}  perf_analyzer's windows didn't agree: no figures of it")
+                continue
+            lines.append(
+                f"{row['concurrency']:<12}{ours['throughput_per_s']:>10.2f}{theirs['throughput_per_s']:>10.2f}"
+                f"{ratio['throughput']:>10.3f}{ours['latency_ms']['p50']:>10.1f}{theirs['latency_ms']['p50']:>10.1f}"
+                f"{ratio['p50']:>10.3f}"
+            )
+            if ours["fell_behind"]:
+                lines.append("  INVALID: our generator did NOT keep up")
+        if ratio := row["ratio"]:
+            lines.append(
+                f"{'  median':<32}{ratio['throughput']:>10.3f}{ratio['p50']:>30.3f}"
+                + ("" if row["agree"] else "  differ")
+            )
     verdict = "agree" if report["agree"] else "don't agree"
     return "\n".join([*lines, f"they {verdict} within {THROUGHPUT:.0%} of calls/s and {P50:.0%} of the median"])
-
-
-def _ratio(value: float | None) -> str:
-    return f"{'-' if value is None else f'{value:.3f}':>10}"

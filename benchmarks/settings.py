@@ -516,7 +516,9 @@ class PerfAnalyzerSettings:
     perf_analyzer's own default is 10, which no shared CPU holds.
     """
     beside: bool = False
-    """Measure with our closed loop too, in turn."""
+    """Measure with our closed loop too, in turn, in windows of ``window_s`` or longer."""
+    rounds: int = 3
+    """Runs of perf_analyzer at each concurrency of ``beside``, each between two of ours."""
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -526,6 +528,8 @@ class PerfAnalyzerSettings:
         """
         if not self.levels:
             raise InvalidRequest(f"concurrency: {self.concurrency!r}, expected such as 4, 1:8 or 2:8:2")
+        if self.rounds < 1:
+            raise InvalidRequest(f"rounds: {self.rounds}, expected 1 or more")
         for name, value in (("window", self.window_s), ("stability", self.stability_percent)):
             if not (math.isfinite(value) and value > 0):
                 raise InvalidRequest(f"{name}: {value:g}, expected a number above 0")

@@ -29,9 +29,14 @@ import re
 
 
 class IcPortraitError(Exception):
-    """Base of all errors this package raises on purpose; its text is fit for a caller's eyes."""
+    """Base of all errors this package raises on purpose; its text is a line, fit for a caller's eyes."""
 
     code = "INTERNAL"
+
+    def __str__(self) -> str:
+        """Return the text, with escapes for what isn't printable: it may quote a name or a path that others wrote."""
+        text = super().__str__()
+        return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class InvalidRequest(IcPortraitError):

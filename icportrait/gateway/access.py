@@ -36,6 +36,8 @@ HEADER = "authorization"
 LOOK_AGAIN_S = 1.0
 """Seconds between two looks whether the file has changed."""
 DAY_S = 86_400
+MOST = 10**9
+"""Largest rate, quota and burst of a key, other than infinite ones: a day's count at ten thousand a second."""
 
 
 @dataclass(frozen=True)
@@ -51,16 +53,18 @@ class ApiKey:
     requests_per_day: float = math.inf
 
     def __post_init__(self) -> None:
-        where = f"keys.{self.name}"
+        where = f"keys.{self.name[:80]}"
         if not (isinstance(self.sha256, str) and re.fullmatch("[0-9a-f]{64}", self.sha256)):
             raise IcPortraitError(f"{where}.sha256: expected 64 hexadecimal digits")
         if self.priorities is not None and not all(type(each) is int and 0 <= each <= 9 for each in self.priorities):
-            raise IcPortraitError(f"{where}.priorities: {sorted(self.priorities, key=str)}, expected some of 0..9")
+            found = str(sorted(self.priorities, key=str))[:80]
+            raise IcPortraitError(f"{where}.priorities: {found}, expected some of 0..9")
         for name in ("requests_per_s", "requests_per_day"):
-            if type(value := getattr(self, name)) not in (int, float) or not value > 0:
-                raise IcPortraitError(f"{where}.{name}: {value!r}, expected a number over 0")
-        if type(self.burst) is not int or self.burst < 0:
-            raise IcPortraitError(f"{where}.burst: {self.burst!r}, expected a whole number of 0 or more")
+            value = getattr(self, name)
+            if type(value) not in (int, float) or not (0 < value <= MOST or value == math.inf):
+                raise IcPortraitError(f"{where}.{name}: {repr(value)[:80]}, expected a number over 0, up to {MOST}")
+        if type(self.burst) is not int or not 0 <= self.burst <= MOST:
+            raise IcPortraitError(f"{where}.burst: {repr(self.burst)[:80]}, expected a whole number of 0..{MOST}")
 
     @property
     def at_once(self) -> float:
@@ -200,7 +204,7 @@ def read_keys(path: Path) -> list[ApiKey]:
     except (OSError, ValueError, RecursionError) as error:
         raise IcPortraitError(f"{str(path)[:300]}: {str(error)[:300]}") from error
     if unknown := sorted(set(content) - {"keys"}):
-        raise IcPortraitError(f"{path}: {unknown[0]}: no such setting, expected keys")
+        raise IcPortraitError(f"{path}: {unknown[0][:80]}: no such setting, expected keys")
     sections = content.get("keys")
     if not isinstance(sections, dict) or not sections:
         raise IcPortraitError(f"{path}: keys: expected a section [keys.NAME] for each key")
@@ -227,18 +231,19 @@ def new_key(name: str) -> tuple[str, str]:
 
 def _key(name: str, section: Any) -> ApiKey:
     known = [field.name for field in fields(ApiKey) if field.name != "name"]
+    where = f"keys.{name[:80]}"
     if not isinstance(section, Mapping):
-        raise IcPortraitError(f"keys.{name}: expected a section [keys.{name}]")
+        raise IcPortraitError(f"{where}: expected a section [{where}]")
     if unknown := sorted(set(section) - set(known)):
-        raise IcPortraitError(f"keys.{name}.{unknown[0]}: no such setting, expected some of {', '.join(known)}")
+        raise IcPortraitError(f"{where}.{unknown[0][:80]}: no such setting, expected some of {', '.join(known)}")
     values = {"sha256": "", **section}
     if "priorities" in values:
         if not isinstance(values["priorities"], list):
-            raise IcPortraitError(f"keys.{name}.priorities: expected a list, such as [1, 2]")
+            raise IcPortraitError(f"{where}.priorities: expected a list, such as [1, 2]")
         try:
             values["priorities"] = frozenset(values["priorities"])
         except TypeError:
-            raise IcPortraitError(f"keys.{name}.priorities: expected some of 0..9") from None
+            raise IcPortraitError(f"{where}.priorities: expected some of 0..9") from None
     return ApiKey(name=name, **values)
 
 

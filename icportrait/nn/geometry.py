@@ -146,7 +146,8 @@ def _compare(component: str, config: Mapping[str, Any], expected: Mapping[str, A
         if name not in expected:
             raise CheckpointError(f"{component}/config.json: {name} isn't an entry that is known (value {value!r})")
         # Converters write null for a switch that is off.
-        if _plain(value) != _plain(expected[name]) and (value or expected[name]):
+        is_off = all(each is None or each is False for each in (value, expected[name]))
+        if _plain(value) != _plain(expected[name]) and not is_off:
             raise CheckpointError(
                 f"{component}/config.json: {name} is {value!r}, supported: {_plain(expected[name])!r}; "
                 "only networks built like Stable Diffusion 1.5's can be served"

@@ -260,7 +260,7 @@ def _libfaketime() -> Path | None:
 
 
 def _needs_libfaketime() -> str:
-    return "" if _libfaketime() else "pip install libfaketime (it needs a C compiler)"
+    return "" if _libfaketime() else "libfaketime couldn't be installed: apt-get install gcc make, then again"
 
 
 def _needs_gpu() -> str:

@@ -182,6 +182,7 @@ def test_other_sizes_make_a_custom_preset() -> None:
         ({"sample_size": 65}, {}, "image_size is 520, expected a multiple of 64"),
         ({"sample_size": True}, {}, "sample_size is True, expected an integer of 1 to 1048576"),
         ({"down_block_types": [["DownBlock2D"]]}, {}, r"down_block_types has \['DownBlock2D'\], supported: Cross"),
+        ({"reverse_transformer_layers_per_block": []}, {}, r"layers_per_block is \[\], supported: None"),
         ({"down_block_types": 4}, {}, "down_block_types is 4, expected a name for each level"),
         ({"block_out_channels": 320}, {}, "unet/config.json: block_out_channels is 320, expected an integer of 1 to"),
         ({}, {"block_out_channels": [128, "256"]}, r"vae/config.json: block_out_channels is \[128, '256'\], expected"),

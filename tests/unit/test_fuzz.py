@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import random
@@ -15,6 +16,7 @@ import re
 import shutil
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +24,15 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from icportrait.errors import CheckpointError, IcPortraitError, InvalidRequest, LatencyTableError
-from icportrait.gateway.access import read_keys
+from icportrait.errors import (
+    CheckpointError,
+    IcPortraitError,
+    InvalidRequest,
+    LatencyTableError,
+    TooMuch,
+    Unauthenticated,
+)
+from icportrait.gateway.access import Access, ApiKey, new_key, read_keys
 from icportrait.gateway.portraits_form import FIELDS as FORM_FIELDS
 from icportrait.gateway.portraits_form import PortraitsForm
 from icportrait.gateway.settings import FIELDS, PREFIX, add_flags, read_settings
@@ -218,13 +227,14 @@ def settings_or_error(arguments: list[str], environment: dict[str, str]) -> IcPo
     try:
         read_settings(parser.parse_args(arguments), environment)
     except IcPortraitError as error:
-        assert str(error) and "\n" not in str(error) and len(str(error)) < 1000, str(error)[:2000]
+        assert str(error) and str(error).isprintable() and len(str(error)) < 1000, str(error)[:2000]
         return error
     return None
 
 
 @fuzzed(4)
 @given(st.sampled_from(sorted(FIELDS)), VALUES)
+@example("api_keys", "\n")
 def test_any_value_of_a_setting_is_taken_or_refused_by_its_name(name: str, value: Any) -> None:
     for error in (
         settings_or_error([], {PREFIX + name.upper(): str(value)}),
@@ -248,6 +258,38 @@ def test_any_file_of_settings_is_read_or_refused(
     config.write_bytes(content)
     with contextlib.suppress(IcPortraitError):
         read_keys(config)
+
+
+WORDS = st.text(max_size=12) | st.sampled_from(["a\nb", "x" * 5000])
+KEY_SETTINGS = st.sampled_from([each.name for each in fields(ApiKey)]) | WORDS
+
+
+@fuzzed(4)
+@given(st.dictionaries(WORDS, VALUES | st.dictionaries(KEY_SETTINGS, VALUES, max_size=5), max_size=3))
+@example({"a": {"requests_per_s": 10**400}})
+@example({"a": {"requests_per_s": 1, "burst": 10**400}})
+def test_any_file_of_keys_lets_callers_in_or_is_refused_in_a_line(
+    tmp_path_factory: pytest.TempPathFactory, keys: dict[str, Any]
+) -> None:
+    path = tmp_path_factory.getbasetemp() / "keys.toml"
+    secret, _ = new_key("a")
+    known = {"sha256": hashlib.sha256(secret.encode()).hexdigest()}
+    sections = [
+        f"[keys.{json.dumps(name)}]\n"
+        + "\n".join(f"{json.dumps(key)} = {_toml(value)}" for key, value in (known | section).items())
+        if isinstance(section, dict)
+        else f"keys.{json.dumps(name)} = {_toml(section)}"
+        for name, section in keys.items()
+    ]
+    path.write_text("\n".join(sections), errors="replace")
+    with contextlib.suppress(TooMuch, Unauthenticated):
+        try:
+            access = Access(path)
+        except IcPortraitError as error:
+            assert str(path) in str(error) and str(error).isprintable() and len(str(error)) < MAX_TEXT + len(str(path))
+        else:
+            for _ in range(3):
+                access.enter(f"Bearer {secret}", "here")
 
 
 def _toml(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from icportrait_client.errors import InvalidRequest
 
-from benchmarks.beside import compared, table
+from benchmarks.beside import compared, table, together
 from benchmarks.perf_analyzer import input_data, levels, request_counts, unstable_level
 from benchmarks.perf_analyzer_program import PerfAnalyzerError, Program, find_program
 from benchmarks.settings import PerfAnalyzerSettings
@@ -135,14 +135,19 @@ def figures(throughput_per_s: float, p50_ms: float) -> dict[str, Any]:
 def test_two_generators_agree_within_5_percent_of_calls_and_10_of_the_median(
     throughput_per_s: float, p50_ms: float, agree: bool
 ) -> None:
-    row = compared(2, figures(throughput_per_s, p50_ms), figures(10.0, 100.0))
+    even = compared(figures(10.0, 100.0), figures(10.0, 100.0))
+    other = compared(figures(throughput_per_s, p50_ms), figures(10.0, 100.0))
+    row = together(2, [other, even, other])
     assert row["agree"] is agree
     assert row["ratio"] == pytest.approx({"throughput": throughput_per_s / 10, "p50": p50_ms / 100})
+    assert together(2, [even, other, even])["agree"]
     verdict = "they agree" if agree else "they don't agree"
     assert table({"levels": [row], "agree": agree}).endswith(f"{verdict} within 5% of calls/s and 10% of the median")
 
 
 def test_windows_that_did_not_agree_leave_nothing_to_compare() -> None:
-    row = compared(2, figures(10.0, 100.0), None)
-    assert (row["agree"], row["ratio"]) == (False, {"throughput": None, "p50": None})
+    nothing = compared(figures(10.0, 100.0), None)
+    row = together(2, [nothing])
+    assert (row["agree"], row["ratio"]) == (False, None)
     assert "perf_analyzer's windows didn't agree" in table({"levels": [row], "agree": False})
+    assert together(2, [nothing, compared(figures(10.0, 100.0), figures(10.0, 100.0))])["agree"]
