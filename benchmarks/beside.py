@@ -57,13 +57,15 @@ def measure_both(settings: PerfAnalyzerSettings, echo: TextIO) -> dict[str, Any]
     rows, conditions = [], None
     for concurrency in settings.levels:
         level = replace(settings, concurrency=str(concurrency))
-        level = replace(level, window_s=_window_s(level, _ours(level, metadata, settings.rounds)))
-        ours = [_ours(level, metadata, 0)]
+        p50_s = _p50_s(_ours(level, metadata, settings.rounds))
+        enough_s = round(_ANSWERS * p50_s / _THEIR_WINDOWS / _THEIR_WINDOW, 1)
+        level = replace(level, window_s=max(settings.window_s, enough_s))
+        ours = [_ours(level, metadata, 0, p50_s)]
         found = []
         for number in range(1, settings.rounds + 1):
             theirs = measure(level, echo)
             conditions = conditions or theirs["conditions"]
-            ours.append(_ours(level, metadata, number))
+            ours.append(_ours(level, metadata, number, p50_s))
             found.append(compared(_figures(ours[-2:]), theirs["levels"][0] if theirs["levels"] else None))
         rows.append(together(concurrency, found) | {"window_s": level.window_s})
     assert conditions is not None
@@ -75,15 +77,17 @@ def measure_both(settings: PerfAnalyzerSettings, echo: TextIO) -> dict[str, Any]
     }
 
 
-def _ours(level: PerfAnalyzerSettings, metadata: Metadata, seed: int) -> LoadRun:
+def _ours(level: PerfAnalyzerSettings, metadata: Metadata, seed: int, p50_s: float = 0.0) -> LoadRun:
     """Run our closed loop; runs of different seeds draw different portraits."""
+    # Callers begin together. A count that begins amid their calls is as often too high as too low.
+    warm_up_s = max(_WARM_UP_S, 1.5 * p50_s)
     run = run_load(
         LoadSettings(
             url=level.url,
             model=level.model,
             concurrency=level.levels[0],
-            duration_s=_WARM_UP_S + _OUR_WINDOWS * level.window_s,
-            warm_up_s=_WARM_UP_S,
+            duration_s=warm_up_s + _OUR_WINDOWS * level.window_s,
+            warm_up_s=warm_up_s,
             steps=(metadata.steps, metadata.steps),
             guidance_scale=metadata.guidance_scale,
             profile=(level.profile,),
@@ -96,10 +100,8 @@ def _ours(level: PerfAnalyzerSettings, metadata: Metadata, seed: int) -> LoadRun
     return run
 
 
-def _window_s(level: PerfAnalyzerSettings, run: LoadRun) -> float:
-    """Return seconds of a window in which callers get enough answers: those asked for, or more."""
-    p50_ms = sample_quantiles(1000 * answer.latency_s for answer in steady_answers(run))["p50"] or 0.0
-    return max(level.window_s, round(_ANSWERS * p50_ms / 1000 / _THEIR_WINDOWS / _THEIR_WINDOW, 1))
+def _p50_s(run: LoadRun) -> float:
+    return (sample_quantiles(1000 * answer.latency_s for answer in steady_answers(run))["p50"] or 0.0) / 1000
 
 
 def _figures(runs: Sequence[LoadRun]) -> dict[str, Any]:
