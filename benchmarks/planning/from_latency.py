@@ -39,14 +39,14 @@ def profile_of_latency(path: Path, runtime: str) -> dict[str, Any]:
     if not rows:
         known = sorted({row["runtime"].split("-")[0] for row in report["engines"]})
         raise PlanningError(f"{path}: has no engines of {runtime}; expected one of {', '.join(known)}")
+    runtimes = " and ".join(sorted({row["runtime"] for row in rows}))
     return {
         "device": f"{here['cpu']}, {here['instruction_set']}, {here['cores']} cores",
         "preset": conditions["preset"],
         "precision": conditions["precision"],
         "origin": "measured",
         "assumptions": [
-            f"engines of {rows[0]['runtime']}, one at a time; in a server they share the cores with each other and "
-            "with all else",
+            f"engines of {runtimes}, one at a time; in a server they share the cores with each other and with all else",
             "the file's encoding is in a picture's preparation",
         ],
         "host": host_json(host),

@@ -101,6 +101,7 @@ def measure_engines(export: Path, runtime: str, seconds: float = 1.0) -> Service
     times: dict[str, dict[int, float]] = {name: {} for name in ENGINES}
     for row in rows:
         times[row["engine"]][row["batch"]] = row["ms"]["p50"]
+    runtimes = " and ".join(sorted({row["runtime"] for row in rows}))
     return ServiceProfile.of_table(
         f"{runtime}-{manifest.preset.name}",
         LatencyTable(f"{here['cpu']}, {here['instruction_set']}, {here['cores']} cores", times),
@@ -108,9 +109,7 @@ def measure_engines(export: Path, runtime: str, seconds: float = 1.0) -> Service
         precision=manifest.precision,
         origin="measured",
         host=Host(),
-        assumptions=(
-            f"engines by {rows[0]['runtime']}, one at a time; in a server they share the cores with each other",
-        ),
+        assumptions=(f"engines by {runtimes}, one at a time; in a server they share the cores with each other",),
     )
 
 

@@ -276,7 +276,7 @@ def test_a_run_is_written_shown_and_compared(
     assert "error: slower by more than 15%: gateway by bls\n" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("instructions", ["avx2", "avx512"])
+@pytest.mark.parametrize("instructions", ["avx2", "avx512", "avx512-bf16"])
 def test_the_figures_in_the_readme_are_the_committed_ones(instructions: str) -> None:
     text = (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8")
     results = ROOT / "benchmarks" / "results"

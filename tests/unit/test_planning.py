@@ -638,16 +638,19 @@ def test_the_committed_profiles_are_the_computed_ones(tmp_path: Path) -> None:
         assert profile.assumptions
 
 
-@pytest.mark.parametrize("instructions", ["avx2", "avx512"])
+@pytest.mark.parametrize(
+    ("instructions", "precision", "runtime"),
+    [("avx2", "fp32", "onnxruntime"), ("avx512", "fp32", "onnxruntime"), ("avx512-bf16", "fp16", "openvino")],
+)
 def test_a_report_of_latency_becomes_a_profile(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], instructions: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], instructions: str, precision: str, runtime: str
 ) -> None:
     report, out = RESULTS / f"latency-demo-128-{instructions}.json", tmp_path / "made" / "cpu.json"
-    assert main(["profile", "--latency", str(report), "--out", str(out)]) == 0
+    assert main(["profile", "--latency", str(report), "--runtime", runtime, "--out", str(out)]) == 0
     assert "written" in capsys.readouterr().out
-    assert out.read_text() == (PROFILES / f"cpu-{instructions}-demo-128-fp32.json").read_text()
+    assert out.read_text() == (PROFILES / f"cpu-{instructions}-demo-128-{precision}.json").read_text()
     profile = ServiceProfile.read(out)
-    rows = [row for row in json.loads(report.read_text())["engines"] if row["runtime"].startswith("onnxruntime")]
+    rows = [row for row in json.loads(report.read_text())["engines"] if row["runtime"].startswith(runtime)]
     assert all(profile.engine_ms[row["engine"]][row["batch"]] == row["ms"]["p50"] for row in rows)
     assert profile.host.outside_ms(1) > 0
     for arguments, text in (
