@@ -1,14 +1,14 @@
 """The runtime for this machine: ``python -m icportrait.deploy.choice`` gives it as arguments of make.
 
-TensorRT where its plans can run, else torch where there is a GPU, else the CPU's (ADR 0010). The reason is a line on
-standard error.
+TensorRT where its plans can run, else torch where there is a GPU, else the CPU's. The reason is a line on standard
+error.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Set
+from collections.abc import Callable
 from pathlib import Path
 
 from icportrait.deploy.installation import find_installation
@@ -19,17 +19,12 @@ from icportrait.presets import PRESETS, Preset
 from icportrait.runtime.cuda import Gpu
 from icportrait.runtime.tensorrt.products import TENSORRT, TENSORRT_RTX, Flavour
 
-BF16 = {"avx512_bf16", "amx_bf16"}
-"""A CPU's flags, by Linux' names, that stand for products in bfloat16."""
-
 
 def choose(
     preset: Preset,
     gpu: Callable[[], Gpu] = find_gpu,
     torch_has_gpu: Callable[[], bool] | None = None,
     has_backend: Callable[[], bool] | None = None,
-    cpu_flags: Callable[[], Set[str]] | None = None,
-    precision: str | None = None,
 ) -> tuple[str, str]:
     """Return a runtime, and the reason for it.
 
@@ -38,19 +33,11 @@ def choose(
         gpu: finds the GPU, or raises ``RuntimeNotAvailable``.
         torch_has_gpu: tells whether torch finds it too.
         has_backend: tells whether the tritonserver here has a TensorRT backend.
-        cpu_flags: tells what the CPU has, by Linux' names.
-        precision: the one that was asked for, if any.
     """
-
-    def of_cpu(reason: str) -> tuple[str, str]:
-        if precision in (None, "fp16") and (flags := BF16 & (cpu_flags or _cpu_flags)()):
-            return "openvino", f"{reason}; the CPU has {min(flags)}, in which OpenVINO computes the UNet"
-        return str(cpu_defaults(preset, precision or "fp32")["runtime"]), reason
-
     try:
         found = gpu()
     except RuntimeNotAvailable as error:
-        return of_cpu(str(error))
+        return str(cpu_defaults(preset, "fp32")["runtime"]), str(error)
     reasons = []
     for flavour in (TENSORRT_RTX, TENSORRT):
         if reason := _missing(flavour, found, has_backend or _has_backend):
@@ -60,7 +47,7 @@ def choose(
     if (torch_has_gpu or _torch_has_gpu)():
         return "torch", f"{found.name}; {'; '.join(reasons)}"
     reasons.append("torch: it finds no GPU; install a build of torch for CUDA")
-    return of_cpu(f"{found.name}; {'; '.join(reasons)}")
+    return str(cpu_defaults(preset, "fp32")["runtime"]), f"{found.name}; {'; '.join(reasons)}"
 
 
 def _missing(flavour: Flavour, gpu: Gpu, has_backend: Callable[[], bool]) -> str:
@@ -83,11 +70,6 @@ def _has_backend() -> bool:
         return False
 
 
-def _cpu_flags() -> Set[str]:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    return set(next((line for line in lines if line.startswith("flags")), "").split())
-
-
 def _torch_has_gpu() -> bool:
     import torch
 
@@ -101,12 +83,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file for the arguments; standard output by default")
     args = parser.parse_args(argv)
     try:
-        runtime, reason = choose(PRESETS[args.preset], precision=args.precision)
+        runtime, reason = choose(PRESETS[args.preset])
     except IcPortraitError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"runtime {runtime}: {reason}", file=sys.stderr)
-    precision = " PRECISION=fp16" if runtime in ("openvino", "torch") and not args.precision else ""
+    precision = " PRECISION=fp16" if runtime == "torch" and not args.precision else ""
     chosen = f"RUNTIME={runtime}{precision}"
     if args.out is None:
         print(chosen)
