@@ -6,33 +6,31 @@ pictures and options. perf_analyzer counts a call from its sending to its answer
 caller was free.
 
 Calls under way together are answered together. The count of a run's answers is therefore off by up to one of each
-caller, and runs are long enough for that to be 2 %.
+caller, and the first ones take longer. Runs are long enough for that to be a few percent, and as long for both. Ours
+needs no count: a caller is always in a call, so that calls a second are callers by their mean latency.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from statistics import median
+from statistics import mean, median
 from typing import Any, TextIO
 
 from icportrait_client.portraits import Metadata
 
 from benchmarks.load import LoadRun, run_load
 from benchmarks.perf_analyzer import measure
-from benchmarks.report import run_fell_behind, sample_quantiles, steady_answers, summarise
+from benchmarks.report import run_fell_behind, sample_quantiles, steady_answers
 from benchmarks.settings import LoadSettings, PerfAnalyzerSettings
 
 THROUGHPUT = 0.05
 P50 = 0.1
 """Shares of perf_analyzer's figures by which ours may differ."""
-_THEIR_WINDOWS, _THEIR_WINDOW = 3, 1.2
-"""perf_analyzer needs three windows that agree, each a fifth longer than asked for."""
-_OUR_WINDOWS = 1.8
-"""Length of a run of ours: two of them are as long as perf_analyzer's."""
-_ANSWERS = 50
-"""Fewest answers of each caller in a round of either."""
-_WARM_UP_S = 1.0
+_WINDOWS = 3 * 1.2
+"""Length of a run in windows: perf_analyzer needs three that agree, each a fifth longer than asked for."""
+_ANSWERS = 40
+"""Answers of each caller for which a run lasts."""
 
 
 def measure_both(settings: PerfAnalyzerSettings, echo: TextIO) -> dict[str, Any]:
@@ -57,16 +55,15 @@ def measure_both(settings: PerfAnalyzerSettings, echo: TextIO) -> dict[str, Any]
     rows, conditions = [], None
     for concurrency in settings.levels:
         level = replace(settings, concurrency=str(concurrency))
-        p50_s = _p50_s(_ours(level, metadata, settings.rounds))
-        enough_s = round(_ANSWERS * p50_s / _THEIR_WINDOWS / _THEIR_WINDOW, 1)
-        level = replace(level, window_s=max(settings.window_s, enough_s))
-        ours = [_ours(level, metadata, 0, p50_s)]
+        p50_ms = _figures(concurrency, [_ours(level, metadata, settings.rounds)])["latency_ms"]["p50"] or 0.0
+        level = replace(level, window_s=max(settings.window_s, round(_ANSWERS * p50_ms / 1000 / _WINDOWS, 1)))
+        ours = [_ours(level, metadata, 0)]
         found = []
         for number in range(1, settings.rounds + 1):
             theirs = measure(level, echo)
             conditions = conditions or theirs["conditions"]
-            ours.append(_ours(level, metadata, number, p50_s))
-            found.append(compared(_figures(ours[-2:]), theirs["levels"][0] if theirs["levels"] else None))
+            ours.append(_ours(level, metadata, number))
+            found.append(compared(_figures(concurrency, ours[-2:]), theirs["levels"][0] if theirs["levels"] else None))
         rows.append(together(concurrency, found) | {"window_s": level.window_s})
     assert conditions is not None
     return {
@@ -77,17 +74,15 @@ def measure_both(settings: PerfAnalyzerSettings, echo: TextIO) -> dict[str, Any]
     }
 
 
-def _ours(level: PerfAnalyzerSettings, metadata: Metadata, seed: int, p50_s: float = 0.0) -> LoadRun:
+def _ours(level: PerfAnalyzerSettings, metadata: Metadata, seed: int) -> LoadRun:
     """Run our closed loop; runs of different seeds draw different portraits."""
-    # Callers begin together. A count that begins amid their calls is as often too high as too low.
-    warm_up_s = max(_WARM_UP_S, 1.5 * p50_s)
     run = run_load(
         LoadSettings(
             url=level.url,
             model=level.model,
             concurrency=level.levels[0],
-            duration_s=warm_up_s + _OUR_WINDOWS * level.window_s,
-            warm_up_s=warm_up_s,
+            duration_s=_WINDOWS * level.window_s,
+            warm_up_s=0.0,
             steps=(metadata.steps, metadata.steps),
             guidance_scale=metadata.guidance_scale,
             profile=(level.profile,),
@@ -100,18 +95,13 @@ def _ours(level: PerfAnalyzerSettings, metadata: Metadata, seed: int, p50_s: flo
     return run
 
 
-def _p50_s(run: LoadRun) -> float:
-    return (sample_quantiles(1000 * answer.latency_s for answer in steady_answers(run))["p50"] or 0.0) / 1000
-
-
-def _figures(runs: Sequence[LoadRun]) -> dict[str, Any]:
-    """Return our figures of both runs together."""
-    answers = [answer for run in runs for answer in steady_answers(run)]
-    latency_ms = sample_quantiles(1000 * answer.latency_s for answer in answers)
-    rates = [summarise(run)["rate_per_s"]["steady"] for run in runs]
+def _figures(concurrency: int, runs: Sequence[LoadRun]) -> dict[str, Any]:
+    """Return our figures of all runs together."""
+    latencies_s = [answer.latency_s for run in runs for answer in steady_answers(run)]
+    latency_ms = sample_quantiles(1000 * each for each in latencies_s)
     return {
-        "count": latency_ms["count"],
-        "throughput_per_s": round(sum(rates) / len(rates), 3),
+        "count": len(latencies_s),
+        "throughput_per_s": round(concurrency / mean(latencies_s), 3) if latencies_s else 0.0,
         "latency_ms": {name: latency_ms[name] for name in ("p50", "p99")},
         "fell_behind": run_fell_behind(runs),
     }
