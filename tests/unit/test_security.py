@@ -22,19 +22,21 @@ THREATS = [  # all rows but the heads and the table of the parts
     for row in ROWS
     if "::" in row or not re.match(r"\| (part|threat|data|---|gateway |pictures'|triton|operator)", row)
 ]
-NAMED = re.findall(r"`(tests/[\w/]+\.py)::(test_\w+)`", SECURITY)
+NAMED = re.findall(r"`(tests/[\w/]+\.py)::((?:Test\w+::)?test_\w+)`", SECURITY)
 
 
 @functools.cache
 def names_in(path: str) -> set[str]:
-    """List the tests of a file, of classes too."""
-    tree = ast.parse((ROOT / path).read_text())
-    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)}
+    """List the tests of a file as pytest takes them: those of a class with its name."""
+    body = ast.parse((ROOT / path).read_text()).body
+    places = [("", body)] + [(f"{node.name}::", node.body) for node in body if isinstance(node, ast.ClassDef)]
+    functions = ast.FunctionDef | ast.AsyncFunctionDef
+    return {before + node.name for before, nodes in places for node in nodes if isinstance(node, functions)}
 
 
 @pytest.mark.parametrize("row", THREATS, ids=lambda row: row.split("|")[1].strip())
 def test_each_line_names_a_test(row: str) -> None:
-    assert re.search(r"`tests/[\w/]+\.py::test_\w+`", row.split("|")[-2]), row
+    assert re.search(r"`tests/[\w/]+\.py::[\w:]*test_\w+`", row.split("|")[-2]), row
 
 
 @pytest.mark.parametrize(("path", "name"), sorted(set(NAMED)))
