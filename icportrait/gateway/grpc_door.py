@@ -179,7 +179,7 @@ class GrpcDoor:
         async def method(call: Call) -> None:
             call.gives_way = not needs_key
             if needs_key:
-                self._access.identify(call.headers.get(HEADER), call.peer)
+                call.record.key = self._access.identify(call.headers.get(HEADER), call.peer).name
             await call.send(answer(_parsed(request, await call.read())).SerializeToString())
 
         return method

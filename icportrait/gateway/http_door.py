@@ -236,7 +236,7 @@ class HttpApp:
         await self._tell(exchange, lambda: self.models.statistics(self.service.statistics, *exchange.model))
 
     async def _tell(self, exchange: Exchange, find: Callable[[], Any]) -> None:
-        self.access.identify(exchange.header(HEADER), exchange.peer)
+        exchange.record.key = self.access.identify(exchange.header(HEADER), exchange.peer).name
         await exchange.answer([json.dumps(kserve.to_json(find())).encode()], [JSON])
 
     async def _infer(self, exchange: Exchange) -> None:

@@ -8,6 +8,7 @@ import json
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -191,6 +192,13 @@ def test_keys_are_asked_for_and_share_nothing_that_is_kept(tmp_path: Path, pictu
         for key, expected in (("one", [0, 2]), ("one", [2, 2]), ("two", [2, 4]), ("two", [4, 4])):
             call(keys[key], **(guided if key == "two" else {}))
             assert counts() == expected, key
+        authorization = {"authorization": f"Bearer {keys['one']}"}
+        with grpc_client.InferenceServerClient(server.url) as client:
+            client.get_model_metadata("ic_portrait", headers=authorization)
+        url = f"http://{HOST}:{server.ports.http}/v2/models/ic_portrait"
+        request = urllib.request.Request(url, headers=authorization)
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            assert answer.status == 200
         found = series(server.metrics_url, "icportrait_gateway_")
         assert found['icportrait_gateway_answers_total{door="grpc",kind="portraits",code="OK"}'] == 4
         assert found['icportrait_gateway_answers_total{door="grpc",kind="portraits",code="UNAUTHENTICATED"}'] == 2
@@ -205,6 +213,7 @@ def test_keys_are_asked_for_and_share_nothing_that_is_kept(tmp_path: Path, pictu
     lines = [json.loads(line) for line in (tmp_path / "access.log").read_text().splitlines()]
     portraits = [line for line in lines if line.get("portraits")]
     assert [line["key"] for line in portraits] == ["one", "one", "two", "two"]
+    assert [line["door"] for line in lines if line["key"] == "one" and "portraits" not in line] == ["grpc", "http"]
     for line in portraits:
         assert line["stage_ms"]["denoise"] > 0 and line["sent_bytes"] > 1000 and line["code"] == "OK"
         parts = "lease", "prepare", "vae_encoder", "queue", "warping", "steps", "vae_decoder", "pipeline", "files"
