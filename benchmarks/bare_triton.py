@@ -15,6 +15,7 @@ from pathlib import Path
 from icportrait.deploy.installation import find_installation
 from icportrait.deploy.leftovers import SHM
 from icportrait.deploy.preflight import repository_policy
+from icportrait.deploy.stub_processes import log_hint
 from icportrait.errors import IcPortraitError
 from icportrait.policy import LOOP_VARIABLE
 from icportrait.server import HOST, Ports
@@ -60,7 +61,7 @@ def bare_triton(repository: Path, log: Path) -> Iterator[BareTriton]:
             try:
                 while not _is_ready(ports.http):
                     if process.poll() is not None:
-                        raise IcPortraitError(f"tritonserver ended before it was ready: {log.read_text().strip()}")
+                        raise IcPortraitError(f"tritonserver ended before it was ready{log_hint(log)}")
                     time.sleep(0.1)
                 grpc_url, http_url, metrics_url = (f"{HOST}:{port}" for port in vars(ports).values())
                 yield BareTriton(grpc_url, http_url, metrics_url, process.pid)

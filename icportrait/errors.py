@@ -27,6 +27,9 @@ from __future__ import annotations
 
 import re
 
+MOST_CHARACTERS = 4000
+"""Characters of an error's text; what is longer is cut."""
+
 
 class IcPortraitError(Exception):
     """Base of all errors this package raises on purpose; its text is a line, fit for a caller's eyes."""
@@ -34,8 +37,8 @@ class IcPortraitError(Exception):
     code = "INTERNAL"
 
     def __str__(self) -> str:
-        """Return the text, with escapes for what isn't printable: it may quote a name or a path that others wrote."""
-        text = super().__str__()
+        """Return the text, cut and with escapes for what isn't printable: it may quote anything that others wrote."""
+        text = super().__str__()[:MOST_CHARACTERS]
         return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 

@@ -125,4 +125,4 @@ def log_hint(log_file: Path | None) -> str:
     if log_file is None:
         return "; its output above has the cause"
     tail = log_file.read_text(errors="replace").splitlines()[-15:]
-    return f"; the end of {log_file}:\n" + "\n".join(tail)
+    return f"; the end of {log_file}: " + " | ".join(tail)

@@ -125,7 +125,9 @@ class NoiseSchedule:
             CheckpointError: a key asks for something that would change pictures and isn't supported.
         """
         # A live scheduler.config lists here the keys that nobody set; diffusers drops them when it converts.
-        unset = config.get("_use_default_values", ())
+        unset = config.get("_use_default_values", [])
+        if not isinstance(unset, list):
+            raise _refusal("_use_default_values", unset, "a list of keys")
         config = {key: value for key, value in config.items() if key not in unset}
         writer = config.get("_class_name")
         if writer is not None and writer not in _CLASSES + _FOREIGN:

@@ -37,7 +37,10 @@ LOOK_AGAIN_S = 1.0
 """Seconds between two looks whether the file has changed."""
 DAY_S = 86_400
 MOST = 10**9
-"""Largest rate, quota and burst of a key, other than infinite ones: a day's count at ten thousand a second."""
+"""Largest rate, quota and burst of a key, other than infinite ones: a day's count at ten thousand a second.
+
+The smallest rate and quota are 1 by this: the wait for the next request is still a number.
+"""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,9 @@ class ApiKey:
             raise IcPortraitError(f"{where}.priorities: {found}, expected some of 0..9")
         for name in ("requests_per_s", "requests_per_day"):
             value = getattr(self, name)
-            if type(value) not in (int, float) or not (0 < value <= MOST or value == math.inf):
-                raise IcPortraitError(f"{where}.{name}: {repr(value)[:80]}, expected a number over 0, up to {MOST}")
+            if type(value) not in (int, float) or not (1 / MOST <= value <= MOST or value == math.inf):
+                expected = f"a number over 0: {1 / MOST:g} to {MOST}, or inf"
+                raise IcPortraitError(f"{where}.{name}: {repr(value)[:80]}, expected {expected}")
         if type(self.burst) is not int or not 0 <= self.burst <= MOST:
             raise IcPortraitError(f"{where}.burst: {repr(self.burst)[:80]}, expected a whole number of 0..{MOST}")
 
@@ -210,7 +214,7 @@ def read_keys(path: Path) -> list[ApiKey]:
         raise IcPortraitError(f"{path}: keys: expected a section [keys.NAME] for each key")
     try:
         return [_key(name, section) for name, section in sections.items()]
-    except IcPortraitError as error:
+    except (IcPortraitError, ValueError, RecursionError) as error:  # what has too many digits or levels to be named
         raise IcPortraitError(f"{path}: {error}") from error
 
 

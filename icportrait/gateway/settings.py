@@ -228,12 +228,15 @@ def _parse(name: str, value: Any, where: str) -> Any:
     least, most = limits["least"], limits["most"]
     if (least is not None and not parsed >= least) or (most is not None and not parsed <= most):
         expected = f"{least} or more" if most is None else f"{least}..{most}"
-        raise IcPortraitError(f"{name}: {str(value)[:80]} {where}, expected {expected}")
+        raise IcPortraitError(f"{name}: {_short(parsed)} {where}, expected {expected}")
     return parsed
 
 
 def _short(value: Any) -> str:
-    return repr(value)[:80]
+    try:
+        return repr(value)[:80]
+    except (ValueError, RecursionError):
+        return f"{type(value).__name__} of too many digits or levels"
 
 
 def _is_file(path: Path) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 import struct
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -19,10 +19,6 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _SINGLE_FILES = (".safetensors", *_PICKLES)
 _LFS_POINTER = b"version https://git-lfs"
-_SIZE_MISMATCH = re.compile(
-    r"size mismatch for (\S+): copying a param with shape torch\.Size\((.*?)\) from checkpoint, "
-    r"the shape in current model is torch\.Size\((.*?)\)"
-)
 
 
 def check_directory(path: Path) -> None:
@@ -129,6 +125,7 @@ def read_model(model_class: Any, directory: Path) -> Any:
     for weights in sorted(directory.glob("*.safetensors")):
         check_file(weights)
     try:
+        _check_shapes(model_class, directory, f"{WEIGHTS_STEM}{f'.{variant}' if variant else ''}*.safetensors")
         model, info = model_class.from_pretrained(
             directory,
             local_files_only=True,
@@ -137,8 +134,12 @@ def read_model(model_class: Any, directory: Path) -> Any:
             low_cpu_mem_usage=False,  # True needs the accelerate package and would only save memory
             output_loading_info=True,
         )
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever diffusers' code does with entries that mean nothing to it
-        raise CheckpointError(f"{directory}: {_reason(error)}") from error
+        raise CheckpointError(
+            f"{directory}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
     # diffusers leaves missing weights at random values and drops what it doesn't know: both change pictures silently.
     for kind in ("missing", "unexpected"):
         if names := sorted(info[f"{kind}_keys"]):
@@ -149,6 +150,20 @@ def read_model(model_class: Any, directory: Path) -> Any:
     # The path is this machine's; without this it would be written into every copy that is saved.
     model.register_to_config(_name_or_path="")
     return model.float()
+
+
+def _check_shapes(model_class: Any, directory: Path, pattern: str) -> None:
+    """Compare shapes without memory for them: diffusers makes the network that config.json describes, at any size."""
+    with torch.device("meta"):
+        expected = model_class.from_config(read_json(directory / "config.json")).state_dict()
+    for path in sorted(directory.glob(pattern)):
+        with safe_open(path, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118 - it has no iterator
+                found = list(weights.get_slice(name).get_shape())
+                if name in expected and found != list(expected[name].shape):
+                    raise CheckpointError(
+                        f"{directory}: {name} is {found}, expected {list(expected[name].shape)} by config.json"
+                    )
 
 
 def weights_variant(directory: Path, stem: str) -> str | None:
@@ -171,10 +186,3 @@ def weights_variant(directory: Path, stem: str) -> str | None:
             "use_safetensors=False and call save_pretrained(directory, safe_serialization=True)"
         )
     raise CheckpointError(f"{directory}: {stem}.safetensors is missing")
-
-
-def _reason(error: Exception) -> str:
-    if match := _SIZE_MISMATCH.search(str(error)):
-        name, found, expected = match.groups()
-        return f"{name} is {found}, expected {expected} by config.json"
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -23,6 +23,8 @@ _WITHOUT_EFFECT = {
 engine modules honour a shift factor themselves."""
 
 _MOST_LEVELS = 16
+_MOST_LAYERS = 64
+"""Layers of a level: a network of any depth would be built before its weights are looked at."""
 _LARGEST = 2**20
 """Above all sizes and numbers of channels there are; larger ones don't fit into a float or a tensor's shape."""
 _NOT_GEOMETRY = {"name", "max_unet_batch", "max_vae_batch", "max_warping_batch"}
@@ -107,8 +109,8 @@ def preset_from_configs(
         prompt_tokens=prompt_tokens,
         norm_num_groups=_integer("unet", unet, "norm_num_groups"),
         mask_patch_px=mask_patch_px or 2 * factor,
-        layers_per_block=_integer("unet", unet, "layers_per_block"),
-        vae_layers_per_block=_integer("vae", vae, "layers_per_block"),
+        layers_per_block=_integer("unet", unet, "layers_per_block", _MOST_LAYERS),
+        vae_layers_per_block=_integer("vae", vae, "layers_per_block", _MOST_LAYERS),
         latent_channels=_integer("vae", vae, "latent_channels"),
         vae_scaling_factor=_factor("vae", vae, "scaling_factor"),
     )
@@ -162,11 +164,11 @@ def _is_count(value: Any) -> TypeGuard[int]:
     return type(value) is int and 0 < value <= _LARGEST
 
 
-def _integer(component: str, config: Mapping[str, Any], name: str) -> int:
+def _integer(component: str, config: Mapping[str, Any], name: str, most: int = _LARGEST) -> int:
     value = config[name]
-    if not _is_count(value):
+    if not _is_count(value) or value > most:
         raise CheckpointError(
-            f"{component}/config.json: {name} is {value!r}, supported: one integer of 1 to {_LARGEST} for all levels"
+            f"{component}/config.json: {name} is {value!r}, supported: one integer of 1 to {most} for all levels"
         )
     return value
 

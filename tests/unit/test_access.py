@@ -128,7 +128,10 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(tmp_path: Path, caplog:
         (section("k", more="priorities = [[1]]"), "keys.studio.priorities: expected some of 0..9"),
         (section("k", more="requests_per_s = 0"), "keys.studio.requests_per_s: 0, expected a number over 0"),
         (section("k", more="requests_per_day = nan"), "keys.studio.requests_per_day: nan, expected a number over 0"),
+        (section("k", more="requests_per_s = 5e-324"), "keys.studio.requests_per_s: 5e-324, expected a number over 0"),
         (section("k", more="burst = 0.5"), "keys.studio.burst: 0.5, expected a whole number"),
+        (section("k", more=f"burst = 0x{5000 * 'f'}"), "keys.toml: .* digits"),
+        (section("k", more=f"requests_per_s{20_000 * '.a'} = 1"), "keys.toml: .* recursion"),
     ],
 )
 def test_a_wrong_file_names_the_setting(tmp_path: Path, text: str, message: str) -> None:

@@ -174,6 +174,8 @@ def test_other_sizes_make_a_custom_preset() -> None:
         ({"act_fn": "gelu"}, {}, "act_fn is 'gelu', supported: 'silu'"),
         ({"norm_eps": 1e-6}, {}, "norm_eps is 1e-06"),
         ({"layers_per_block": [2, 2, 2, 2]}, {}, "layers_per_block is"),
+        ({"layers_per_block": 3000}, {}, "layers_per_block is 3000, supported: one integer of 1 to 64"),
+        ({}, {"layers_per_block": 3000}, "vae/config.json: layers_per_block is 3000, supported: one integer of"),
         ({"sample_size": None}, {}, "sample_size is None.*image_size"),
         ({"a_new_switch": 1}, {}, "a_new_switch isn't an entry that is known"),
         ({}, {"latent_channels": 16}, "unet/config.json: in_channels is 4, supported: 16"),

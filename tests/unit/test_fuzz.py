@@ -467,6 +467,20 @@ def test_any_checkpoint_is_read_or_refused(saved: Path, rng: random.Random, new:
         path.write_bytes(whole)
 
 
+@pytest.mark.parametrize("part", ["unet", "vae"])
+def test_a_network_of_other_sizes_is_refused_without_its_memory(saved: Path, tmp_path: Path, part: str) -> None:
+    from icportrait.nn import load_checkpoint
+
+    folder = shutil.copytree(saved, tmp_path / "saved")
+    index, config = folder / "model_index.json", folder / part / "config.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"preset": "custom"}))
+    content = json.loads(config.read_text())
+    channels = [*content["block_out_channels"][:-1], 2**19]
+    config.write_text(json.dumps(content | {"block_out_channels": channels}))
+    with pytest.raises(CheckpointError, match=r"is \[.*\], expected \[.*524288.*\] by config.json"):
+        load_checkpoint(folder)
+
+
 @fuzzed()
 @given(RANDOM, JSON)
 def test_any_geometry_is_read_or_refused(rng: random.Random, new: Any) -> None:

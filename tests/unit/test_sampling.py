@@ -328,6 +328,7 @@ def test_where_a_file_of_a_clipping_sampler_does_not_say_it_does() -> None:
         ("beta_schedule", "sigmoid"),
         ("beta_start", "0.1"),
         ("clip_sample", True),
+        ("_use_default_values", True),
         ("final_sigmas_type", "sigma_min"),
         ("interpolation_type", "log_linear"),
         ("lambda_min_clipped", -5.1),

@@ -80,6 +80,8 @@ def test_an_error_names_the_setting_and_where_it_came_from(
         ("slots = true", "slots: True in .*server.toml, expected a whole number"),
         ("host = 3", "host: 3 in .*server.toml, expected text"),
         ("slots = [", "server.toml: can't be read as TOML"),
+        (f"host = 0x{5000 * 'f'}", "host: int of too many digits or levels in "),
+        (f"slots{20_000 * '.a'} = 1", "slots: dict of too many digits or levels in "),
     ],
 )
 def test_an_error_in_the_file_names_it(tmp_path: Path, text: str, error: str) -> None:
