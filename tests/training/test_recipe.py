@@ -55,7 +55,7 @@ def test_nearer_settings_win(tmp_path: Path) -> None:
         ("[data]\nseeds = 1", [], r"seeds is unknown to Data"),
         ("", ["data.pairs=many"], r"--set data.pairs=many: expected key=value in TOML"),
         ("", ["steps"], r"--set steps: expected key=value in TOML, such as steps=100"),
-        ("", ["steps=1\nbatch=2"], r"--set steps=1\nbatch=2: expected key=value"),
+        ("", ["steps=1\nbatch=2"], r"--set steps=1\\nbatch=2: expected key=value"),
         ("", ["data.pair=3"], r"pair is unknown to Data"),
         ("", ["all.steps=3"], r"all is unknown to VaeRecipe"),
         ("[vae", [], r"recipe.toml: Expected ']'"),
