@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ WEIGHTS_STEM = "diffusion_pytorch_model"
 """The name of a model component's weights in diffusers' layout, without variant and suffix."""
 _PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 _SINGLE_FILES = (".safetensors", *_PICKLES)
+_PART = r"(-\d+-of-\d+)?"
+"""Number of a file among several, before or behind the variant."""
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -121,11 +124,11 @@ def read_model(model_class: Any, directory: Path) -> Any:
         CheckpointError: files are missing, aren't safetensors, or don't fit the configuration.
     """
     variant = weights_variant(directory, WEIGHTS_STEM)
-    read_json(directory / "config.json")
+    config = read_json(directory / "config.json")
     for weights in sorted(directory.glob("*.safetensors")):
         check_file(weights)
     try:
-        _check_shapes(model_class, directory, f"{WEIGHTS_STEM}{f'.{variant}' if variant else ''}*.safetensors")
+        _check_shapes(model_class, config, directory, variant)
         model, info = model_class.from_pretrained(
             directory,
             local_files_only=True,
@@ -137,9 +140,8 @@ def read_model(model_class: Any, directory: Path) -> Any:
     except CheckpointError:
         raise
     except Exception as error:  # whatever diffusers' code does with entries that mean nothing to it
-        raise CheckpointError(
-            f"{directory}: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
-        ) from error
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise CheckpointError(f"{directory}: {reason}") from error
     # diffusers leaves missing weights at random values and drops what it doesn't know: both change pictures silently.
     for kind in ("missing", "unexpected"):
         if names := sorted(info[f"{kind}_keys"]):
@@ -152,11 +154,13 @@ def read_model(model_class: Any, directory: Path) -> Any:
     return model.float()
 
 
-def _check_shapes(model_class: Any, directory: Path, pattern: str) -> None:
+def _check_shapes(model_class: Any, config: dict[str, Any], directory: Path, variant: str | None) -> None:
     """Compare shapes without memory for them: diffusers makes the network that config.json describes, at any size."""
+    suffix = f".{variant}" if variant else ""
+    names = re.compile(rf"{WEIGHTS_STEM}{_PART}{re.escape(suffix)}{_PART}\.safetensors")
     with torch.device("meta"):
-        expected = model_class.from_config(read_json(directory / "config.json")).state_dict()
-    for path in sorted(directory.glob(pattern)):
+        expected = model_class.from_config(config).state_dict()
+    for path in sorted(path for path in directory.iterdir() if names.fullmatch(path.name)):
         with safe_open(path, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118 - it has no iterator
                 found = list(weights.get_slice(name).get_shape())

@@ -20,6 +20,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
@@ -469,6 +470,8 @@ def test_any_checkpoint_is_read_or_refused(saved: Path, rng: random.Random, new:
 
 @pytest.mark.parametrize("part", ["unet", "vae"])
 def test_a_network_of_other_sizes_is_refused_without_its_memory(saved: Path, tmp_path: Path, part: str) -> None:
+    from safetensors.numpy import save_file
+
     from icportrait.nn import load_checkpoint
 
     folder = shutil.copytree(saved, tmp_path / "saved")
@@ -476,6 +479,10 @@ def test_a_network_of_other_sizes_is_refused_without_its_memory(saved: Path, tmp
     index.write_text(json.dumps(json.loads(index.read_text()) | {"preset": "custom"}))
     content = json.loads(config.read_text())
     channels = [*content["block_out_channels"][:-1], 2**19]
+    # diffusers doesn't read this one.
+    name = "conv_in.bias" if part == "unet" else "encoder.conv_in.bias"
+    save_file({name: np.zeros(1, np.float32)}, folder / part / "diffusion_pytorch_model.old.safetensors")
+    load_checkpoint(folder)
     config.write_text(json.dumps(content | {"block_out_channels": channels}))
     with pytest.raises(CheckpointError, match=r"is \[.*\], expected \[.*524288.*\] by config.json"):
         load_checkpoint(folder)
