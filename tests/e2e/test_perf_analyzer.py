@@ -14,6 +14,7 @@ import tritonclient.grpc as grpc_client
 from benchmarks.perf_analyzer_program import PerfAnalyzerError, find_program
 from icportrait.server import Ports
 from tests.conftest import EXAMPLES, ROOT
+from tests.e2e.caller import settled
 from tests.e2e.supervised import Supervised
 
 STEPS = 2
@@ -42,7 +43,8 @@ def statistics(url: str) -> dict[str, Any]:
     return counted
 
 
-def test_one_caller_and_eight_are_served_without_an_error(url: str) -> None:
+def test_one_caller_and_eight_are_served_without_an_error(whole: Supervised, url: str) -> None:
+    settled(whole.metrics_url)
     before = statistics(url)  # of other tests
     answer = perf_analyzer(url, f"--concurrency 1:8:7 --steps {STEPS} --window 0.8 --stability 1000 {PICTURES} --json")
     assert answer.returncode == 0, answer.stderr
