@@ -177,8 +177,9 @@ class Connection(H2Protocol):
         self._h2.update_settings(
             {SettingCodes.MAX_CONCURRENT_STREAMS: STREAMS_OF_CONNECTION, SettingCodes.MAX_FRAME_SIZE: FRAME_BYTES}
         )
-        # At once: h2 would refuse a large frame that comes in one piece with the settings' acknowledgement.
-        self._h2.max_inbound_frame_size = FRAME_BYTES
+        # At once: until the peer acknowledges them, h2 would end the connection at its 101st call, and at a large frame
+        # that comes in one piece with the acknowledgement.
+        self._h2._local_settings_acked()
         self.connection.flush()
         self.processor.processors[UnknownFrameReceived] = lambda event: None
         if age_s := self.owner.limits.connection_age_s:

@@ -48,7 +48,13 @@ from tritonclient.utils import InferenceServerException
 from icportrait.errors import Unavailable
 from icportrait.gateway.access import Access, new_key
 from icportrait.gateway.api import OWN_DESCRIPTORS, ServerLimits
-from icportrait.gateway.grpc_connections import EVERY_STREAM, OWN_FRAMES_AT_ONCE, READ_BYTES, Connection
+from icportrait.gateway.grpc_connections import (
+    EVERY_STREAM,
+    OWN_FRAMES_AT_ONCE,
+    READ_BYTES,
+    STREAMS_OF_CONNECTION,
+    Connection,
+)
 from icportrait.gateway.wire import MAX_HEAD_BYTES
 from tests.conftest import EXAMPLES, ROOT
 from tests.e2e.caller import StreamCall, infer, tensors
@@ -833,6 +839,13 @@ class TestLimits:
                 assert running.call(lambda: len(running.door.calls.connections)) <= 50
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+    def test_many_calls_may_begin_before_the_settings_are_acknowledged(self, running: Running) -> None:
+        with BareCaller(running.url) as caller:
+            streams = [caller.begin("ServerLive") for _ in range(STREAMS_OF_CONNECTION)]
+            for stream in streams:
+                caller.send(stream, message(b""), end=True)
+            assert {caller.status(stream) for stream in streams} == {(0, "")}
 
     def test_pings_are_never_too_many(self, running: Running) -> None:
         with BareCaller(running.url) as caller:
