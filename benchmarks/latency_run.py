@@ -11,7 +11,7 @@ from benchmarks.engines_alone import engines_alone
 from benchmarks.gateway_limits import gateway_limits
 from benchmarks.ladder import climb
 from benchmarks.ladder_names import OURS
-from benchmarks.machine import measured_peak
+from benchmarks.machine import measured_peak, over_the_floor
 from benchmarks.pairs import pixels
 from benchmarks.report import conditions_here
 from benchmarks.request_alone import PARTS, request_alone
@@ -97,6 +97,8 @@ def table(report: dict[str, Any]) -> str:
             f"{_figure(row['ms']['p90']):>9}{row['floor_ms']:>9.1f}{row['share_of_floor']:>7.0%}"
             f"{row['ratio_to_first']['median']:>10.2f}"
         )
+    if note := over_the_floor(report["engines"]):
+        lines.append(note)
     for request in report["requests"]:
         options = request["options"]
         lines += [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -63,6 +63,16 @@ def measured_peak(seconds: float = 0.5) -> dict[str, float]:
     product_s = _best_s(lambda: torch.mm(left, right), seconds)
     copy_s = _best_s(lambda: np.copyto(target, source), seconds)
     return {"gflops": round(2 * side**3 / product_s / 1e9, 1), "gb_per_s": round(2 * source.nbytes / copy_s / 1e9, 1)}
+
+
+def over_the_floor(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Write what a reader must know where engines were faster than their floors; empty where none was."""
+    if not (over := sum(row["share_of_floor"] > 1 for row in rows)):
+        return ""
+    return (
+        f"{over} of {len(rows)} shares are over 100 %, which can't be: the peak was measured while the machine did"
+        " something else, or the engine computes in less than float32. No share of this run counts; measure again."
+    )
 
 
 def _best_s(run: Callable[[], object], seconds: float) -> float:

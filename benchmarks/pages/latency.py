@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks.ladder_names import OURS
+from benchmarks.machine import over_the_floor
 from benchmarks.pages.page import COLOURS, Row, note, plot, rows_table, section
 from benchmarks.request_alone import PARTS
 from benchmarks.spread import interval_text, ratio_text
@@ -103,7 +104,7 @@ def _engines(engines: Sequence[Mapping[str, Any]], peak: Mapping[str, float]) ->
         rows_table(head, rows),
         note(
             f"The floor is the longer of an engine's operations at {peak['gflops']:.0f} GFLOP/s (a float32 matrix"
-            f" product here) and its bytes at {peak['gb_per_s']:.1f} GB/s (a copy here)."
+            f" product here) and its bytes at {peak['gb_per_s']:.1f} GB/s (a copy here). {over_the_floor(engines)}"
         ),
     )
 

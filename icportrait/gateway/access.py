@@ -97,7 +97,7 @@ class Access:
         self._path, self._clock, self._day_clock = path, clock, day_clock
         self._keys: tuple[tuple[bytes, ApiKey], ...] = ()
         self._used: dict[str, _Used] = {}
-        self._seen: tuple[int, int] | None = None
+        self._seen: tuple[int, ...] | None = None
         self._looked_s = clock()
         if path is not None:
             self._seen, self._keys = _stamp(path), _by_hash(read_keys(path))
@@ -163,12 +163,15 @@ class Access:
         if self._path is None or now_s - self._looked_s < LOOK_AGAIN_S:
             return
         self._looked_s = now_s
+        if (stamp := _stamp(self._path)) == self._seen:
+            return
+        self._seen = stamp
         try:
-            if (stamp := _stamp(self._path)) != self._seen:
-                self._seen, self._keys = stamp, _by_hash(read_keys(self._path))
-                logger.info("%s: %d keys", self._path, len(self._keys))
+            self._keys = _by_hash(read_keys(self._path))
         except IcPortraitError as error:
             logger.warning("%s; the keys read before it still count", error)
+        else:
+            logger.info("%s: %d keys", self._path, len(self._keys))
 
 
 class _Used:
@@ -213,9 +216,17 @@ def read_keys(path: Path) -> list[ApiKey]:
     if not isinstance(sections, dict) or not sections:
         raise IcPortraitError(f"{path}: keys: expected a section [keys.NAME] for each key")
     try:
-        return [_key(name, section) for name, section in sections.items()]
+        keys = [_key(name, section) for name, section in sections.items()]
     except (IcPortraitError, ValueError, RecursionError) as error:  # what has too many digits or levels to be named
         raise IcPortraitError(f"{path}: {error}") from error
+    first: dict[str, ApiKey] = {}
+    for key in keys:
+        if (other := first.setdefault(key.sha256, key)) is not key:
+            raise IcPortraitError(
+                f"{path}: keys.{key.name[:80]}.sha256: it is that of keys.{other.name[:80]} too, and a call with this "
+                "key could be either's; make another one (icportrait-server key NAME)"
+            )
+    return keys
 
 
 def new_key(name: str) -> tuple[str, str]:
@@ -255,9 +266,10 @@ def _by_hash(keys: list[ApiKey]) -> tuple[tuple[bytes, ApiKey], ...]:
     return tuple((bytes.fromhex(key.sha256), key) for key in keys)
 
 
-def _stamp(path: Path) -> tuple[int, int]:
+def _stamp(path: Path) -> tuple[int, ...] | None:
+    """Return what changes when a file does; None for one that can't be looked at."""
     try:
         status = path.stat()
-    except OSError as error:
-        raise IcPortraitError(f"{path}: {error.strerror}") from error
-    return status.st_mtime_ns, status.st_ino
+    except OSError:
+        return None
+    return status.st_mtime_ns, status.st_ino, status.st_size

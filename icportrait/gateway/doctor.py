@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -111,9 +112,9 @@ def to_table(findings: list[Finding]) -> str:
     """Write findings as lines for a person."""
     width = max(len(finding.check) for finding in findings)
     lines = [f"{finding.outcome:7}  {finding.check:{width}}  {finding.text}" for finding in findings]
-    faults = sum(finding.outcome is Outcome.FAULT for finding in findings)
-    warnings = sum(finding.outcome is Outcome.WARNING for finding in findings)
-    return "\n".join([*lines, f"{faults} faults, {warnings} warnings"])
+    counts = Counter(finding.outcome for finding in findings)
+    found = [f"{counts[each]} {each}{'' if counts[each] == 1 else 's'}" for each in (Outcome.FAULT, Outcome.WARNING)]
+    return "\n".join([*lines, ", ".join(found)])
 
 
 def to_json(findings: list[Finding]) -> str:

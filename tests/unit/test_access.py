@@ -107,11 +107,25 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(tmp_path: Path, caplog:
     keys.enter("Bearer new", "peer")
     with pytest.raises(Unauthenticated):
         keys.enter("Bearer old", "peer")
-    (tmp_path / "keys.toml").write_text("[keys")
-    os.utime(tmp_path / "keys.toml", ns=(2, 2))
-    clock.now_s = 2.0
-    keys.enter("Bearer new", "peer")
-    assert "the keys read before it still count" in caplog.text
+    for broken, moment_s in (("[keys", 2.0), (None, 4.0)):
+        caplog.clear()
+        if broken is None:
+            (tmp_path / "keys.toml").unlink()
+        else:
+            (tmp_path / "keys.toml").write_text(broken)
+        for clock.now_s in (moment_s, moment_s + 1):
+            keys.enter("Bearer new", "peer")
+        assert caplog.text.count("the keys read before it still count") == 1
+
+
+def test_a_file_that_was_written_twice_within_a_tick_of_its_clock_is_read_again(tmp_path: Path) -> None:
+    clock = Clock()
+    keys = access(tmp_path, section("old"), clock)
+    stamp = (tmp_path / "keys.toml").stat()
+    (tmp_path / "keys.toml").write_text(section("old") + section("new", "other"))
+    os.utime(tmp_path / "keys.toml", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
+    clock.now_s = 1.0
+    assert keys.enter("Bearer new", "peer").name == "other"
 
 
 @pytest.mark.parametrize(
@@ -130,6 +144,7 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(tmp_path: Path, caplog:
         (section("k", more="requests_per_day = nan"), "keys.studio.requests_per_day: nan, expected a number over 0"),
         (section("k", more="requests_per_s = 5e-324"), "keys.studio.requests_per_s: 5e-324, expected a number over 0"),
         (section("k", more="burst = 0.5"), "keys.studio.burst: 0.5, expected a whole number"),
+        (section("k") + section("k", "b"), r"keys.b.sha256: it is that of keys.studio too, .* \(icportrait-server key"),
         (section("k", more=f"burst = 0x{5000 * 'f'}"), "keys.toml: .* digits"),
         (section("k", more=f"requests_per_s{20_000 * '.a'} = 1"), "keys.toml: .* recursion"),
     ],

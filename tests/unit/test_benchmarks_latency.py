@@ -189,6 +189,13 @@ def test_the_table_and_the_page_show_every_figure_and_what_was_left_out(figures:
     assert f"{figures['ladder'][OURS]['ms']['p50']:.1f}" in lines
 
 
+def test_shares_of_the_floor_that_cannot_be_are_told(figures: dict[str, Any]) -> None:
+    for share, told in ((1.0, False), (1.01, True)):
+        figures["engines"][0]["share_of_floor"] = share
+        for text in (table(figures), "".join(latency_sections(figures))):
+            assert ("1 of 1 shares are over 100 %" in text) == told
+
+
 def test_equal_figures_make_equal_pages(figures: dict[str, Any], tmp_path: Path) -> None:
     sections = latency_sections(figures)
     assert sections == latency_sections(figures) and "".join(sections).count("<svg") == 2

@@ -60,7 +60,7 @@ def test_a_port_in_use_is_a_fault_and_the_command_ends_with_1(quick: None, capsy
     lines = capsys.readouterr().out.splitlines()
     (fault,) = [line for line in lines if line.startswith("fault")]
     assert f"http_port: 127.0.0.1:{port}: Address already in use" in fault
-    assert lines[-1].startswith("1 faults")
+    assert lines[-1].startswith("1 fault, ")
 
 
 def test_an_address_of_another_machine_is_a_fault(quick: None) -> None:
