@@ -120,6 +120,20 @@ class DecoderRecipe(Recipe):
 
 
 @dataclass(frozen=True)
+class RefineRecipe(Recipe):
+    """What comes after the matches once more and together, by portraits of one step."""
+
+    stage: ClassVar[str] = "refine"
+
+    truth_weight: float = 0.5
+    """Share of the loss that compares with the truth; the rest compares with the teacher, see ``RefineStage``."""
+    head_weight: float = 3.0
+    """Weight of the errors where the target shows the head, as in ``AppearanceRecipe``."""
+    likeness_weight: float = 4.0
+    """Weight of 1 - SSIM, beside the mean absolute error of a pixel in -1..1."""
+
+
+@dataclass(frozen=True)
 class Data:
     """The source of the pairs."""
 
@@ -135,7 +149,7 @@ class Data:
 
 
 STAGES: dict[str, type[Recipe]] = {
-    recipe.stage: recipe for recipe in (VaeRecipe, MatchingRecipe, AppearanceRecipe, DecoderRecipe)
+    recipe.stage: recipe for recipe in (VaeRecipe, MatchingRecipe, AppearanceRecipe, DecoderRecipe, RefineRecipe)
 }
 
 

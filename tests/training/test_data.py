@@ -14,7 +14,7 @@ from icportrait.diffusion.masking import hide, reference_visibility
 from icportrait.nn.engine_modules import VaeEncoder
 from tests.tiny import TINY
 from tests.training.tiny import generator, stage, write_views
-from training import stages
+from training import canvas_stage
 from training.data import PictureFolder, RenderedPairs
 from training.evaluation import warped
 from training.portraits import Portraits, whole_levels
@@ -61,13 +61,13 @@ def test_training_sees_the_canvas_that_serving_sees(tiny_pairs: RenderedPairs) -
 
 
 def test_samples_hide_as_much_as_training(tiny_pairs: RenderedPairs, monkeypatch: pytest.MonkeyPatch) -> None:
-    ratios, make = [], stages.make_portraits
+    ratios, make = [], canvas_stage.make_portraits
 
     def spy(*arguments: Any, mask_ratio: float, **settings: Any) -> Portraits:
         ratios.append(mask_ratio)
         return make(*arguments, mask_ratio=mask_ratio, **(settings | {"num_inference_steps": 1}))
 
-    monkeypatch.setattr(stages, "make_portraits", spy)
+    monkeypatch.setattr(canvas_stage, "make_portraits", spy)
     stage("appearance", tiny_pairs, mask_ratio=0.25).samples()
     assert ratios == [0.25]
 
