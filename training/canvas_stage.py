@@ -56,7 +56,7 @@ class CanvasStage(Stage):
         return profile, self.checkpoint.warping_network.canvas(profile, self.encode(hidden), visibility)
 
     def hide(self, references: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Hide cells of references ``[B, 3, S, S]``, and return the visibility ``[B, 1, s, s]`` too."""
+        """Cover cells of references ``[B, 3, S, S]``, and return the visibility ``[B, 1, s, s]`` too."""
         visibility = self.visibility(len(references), generator).to(self.device)
         factor = self.preset.vae_factor
         shown = visibility.repeat_interleave(factor, 2).repeat_interleave(factor, 3)

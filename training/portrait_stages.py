@@ -1,4 +1,4 @@
-"""What is trained by whole portraits: the decoder, and everything behind the matches together."""
+"""Stages that learn from whole portraits: the decoder alone, and all that follows the matches together."""
 
 from __future__ import annotations
 

@@ -121,7 +121,7 @@ class DecoderRecipe(Recipe):
 
 @dataclass(frozen=True)
 class RefineRecipe(Recipe):
-    """What comes after the matches once more and together, by portraits of one step."""
+    """Appearance net, UNet and decoder once more and together, by portraits of one step."""
 
     stage: ClassVar[str] = "refine"
 
