@@ -1,4 +1,4 @@
-"""Train one stage: python -m training vae | matching | appearance | decoder."""
+"""Train one stage: python -m training vae | matching | appearance | decoder | refine."""
 
 from __future__ import annotations
 

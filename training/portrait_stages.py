@@ -14,7 +14,7 @@ from icportrait.request import MAX_SEED
 from training.canvas_stage import CanvasStage, compared
 from training.data import Source
 from training.portraits import make_portraits
-from training.recipe import DecoderRecipe, Recipe, RefineRecipe
+from training.recipe import DecoderRecipe, Recipe, RecipeError, RefineRecipe
 
 TEACHER_NOISE = 0.5
 """Share of the noise that the teacher starts from: with half of it a portrait is nearer to the truth."""
@@ -57,8 +57,9 @@ class RefineStage(CanvasStage):
     """Appearance net, zero convolutions, UNet and decoder together, by portraits of one step.
 
     A portrait is compared with the truth, and with a teacher: the mean of what the base makes of the pair and of its
-    mirror image. The truth also shows what nobody can know from two pictures, and few batches tell that from what can
-    be known. The teacher has less error than the base, and differs from it only where the base is at odds with itself.
+    mirror image. Much of the truth can't be known from two pictures, and what one batch teaches of it is mostly chance.
+    The teacher has less error than the base, and differs from it only where the base is at odds with itself. The base
+    is the one that the stage was made with: a resumed run needs the same.
     """
 
     recipe: RefineRecipe
@@ -68,6 +69,11 @@ class RefineStage(CanvasStage):
         for model in self.teacher.models:
             model.eval()
         super().__init__(checkpoint, source, recipe)
+        if self.schedule.prediction_type != "v_prediction":
+            raise RecipeError(
+                f"refine: the base predicts {self.schedule.prediction_type}, expected v_prediction; other predictions"
+                " hold little of the portrait where the noise is strongest"
+            )
 
     def modules(self) -> nn.ModuleDict:
         network = self.checkpoint.warping_network

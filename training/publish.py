@@ -14,7 +14,12 @@ from training.evaluate import positive_int
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m training.publish", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--checkpoint", type=Path, required=True, nargs="+", help="a run's checkpoint; of several, the weights' mean"
+        "--checkpoint",
+        type=Path,
+        required=True,
+        nargs="+",
+        action="extend",
+        help="a run's checkpoint; of several, the weights' mean",
     )
     parser.add_argument("--out", type=Path, required=True, help="directory to write")
     parser.add_argument("--steps", type=positive_int, required=True, metavar="N", help="default number of steps")
@@ -41,7 +46,7 @@ def publish(checkpoints: Sequence[Path], out: Path, num_inference_steps: int, gu
         Size in bytes.
 
     Raises:
-        IcPortraitError: one isn't a checkpoint, or they aren't of one geometry and prompt.
+        IcPortraitError: one isn't a checkpoint, or they aren't of one geometry, schedule and prompt.
     """
     from dataclasses import replace
 
@@ -49,8 +54,9 @@ def publish(checkpoints: Sequence[Path], out: Path, num_inference_steps: int, gu
 
     loaded, *others = (load_checkpoint(checkpoint) for checkpoint in checkpoints)
     for path, other in zip(checkpoints[1:], others, strict=True):
-        if other.preset != loaded.preset or not other.prompt_embedding.equal(loaded.prompt_embedding):
-            raise IcPortraitError(f"{path}: isn't of the geometry and the prompt of {checkpoints[0]}")
+        is_alike = (other.preset, other.scheduler_config) == (loaded.preset, loaded.scheduler_config)
+        if not is_alike or not other.prompt_embedding.equal(loaded.prompt_embedding):
+            raise IcPortraitError(f"{path}: isn't of the geometry, the schedule and the prompt of {checkpoints[0]}")
     for models in zip(*(each.models for each in (loaded, *others)), strict=True):
         states = [model.state_dict() for model in models]
         models[0].load_state_dict({name: sum(each[name] for each in states) / len(states) for name in states[0]})

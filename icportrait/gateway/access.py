@@ -98,6 +98,7 @@ class Access:
         self._keys: tuple[tuple[bytes, ApiKey], ...] = ()
         self._used: dict[str, _Used] = {}
         self._seen: tuple[int, ...] | None = None
+        self._told = ""
         self._looked_s = clock()
         if path is not None:
             self._seen, self._keys = _stamp(path), _by_hash(read_keys(path))
@@ -164,13 +165,16 @@ class Access:
             return
         self._looked_s = now_s
         if (stamp := _stamp(self._path)) == self._seen:
+            self._told = ""
             return
-        self._seen = stamp
         try:
             self._keys = _by_hash(read_keys(self._path))
-        except IcPortraitError as error:
-            logger.warning("%s; the keys read before it still count", error)
+        except IcPortraitError as error:  # it may pass, as where descriptors are short: the file is read again
+            if str(error) != self._told:
+                logger.warning("%s; the keys read before it still count", error)
+            self._told = str(error)
         else:
+            self._seen, self._told = stamp, ""
             logger.info("%s: %d keys", self._path, len(self._keys))
 
 
@@ -272,4 +276,4 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         status = path.stat()
     except OSError:
         return None
-    return status.st_mtime_ns, status.st_ino, status.st_size
+    return status.st_mtime_ns, status.st_ctime_ns, status.st_ino, status.st_size

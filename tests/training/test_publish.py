@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from icportrait.nn import load_checkpoint, random_checkpoint, save_checkpoint
-from icportrait.presets import Preset
+from icportrait.nn import Checkpoint, load_checkpoint, random_checkpoint, save_checkpoint
+from icportrait.nn.random_weights import SCHEDULER_CONFIG
 from tests.tiny import SMALL, TINY
 from training.publish import main
 
@@ -27,7 +28,8 @@ def runs(tmp_path: Path) -> list[Path]:
 
 
 def publish(tmp_path: Path, *runs: Path) -> int:
-    return main(["--checkpoint", *map(str, runs), "--out", str(tmp_path / "out"), "--steps", "3", "--guidance", "1.5"])
+    given = [argument for run in runs for argument in ("--checkpoint", str(run))]
+    return main([*given, "--out", str(tmp_path / "out"), "--steps", "3", "--guidance", "1.5"])
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -45,11 +47,22 @@ def test_weights_are_the_runs_mean_in_half_precision(tmp_path: Path, runs: list[
     )
 
 
-@pytest.mark.parametrize(("preset", "seed"), [(SMALL, 0), (TINY, 1)], ids=["geometry", "prompt"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        random_checkpoint(SMALL),
+        random_checkpoint(TINY, 1),
+        replace(random_checkpoint(TINY), scheduler_config={**SCHEDULER_CONFIG, "prediction_type": "epsilon"}),
+    ],
+    ids=["geometry", "prompt", "schedule"],
+)
 def test_runs_of_two_bases_have_no_mean(
-    tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str], preset: Preset, seed: int
+    tmp_path: Path, runs: list[Path], capsys: pytest.CaptureFixture[str], other: Checkpoint
 ) -> None:
-    save_checkpoint(random_checkpoint(preset, seed), tmp_path / "other")
+    save_checkpoint(other, tmp_path / "other")
     assert publish(tmp_path, *runs, tmp_path / "other") == 1
-    assert f"{tmp_path / 'other'}: isn't of the geometry and the prompt of {runs[0]}" in capsys.readouterr().err
+    assert (
+        f"{tmp_path / 'other'}: isn't of the geometry, the schedule and the prompt of {runs[0]}"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()

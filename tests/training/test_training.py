@@ -55,7 +55,8 @@ def resumed(kind: str, source: RenderedPairs, directory: Path, **settings: Any) 
 
 @pytest.mark.usefixtures("no_pictures")
 @pytest.mark.parametrize(
-    ("kind", "steps", "optimizer"), [("vae", 6, "adamw"), ("matching", 6, "muon"), ("appearance", 12, "adamw")]
+    ("kind", "steps", "optimizer"),
+    [("vae", 6, "adamw"), ("matching", 6, "muon"), ("appearance", 12, "adamw"), ("refine", 6, "muon")],
 )
 def test_a_resumed_run_ends_as_an_unbroken_one(
     tiny_pairs: RenderedPairs, tmp_path: Path, kind: str, steps: int, optimizer: str

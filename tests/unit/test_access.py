@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import resource
 from pathlib import Path
 
 import pytest
@@ -118,14 +119,34 @@ def test_a_changed_file_counts_and_a_broken_one_does_not(tmp_path: Path, caplog:
         assert caplog.text.count("the keys read before it still count") == 1
 
 
-def test_a_file_that_was_written_twice_within_a_tick_of_its_clock_is_read_again(tmp_path: Path) -> None:
+def test_a_file_of_the_same_age_and_size_is_read_again(tmp_path: Path) -> None:
+    clock, path = Clock(), tmp_path / "keys.toml"
+    keys = access(tmp_path, section("old"), clock)
+    before = path.stat()
+    path.write_text(section("new"))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    clock.now_s = 1.0
+    assert keys.enter("Bearer new", "peer").name == "studio"
+
+
+def test_a_file_that_could_not_be_read_once_is_tried_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Run out of descriptors at the moment when a key is withdrawn."""
     clock = Clock()
     keys = access(tmp_path, section("old"), clock)
-    stamp = (tmp_path / "keys.toml").stat()
-    (tmp_path / "keys.toml").write_text(section("old") + section("new", "other"))
-    os.utime(tmp_path / "keys.toml", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    clock.now_s = 1.0
-    assert keys.enter("Bearer new", "peer").name == "other"
+    (tmp_path / "keys.toml").write_text(section("new"))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limits[1]))
+    try:
+        for clock.now_s in (1.0, 2.0):
+            keys.enter("Bearer old", "peer")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert caplog.text.count("Too many open files") == 1
+    clock.now_s = 3.0
+    keys.enter("Bearer new", "peer")
+    with pytest.raises(Unauthenticated):
+        keys.enter("Bearer old", "peer")
 
 
 @pytest.mark.parametrize(
