@@ -206,9 +206,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _say(line: str) -> None:
-    """Write a line for the operator; where it can't be written, the service goes on."""
+    """Write a line for the operator; where it can't be written, the service goes on.
+
+    Several devices' engines may speak at once, each in a thread. What is written as one stays one.
+    """
     with contextlib.suppress(OSError):
-        print(line, flush=True)
+        print(f"{line}\n", end="", flush=True)
 
 
 def _let_go_of_output() -> None:
