@@ -234,8 +234,9 @@ class EngineHost:
                 self._hung = Ending(f"the engine has missed {missed} probes of {self._probe_every_s:g} s")
             elif self._hung is None and has_answered and _hangs(asked.result()):
                 self._hung = Ending("a step of the denoising loop runs many times its expected time")
-            if asked.done():
-                await asyncio.sleep(self._probe_every_s)
+            for _ in range(TURNS if asked.done() else 0):
+                await asyncio.sleep(self._probe_every_s / TURNS)
+                self._look_for_stopped(parts)
 
     async def _is_on_time(self, asked: asyncio.Task[Pong], turn_s: float) -> bool:
         """Wait for an answer, for one turn, and tell whether the event loop came back from the wait in time."""

@@ -47,9 +47,9 @@ def test_one_of_two_engines_ends_under_load_the_other_goes_on_and_the_first_come
         assert outcome(server.url, pictures, 1) == "served", "by the other, while the first is started again"
         found = series(server.metrics_url)
         assert found["icportrait_gateway_ready"] == found[of_engine("gateway_engine_ready", 0)] == 1
-        assert server.next_line("device 1: tritonserver was").endswith(
-            "restarting the server, 1 of at most 3 times in 10 minutes"
-        )
+        # A killed tritonserver takes its models' processes with it, and one of them may be seen to end first.
+        part = "(tritonserver|the process of model [a-z_]+)"
+        server.next_line(f"device 1: {part} .*; restarting the server, 1 of at most 3 times in 10 minutes$")
         assert {call.result(LINE_TIMEOUT_S) for call in calls} == {"served"}
         assert server.next_line("ready").endswith("device 1")
         found, after = series(server.metrics_url), tritonservers(server)

@@ -248,6 +248,19 @@ def test_an_event_loop_that_is_late_itself_costs_no_engine(run: Callable[..., No
     run(test)
 
 
+def test_a_process_that_is_stopped_is_seen_between_two_probes(run: Callable[..., None]) -> None:
+    async def test(world: World) -> None:
+        world.host._probe_every_s = 20.0
+        world.host.start()
+        await world.host.engine()
+        await asyncio.sleep(0.5)  # the first probe is answered by now
+        stopped(world)
+        async with asyncio.timeout(10):
+            await until(lambda: world.host.starts == 2)
+
+    run(test)
+
+
 def test_a_process_that_is_stopped_is_seen_though_the_event_loop_is_late(run: Callable[..., None]) -> None:
     async def test(world: World) -> None:
         world.host.start()
